@@ -1,0 +1,364 @@
+"""What a cast or an update does to a tensor, counted on the device: overflow, underflow, NaN, stall.
+
+Counts are exact: each is held in two int32 limbs, ``high * 2^30 + low``, so that sums over many steps and tensors do
+not wrap at 2^31. Rates are quotients of counts, formed in float64 and rounded once to float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from altgrad_core.formats import Format
+from jax import lax
+
+from altgrad_jax.casting import FormatParams, as_params, cast, divide_by_scale
+from altgrad_jax.scaling import power_of_two_scale
+
+_LIMB_BITS = 30
+_LIMB_MASK = (1 << _LIMB_BITS) - 1
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+_INF = np.int32(0x7F800000)
+_MOST_AT_ONCE = 2**30
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CastCounts:
+    """What a cast did to the elements of one tensor or, added up, of many.
+
+    Attributes:
+        limbs: int32 of shape ``(..., 5, 2)``: for each of elements, overflow, nonzero, underflow and nan its high and
+            low limb. NaN is in elements and in nan only. Leading axes are tensors counted apart; :meth:`pooled` adds them up.
+    """
+
+    limbs: jax.Array
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...] = ()) -> Self:
+        """Counts of nothing, for ``shape`` tensors apart."""
+        return cls(jnp.zeros((*shape, 5, 2), jnp.int32))
+
+    def __add__(self, other: Self) -> Self:
+        """Add counts of the same shape."""
+        return type(self)(_carry(self.limbs + other.limbs))
+
+    def pooled(self) -> Self:
+        """Counts of all tensors together, of shape ``()``; up to 2^15 of them."""
+        limbs = self.limbs.reshape(-1, 5, 2)
+        low_parts = jnp.sum(limbs[..., 1] & 0x7FFF, 0) + ((jnp.sum(limbs[..., 1] >> 15, 0) & 0x7FFF) << 15)
+        high = jnp.sum(limbs[..., 0], 0) + (jnp.sum(limbs[..., 1] >> 15, 0) >> 15)
+        return type(self)(_carry(jnp.stack([high, low_parts], -1)))
+
+    @property
+    def overflow_rate(self) -> jax.Array:
+        """float32: elements that overflow, infinities included, over elements."""
+        return _ratio(self.limbs[..., 1, :], self.limbs[..., 0, :])
+
+    @property
+    def underflow_rate(self) -> jax.Array:
+        """float32: non-zero elements that become zero over non-zero elements."""
+        return _ratio(self.limbs[..., 3, :], self.limbs[..., 2, :])
+
+    @property
+    def nan_rate(self) -> jax.Array:
+        """float32: NaN elements over elements."""
+        return _ratio(self.limbs[..., 4, :], self.limbs[..., 0, :])
+
+    def as_integers(self) -> dict[str, list[int] | int]:
+        """The exact counts as Python integers, read from the device (not under jit)."""
+        limbs = np.asarray(self.limbs).astype(object)
+        totals = limbs[..., 0] * (_LIMB_MASK + 1) + limbs[..., 1]
+        names = ("elements", "overflow", "nonzero", "underflow", "nan")
+        return {name: np.asarray(totals[..., k]).tolist() for k, name in enumerate(names)}
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StallCounts:
+    """What became of the updates of one tensor or, added up, of many.
+
+    Attributes:
+        limbs: int32 of shape ``(..., 4, 2)``: for each of nonzero updates, stalled by precision, stalled by
+            saturation, and vanished (update zero where the gradient was not) its high and low limb.
+    """
+
+    limbs: jax.Array
+
+    @classmethod
+    def zeros(cls) -> Self:
+        """Counts of nothing."""
+        return cls(jnp.zeros((4, 2), jnp.int32))
+
+    def __add__(self, other: Self) -> Self:
+        """Add counts of the same shape."""
+        return type(self)(_carry(self.limbs + other.limbs))
+
+    @property
+    def stall_rate(self) -> jax.Array:
+        """float32: non-zero updates that leave the quantised weight as it was over non-zero updates; 0 without any."""
+        return _ratio(_carry(self.limbs[..., 1, :] + self.limbs[..., 2, :]), self.limbs[..., 0, :])
+
+    @property
+    def saturation_rate(self) -> jax.Array:
+        """float32: updates stalled because the weight sits at ±max over non-zero updates."""
+        return _ratio(self.limbs[..., 2, :], self.limbs[..., 0, :])
+
+    def as_integers(self) -> dict[str, list[int] | int]:
+        """The exact counts as Python integers, read from the device (not under jit)."""
+        limbs = np.asarray(self.limbs).astype(object)
+        totals = limbs[..., 0] * (_LIMB_MASK + 1) + limbs[..., 1]
+        names = ("nonzero", "precision", "saturation", "vanished")
+        return {name: np.asarray(totals[..., k]).tolist() for k, name in enumerate(names)}
+
+
+def cast_counts(
+    x: jax.Array, format: str | Format | FormatParams, *, scale: jax.typing.ArrayLike | None = None
+) -> CastCounts:
+    """Count what a cast of ``x`` does, without casting: one pass that reads ``x`` and writes nothing.
+
+    Counted is the cast to nearest even. Measure against a delayed or static scale: under a tensor's own current amax
+    nothing ever overflows.
+
+    Args:
+        x: floating-point array of any shape; bfloat16 and float16 count at their own values.
+        format: a name, a :class:`~altgrad_core.formats.Format` or :class:`~altgrad_jax.casting.FormatParams`.
+        scale: the worth of one, positive, a power of two; counted is ``x / scale``.
+
+    Returns:
+        Counts of shape ``()``.
+
+    Raises:
+        TypeError: if ``x`` is not floating point, or float64.
+        UnknownFormatError: for an unknown name.
+
+    >>> cast_counts(jnp.array([1e6, 1.0, 1e-9, 0.0]), "E5M2").as_integers()
+    {'elements': 4, 'overflow': 1, 'nonzero': 3, 'underflow': 1, 'nan': 0}
+    """
+    return observe(x, format, scale=scale)[0]
+
+
+def observe(
+    x: jax.Array, format: str | Format | FormatParams, *, scale: jax.typing.ArrayLike | None = None
+) -> tuple[CastCounts, jax.Array]:
+    """The counts of a cast and the largest magnitude of ``x``, in the same single pass; see :func:`cast_counts`.
+
+    Returns:
+        The counts, and amax = max(|x|) as a float32 scalar: inf if ``x`` holds an infinity, NaN if it holds a NaN, 0
+        if it is empty.
+
+    >>> float(observe(jnp.array([1.0, -3.0]), "E5M2")[1])
+    3.0
+    """
+    x = jnp.asarray(x)
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise TypeError(f"counts are made of float32, bfloat16 and float16 arrays; got {x.dtype}")
+    params = as_params(format)
+    flat = x.reshape(-1)
+    counts, amax_bits = CastCounts.zeros(), jnp.int32(0)
+    for start in range(0, flat.size, _MOST_AT_ONCE):
+        chunk = flat if flat.size <= _MOST_AT_ONCE else flat[start : start + _MOST_AT_ONCE]
+        chunk_counts, chunk_amax = _observe_chunk(chunk.astype(jnp.float32), params, scale)
+        counts, amax_bits = counts + chunk_counts, jnp.maximum(amax_bits, chunk_amax)
+    return counts, lax.bitcast_convert_type(amax_bits, jnp.float32)
+
+
+def _observe_chunk(
+    x: jax.Array, params: FormatParams, scale: jax.typing.ArrayLike | None
+) -> tuple[CastCounts, jax.Array]:
+    """One variadic reduction over integer flags: XLA fuses it into one loop, where separate sums are ten times slower."""
+    magnitude = _bits(x) & _MAGNITUDE
+    scaled = magnitude if scale is None else _bits(divide_by_scale(x, jnp.asarray(scale, jnp.float32))) & _MAGNITUDE
+    overflows_from, vanishes_to = _thresholds(params)
+    nonzero = (magnitude != 0) & (magnitude <= _INF)
+    flags = (
+        (scaled >= overflows_from) & (magnitude <= _INF),
+        nonzero,
+        nonzero & (scaled <= vanishes_to),
+        magnitude > _INF,
+    )
+    zero = jnp.int32(0)
+    *sums, amax_bits = lax.reduce(
+        (*(flag.astype(jnp.int32) for flag in flags), magnitude),
+        (zero,) * 5,
+        lambda left, right: (*(a + b for a, b in zip(left[:4], right[:4], strict=True)), lax.max(left[4], right[4])),
+        (0,),
+    )
+    return CastCounts(_limbs(jnp.stack([jnp.full_like(sums[0], x.size), *sums]))), amax_bits
+
+
+def _thresholds(params: FormatParams) -> tuple[jax.Array, jax.Array]:
+    """Bits of the smallest magnitude that overflows and of the largest that becomes zero (-1: only zero itself does)."""
+    if params.path == "identity":
+        return jnp.int32(_INF), jnp.int32(0)
+    maximum = _bits(params.max_value)
+    max_exponent = (maximum >> 23) - 127
+    half = jnp.int32(1) << (22 - params.mantissa_bits + jnp.maximum(params.min_exponent - max_exponent, 0))
+    # A tie beyond max goes to the even code: to max itself where its last code bit is 0.
+    last_bit = jnp.where(
+        params.mantissa_bits == 0, max_exponent - params.min_exponent + 1, (maximum >> (23 - params.mantissa_bits)) & 1
+    )
+    last_bit = jnp.where(max_exponent < params.min_exponent, 1, last_bit)
+    lowest = params.min_exponent - params.mantissa_bits
+    half_smallest = (lowest - 1 + 127) << 23
+    # Results below 2^-126 are zero: there the last to vanish is what rounds to just below 2^-126.
+    last_flushed = (1 << 23) - (jnp.int32(1) << jnp.clip(lowest - 1 + 149, 0, 22)) - 1
+    vanishes = jnp.where(lowest > -126, half_smallest, jnp.where(lowest == -126, 1 << 22, last_flushed))
+    return maximum + half + 1 - (last_bit & 1), vanishes
+
+
+def stall_counts(
+    weight: jax.Array,
+    update: jax.Array,
+    format: str | Format | FormatParams,
+    *,
+    scale: jax.typing.ArrayLike | None = None,
+    gradient: jax.Array | None = None,
+) -> StallCounts:
+    """Count the non-zero updates that leave the quantised weight as it was, by cause.
+
+    An update stalls by saturation if the weight is at ±max and the update points outward, else by precision.
+
+    Args:
+        weight: float32 weights as stored, any shape.
+        update: what is added to them: the optimizer's update, not the gradient; same shape.
+        format: the grid on which the weights are used.
+        scale: the weights' worth of one.
+        gradient: if given, updates that are zero where it is not are counted as vanished.
+
+    Returns:
+        Counts of shape ``()``.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    >>> w, u = jnp.array([1.0, 1.0, 1.0]), jnp.array([0.5, 1e-3, 0.0])
+    >>> stall_counts(w, u, "E5M2").as_integers()
+    {'nonzero': 2, 'precision': 1, 'saturation': 0, 'vanished': 0}
+    """
+    if weight.shape != update.shape:
+        raise ValueError(f"weight has shape {weight.shape} but update {update.shape}; expected the same")
+    params = as_params(format)
+    unit = jnp.float32(1) if scale is None else jnp.asarray(scale, jnp.float32)
+    weight, update = weight.astype(jnp.float32), update.astype(jnp.float32)
+    before = _nearest(divide_by_scale(weight, unit), params)
+    after = _nearest(divide_by_scale(weight + update, unit), params)
+    nonzero = (_bits(update) & _MAGNITUDE) != 0
+    stalled = nonzero & (before == after)
+    at_max = stalled & (jnp.abs(before) >= params.max_value) & ((before > 0) == (update > 0))
+    vanished = jnp.zeros_like(nonzero) if gradient is None else ~nonzero & ((_bits(gradient) & _MAGNITUDE) != 0)
+    flags = tuple(flag.reshape(-1).astype(jnp.int32) for flag in (nonzero, stalled & ~at_max, at_max, vanished))
+    sums = lax.reduce(flags, (jnp.int32(0),) * 4, _add_each, (0,))
+    return StallCounts(_limbs(jnp.stack(sums)))
+
+
+class StallMonitorState(NamedTuple):
+    """State of :func:`stall_monitor`.
+
+    Attributes:
+        format: the grid; replace it with :func:`altgrad_jax.control.set_format`.
+        stall_rate: float32, of the last update.
+        saturation_rate: float32, the part of it that stalled at ±max.
+    """
+
+    format: FormatParams
+    stall_rate: jax.Array
+    saturation_rate: jax.Array
+
+
+def stall_monitor(
+    format: str | Format | FormatParams, mask: optax.Params | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Measure, at the end of a chain, how many of the real updates leave the quantised weights as they were.
+
+    Each leaf is judged on the grid of the format under the power-of-two scale of its own amax; counts are pooled over
+    leaves. Updates pass untouched. Read the rate with ``optax.tree.get(state, "stall_rate")``.
+
+    Args:
+        format: the grid on which the weights are used or stored.
+        mask: pytree of Python bools like the parameters: which leaves count; all by default.
+
+    Returns:
+        A transformation whose ``update`` needs the parameters.
+
+    Raises:
+        ValueError: from ``update`` if it is not given the parameters.
+
+    >>> tx = optax.chain(optax.sgd(1e-4), stall_monitor("E5M2"))
+    >>> params = {"w": jnp.ones(4)}
+    >>> _, state = tx.update(params, tx.init(params), params)
+    >>> float(optax.tree.get(state, "stall_rate"))
+    1.0
+    """
+    initial = as_params(format)
+
+    def init(params: optax.Params) -> StallMonitorState:
+        del params
+        return StallMonitorState(jax.tree.map(jnp.copy, initial), jnp.float32(0), jnp.float32(0))
+
+    def update(
+        updates: optax.Updates, state: StallMonitorState, params: optax.Params | None = None, **extra_args: object
+    ) -> tuple[optax.Updates, StallMonitorState]:
+        del extra_args
+        if params is None:
+            raise ValueError("stall_monitor needs the parameters: call update(updates, state, params)")
+        chosen = [True] * len(jax.tree.leaves(params)) if mask is None else jax.tree.leaves(mask)
+        counts = StallCounts.zeros()
+        for weight, change, counted in zip(jax.tree.leaves(params), jax.tree.leaves(updates), chosen, strict=True):
+            if counted:
+                scale = power_of_two_scale(jnp.max(jnp.abs(weight)), state.format.max_value)
+                counts = counts + stall_counts(weight, change, state.format, scale=scale)
+        return updates, StallMonitorState(state.format, counts.stall_rate, counts.saturation_rate)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _nearest(x: jax.Array, params: FormatParams) -> jax.Array:
+    """Cast to nearest even and saturate, whatever rounding and overflow the params carry."""
+    if params.path == "identity":
+        return x
+    steady = FormatParams(
+        mantissa_bits=params.mantissa_bits,
+        min_exponent=params.min_exponent,
+        max_value=params.max_value,
+        native_overflow=params.native_overflow,
+        overflow=jnp.full_like(params.overflow, 1),
+        rounding=jnp.zeros_like(params.rounding),
+        path=params.path,
+    )
+    return cast(x, steady)
+
+
+def _add_each(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    return tuple(a + b for a, b in zip(left, right, strict=True))
+
+
+def _limbs(counts: jax.Array) -> jax.Array:
+    return jnp.stack([counts >> _LIMB_BITS, counts & _LIMB_MASK], -1)
+
+
+def _carry(limbs: jax.Array) -> jax.Array:
+    high, low = limbs[..., 0], limbs[..., 1]
+    return jnp.stack([high + (low >> _LIMB_BITS), low & _LIMB_MASK], -1)
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """Quotient of two counts in limbs, through float64 so that the rounding to float32 is the only one that shows."""
+    with jax.enable_x64(True):
+        above, below = _as_float64(numerator), _as_float64(denominator)
+        quotient = above / jnp.where(below == 0, 1, below)
+        return lax.convert_element_type(jnp.where(below == 0, 0, quotient), jnp.float32)
+
+
+def _as_float64(limbs: jax.Array) -> jax.Array:
+    wide = lax.convert_element_type(limbs, jnp.float64)
+    return wide[..., 0] * float(1 << _LIMB_BITS) + wide[..., 1]
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.int32)

@@ -1,0 +1,418 @@
+"""The training job as pure functions: one step of a GPT in a format, everything that may change being data.
+
+The order of a step is: cast, count, finite?, gate and clip, optimizer, stall of the real update, commit, metrics. A
+:class:`Program` holds what is static (shapes, optimizer, cast path); a :class:`TrainState` holds the rest, formats and
+switches included, so that one compiled step serves every run of a study.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from altgrad_core.formats import CastPath, Overflow, parse
+from flax import nnx
+
+from altgrad_jax.casting import FormatParams
+from altgrad_jax.clipping import global_norm, partition_relative_clip
+from altgrad_jax.models import GPT, Casts, GPTConfig, next_token_loss
+from altgrad_jax.nn import GRADIENT, LHS, RHS, Record
+from altgrad_jax.recovery import all_finite, commit, select_if_finite
+from altgrad_jax.scaling import delayed_scale, empty_history, push_amax
+from altgrad_jax.statistics import CastCounts, stall_monitor
+
+Storage = Literal["master", "committed"]
+StorageRounding = Literal["nearest_even", "stochastic"]
+
+_NORM_WINDOW = 32
+_NORMS_NEEDED = 8
+_SPIKE_FACTOR = 10.0
+_CALIBRATION_PASSES = 4
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW behind the clipper, with linear warm-up and a cosine down to a tenth.
+
+    Attributes:
+        steps: length of the schedule.
+        learning_rate: its peak.
+        warmup: steps of warm-up.
+        weight_decay: on matrices only.
+        beta2: decay of the second moment.
+        base_clip: threshold on the global norm that E5M2 would have.
+        overflow_threshold: pooled overflow rate of the gradient casts that opens the clipper's gate.
+    """
+
+    steps: int
+    learning_rate: float = 3e-3
+    warmup: int = 20
+    weight_decay: float = 0.01
+    beta2: float = 0.99
+    base_clip: float = 1.0
+    overflow_threshold: float = 0.01
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What distinguishes one run from another of the same program; all of it becomes data.
+
+    Attributes:
+        format: name of the format.
+        seed: of weights, batches and stochastic rounding.
+        storage: float32 ``master`` weights, cast at use, or weights ``committed`` to the grid after every step.
+        storage_rounding: how committed weights are rounded; without effect on masters.
+        operand_overflow: what overflow becomes in operands.
+        gradient_overflow: what overflow becomes in gradients.
+        clip: whether the partition-relative clipper may act.
+        recover: whether non-finite steps are skipped and spikes kept out of the amax history.
+    """
+
+    format: str
+    seed: int = 0
+    storage: Storage = "master"
+    storage_rounding: StorageRounding = "nearest_even"
+    operand_overflow: Overflow = "saturate_finite"
+    gradient_overflow: Overflow = "saturate_finite"
+    clip: bool = True
+    recover: bool = True
+
+
+class Fault(NamedTuple):
+    """A fault to inject into one step. Neutral by default.
+
+    Attributes:
+        loss_factor: float32, multiplies the loss: NaN for a NaN batch, 1e4 for a spike.
+        poison: bool, whether to overwrite a weight before the step.
+        weight: float32, with what.
+    """
+
+    loss_factor: jax.typing.ArrayLike = 1.0
+    poison: jax.typing.ArrayLike = False
+    weight: jax.typing.ArrayLike = 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Switches:
+    """What a run does, as bool scalars; see :class:`RunSpec`."""
+
+    clip: jax.Array
+    recover: jax.Array
+    committed: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a run carries from step to step.
+
+    Attributes:
+        params: pytree of float32 parameters.
+        opt_state: optax state; the clipper's and the stall monitor's formats are in it.
+        amax_history: float32 ``(window, sites, 3)``.
+        norm_history: float32 ``(32,)``, raw gradient norms of applied steps, newest last, 0 where empty.
+        operand: format of operands.
+        gradient: format of gradients.
+        storage: format and rounding of committed weights.
+        switches: what the run does.
+        step: int32, steps taken, skipped ones included.
+        seed: uint32.
+        sound: bool, whether the last step was finite and left finite parameters: fit for a snapshot.
+    """
+
+    params: optax.Params
+    opt_state: optax.OptState
+    amax_history: jax.Array
+    norm_history: jax.Array
+    operand: FormatParams
+    gradient: FormatParams
+    storage: FormatParams
+    switches: Switches
+    step: jax.Array
+    seed: jax.Array
+    sound: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """What one step saw: scalars, float32 unless said otherwise.
+
+    Attributes:
+        loss: training loss, with injected faults.
+        finite: bool, loss and all gradients.
+        params_finite: bool, the parameters after the step.
+        applied: bool, whether the step was taken rather than skipped.
+        norm: raw global norm of the gradients.
+        clipped: bool, whether the clipper's gate was open.
+        overflow_rate: of all gradient casts pooled: what feeds the gate.
+        worst_overflow_rate: of the gradient cast with most.
+        worst_site: int32, which site that is.
+        underflow_rate: of all gradient casts pooled.
+        operand_overflow_rate: of all operand casts pooled.
+        operand_underflow_rate: of all operand casts pooled.
+        stall_rate: of the real update on the weights' grid.
+        saturation_rate: the part of it that stalled at ±max.
+        amax_refused: bool, whether the step's amax was kept out of the history.
+    """
+
+    loss: jax.Array
+    finite: jax.Array
+    params_finite: jax.Array
+    applied: jax.Array
+    norm: jax.Array
+    clipped: jax.Array
+    overflow_rate: jax.Array
+    worst_overflow_rate: jax.Array
+    worst_site: jax.Array
+    underflow_rate: jax.Array
+    operand_overflow_rate: jax.Array
+    operand_underflow_rate: jax.Array
+    stall_rate: jax.Array
+    saturation_rate: jax.Array
+    amax_refused: jax.Array
+
+
+@dataclass(frozen=True)
+class Program:
+    """The static half of a training job.
+
+    Attributes:
+        model: shape of the GPT.
+        optimizer: optimizer and schedule.
+        path: cast path of the runs' formats: ``fast`` for the 8-bit ones, ``identity`` for float32.
+        bf16_operands: hand operands to the products as bfloat16: the bf16 control.
+        amax_window: steps of amax history.
+    """
+
+    model: GPTConfig
+    optimizer: OptimizerConfig
+    path: CastPath = "fast"
+    bf16_operands: bool = False
+    amax_window: int = 16
+
+    @classmethod
+    def for_format(cls, format: str, model: GPTConfig, optimizer: OptimizerConfig, amax_window: int = 16) -> Program:
+        """The program that can train in a format, and in all others of its cast path."""
+        resolved = parse(format)
+        return cls(model, optimizer, resolved.cast_path, resolved.name == "bf16", amax_window)
+
+    def init(self, run: RunSpec) -> TrainState:
+        """The state of a run before its first step; its scales are not calibrated yet, see :meth:`calibrate`.
+
+        Raises:
+            ValueError: for a format that this program's cast path does not serve.
+        """
+        params = self._fresh_params(run.seed)
+        storage_path: CastPath = "identity" if self.path == "identity" else "integer"
+        state = TrainState(
+            params=params,
+            opt_state=self._optimizer(run.format).init(params),
+            amax_history=empty_history(self.amax_window, (self.model.sites, 3)),
+            norm_history=empty_history(_NORM_WINDOW),
+            operand=FormatParams.from_format(run.format, overflow=run.operand_overflow, path=self.path),
+            gradient=FormatParams.from_format(run.format, overflow=run.gradient_overflow, path=self.path),
+            storage=FormatParams.from_format(
+                run.format, rounding=run.storage_rounding, overflow="saturate_finite", path=storage_path
+            ),
+            switches=Switches(
+                clip=jnp.asarray(run.clip),
+                recover=jnp.asarray(run.recover),
+                committed=jnp.asarray(run.storage == "committed"),
+            ),
+            step=jnp.int32(0),
+            seed=jnp.uint32(run.seed),
+            sound=jnp.asarray(True),
+        )
+        return replace(state, params=self._store(state, params))
+
+    def step(self, state: TrainState, tokens: jax.Array, fault: Fault = Fault()) -> tuple[TrainState, StepMetrics]:
+        """One training step: pure, to be jitted (with ``state`` donated), mapped over runs or sharded.
+
+        Args:
+            state: the run so far.
+            tokens: int32 ``(batch, context + 1)``.
+            fault: what to break.
+
+        Returns:
+            The new state, and the metrics, which do not alias it.
+        """
+        state = replace(state, params=_poisoned(state.params, fault))
+        record = Record.empty(self.model.sites)
+        casts = self._casts(state, record)
+
+        def loss_of(params: optax.Params) -> jax.Array:
+            return self._loss(params, tokens, casts) * fault.loss_factor
+
+        loss, gradients = jax.value_and_grad(loss_of)(state.params)
+        seen = _Seen.of(record)
+        norm = global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = self._optimizer(None).update(
+            gradients,
+            state.opt_state,
+            state.params,
+            overflow_rate=jnp.where(state.switches.clip, seen.gradient.overflow_rate, 0),
+        )
+        refused = state.switches.recover & _is_spike(norm, state.norm_history)
+        moved = replace(
+            state,
+            params=self._store(state, optax.apply_updates(state.params, updates)),
+            opt_state=opt_state,
+            amax_history=jnp.where(refused, state.amax_history, push_amax(state.amax_history, seen.amax)),
+            norm_history=push_amax(state.norm_history, norm),
+        )
+        applied = finite | ~state.switches.recover
+        new = select_if_finite(applied, moved, state)
+        params_finite = all_finite(new.params)
+        new = replace(new, step=state.step + 1, sound=finite & params_finite)
+        return new, self._metrics(loss, finite, params_finite, applied, norm, refused, seen, moved.opt_state)
+
+    def calibrate(self, state: TrainState, tokens: jax.Array) -> TrainState:
+        """Fill the amax history from one batch, so that step 0 does not run at scale 1. Changes nothing else.
+
+        A few passes over the same batch, each under the scales of the one before: what a wrong scale upstream has
+        distorted is measured right in the next.
+        """
+
+        def measure(history: jax.Array, _: None) -> tuple[jax.Array, None]:
+            record = Record.empty(self.model.sites)
+            casts = self._casts(replace(state, amax_history=history), record)
+            jax.grad(lambda params: self._loss(params, tokens, casts))(state.params)
+            amax = _Seen.of(record).amax
+            kept = jnp.where(jnp.isfinite(amax), amax, history[-1])
+            return jnp.broadcast_to(kept, history.shape), None
+
+        history, _ = jax.lax.scan(measure, state.amax_history, length=_CALIBRATION_PASSES)
+        return replace(state, amax_history=history)
+
+    def evaluate(self, state: TrainState, batches: jax.Array) -> jax.Array:
+        """Mean loss over int32 ``(count, batch, context + 1)`` batches, cast as in training: float32 scalar."""
+        casts = self._casts(state, None)
+        return jnp.mean(jax.lax.map(lambda tokens: self._loss(state.params, tokens, casts), batches))
+
+    @cached_property
+    def _graph(self) -> tuple[nnx.GraphDef[GPT], nnx.State]:
+        return nnx.split(nnx.eval_shape(lambda: GPT(self.model, nnx.Rngs(0))))
+
+    @cached_property
+    def _matmul_weights(self) -> optax.Params:
+        """Which parameters are operands of products: those may be committed, and their updates may stall."""
+        return jax.tree.map_with_path(
+            lambda path, _: str(getattr(path[-1], "key", "")) == "weight", nnx.to_pure_dict(self._graph[1])
+        )
+
+    def _fresh_params(self, seed: int) -> optax.Params:
+        return nnx.to_pure_dict(nnx.state(GPT(self.model, nnx.Rngs(seed)), nnx.Param))
+
+    def _loss(self, params: optax.Params, tokens: jax.Array, casts: Casts) -> jax.Array:
+        graph, template = self._graph
+        filled = jax.tree.map(lambda leaf: leaf, template)
+        nnx.replace_by_pure_dict(filled, params)
+        return next_token_loss(nnx.merge(graph, filled)(tokens[:, :-1], casts), tokens[:, 1:])
+
+    def _casts(self, state: TrainState, record: Record | None) -> Casts:
+        return Casts(
+            operand=state.operand,
+            gradient=state.gradient,
+            scales=delayed_scale(state.amax_history, state.operand.max_value),
+            record=record,
+            operand_dtype=jnp.dtype(jnp.bfloat16) if self.bf16_operands else None,
+        )
+
+    def _optimizer(self, format: str | None) -> optax.GradientTransformationExtraArgs:
+        """Clipper, AdamW, stall monitor; the format matters to ``init`` alone, which puts it into the state."""
+        config = self.optimizer
+        schedule = optax.warmup_cosine_decay_schedule(
+            config.learning_rate / max(config.warmup, 1),
+            config.learning_rate,
+            config.warmup,
+            max(config.steps, config.warmup + 1),
+            config.learning_rate / 10,
+        )
+        grid = format or "E5M2"
+        return optax.chain(
+            partition_relative_clip(grid, config.base_clip, config.overflow_threshold, window=1),
+            optax.adamw(
+                schedule,
+                b2=config.beta2,
+                weight_decay=config.weight_decay,
+                mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
+            ),
+            stall_monitor(grid, self._matmul_weights),
+        )
+
+    def _store(self, state: TrainState, params: optax.Params) -> optax.Params:
+        if self.path == "identity":
+            return params
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        return jax.lax.cond(
+            state.switches.committed,
+            lambda: commit(params, state.storage, self._matmul_weights, key),
+            lambda: params,
+        )
+
+    def _metrics(
+        self,
+        loss: jax.Array,
+        finite: jax.Array,
+        params_finite: jax.Array,
+        applied: jax.Array,
+        norm: jax.Array,
+        refused: jax.Array,
+        seen: _Seen,
+        opt_state: optax.OptState,
+    ) -> StepMetrics:
+        per_site = seen.per_gradient.overflow_rate
+        return StepMetrics(
+            loss=loss,
+            finite=finite,
+            params_finite=params_finite,
+            applied=applied,
+            norm=norm,
+            clipped=optax.tree.get(opt_state, "clipped"),
+            overflow_rate=seen.gradient.overflow_rate,
+            worst_overflow_rate=jnp.max(per_site),
+            worst_site=jnp.argmax(per_site).astype(jnp.int32),
+            underflow_rate=seen.gradient.underflow_rate,
+            operand_overflow_rate=seen.operand.overflow_rate,
+            operand_underflow_rate=seen.operand.underflow_rate,
+            stall_rate=optax.tree.get(opt_state, "stall_rate"),
+            saturation_rate=optax.tree.get(opt_state, "saturation_rate"),
+            amax_refused=refused,
+        )
+
+
+class _Seen(NamedTuple):
+    """What a record held at the end of a step."""
+
+    amax: jax.Array
+    gradient: CastCounts
+    operand: CastCounts
+    per_gradient: CastCounts
+
+    @classmethod
+    def of(cls, record: Record) -> _Seen:
+        limbs = record.counts[...]
+        per_gradient = CastCounts(limbs[:, GRADIENT])
+        operands = CastCounts(limbs[:, jnp.array([LHS, RHS])])
+        return cls(record.amax[...], per_gradient.pooled(), operands.pooled(), per_gradient)
+
+
+def _poisoned(params: optax.Params, fault: Fault) -> optax.Params:
+    """Overwrite one weight of the first block's perceptron, if the fault says so."""
+    weight = params["blocks"][0]["up"]["weight"]
+    hit = weight.at[0, 0].set(jnp.where(fault.poison, fault.weight, weight[0, 0]))
+    first = {**params["blocks"][0], "up": {**params["blocks"][0]["up"], "weight": hit}}
+    return {**params, "blocks": {**params["blocks"], 0: first}}
+
+
+def _is_spike(norm: jax.Array, history: jax.Array) -> jax.Array:
+    """Whether a norm is more than ten times the median of those in the history, once that holds eight."""
+    count = jnp.sum(history > 0)
+    ordered = jnp.sort(jnp.where(history > 0, history, jnp.inf))
+    median = ordered[jnp.maximum(count - 1, 0) // 2]
+    return (count >= _NORMS_NEEDED) & (norm > _SPIKE_FACTOR * median)
