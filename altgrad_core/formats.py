@@ -262,8 +262,8 @@ _BFLOAT16 = Format("bf16", 8, 7, 127, has_inf=True, has_nan=True)
 
 FORMAT_REGISTRY: Mapping[str, Format] = MappingProxyType(
     {
-        format.name: format
-        for format in (
+        known.name: known
+        for known in (
             Format("E0M7", 0, 7, 0),
             Format("E1M6", 1, 6, 0),
             Format("E2M5", 2, 5, 1),

@@ -72,7 +72,7 @@ def _floor_log2(magnitude: Fraction) -> int:
 
 
 def _round_steps(steps: Fraction, exponent: int, format: Format, rounding: Rounding, random_bits: int | None) -> int:
-    """Round a number of quanta to an integer; the parity of a code is that of its last bit, an exponent bit if M = 0."""
+    """Round a number of quanta to an integer; a code's parity is that of its last bit, an exponent bit if M = 0."""
     whole, rest = divmod(steps, 1)
     if rounding == "toward_zero":
         return int(whole)

@@ -7,14 +7,15 @@ bit. ``altgrad_torch/casting.py`` says the same thing in torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, CastPath, Format, Overflow, Rounding, parse
 from altgrad_core.reference import check_modes
-from jax import lax
 
 _SIGN = np.int32(-(2**31))
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -93,6 +94,32 @@ class FormatParams:
             overflow=jnp.asarray(OVERFLOWS.index(overflow), jnp.int32),
             rounding=jnp.asarray(ROUNDINGS.index(rounding), jnp.int32),
             path=chosen,
+        )
+
+    def scaled(self, scale: jax.Array) -> FormatParams:
+        """The params of the grid ``scale`` times as wide: a cast to it is ``Q(x / scale) * scale`` without the scaling.
+
+        Shifts exponents, so it costs nothing per element. The shifted grid keeps to what float32 casts well: its
+        quanta are at least 2^-126 and its maximum below 2^101, so that where the scale asks for finer quanta or a
+        larger maximum those are cut off.
+
+        Args:
+            scale: float32, a power of two, of a shape that broadcasts against these params (and then against ``x``).
+
+        >>> params = FormatParams.from_format("E4M3").scaled(jnp.float32(2.0**-8))
+        >>> float(params.max_value), quantize(jnp.array([1.1, 9.0]), params).tolist()
+        (1.75, [1.125, nan])
+        """
+        if self.path == "identity":
+            return self
+        shift = (lax.shift_right_logical(_bits(scale), jnp.full_like(_bits(scale), 23)) & 0xFF) - 127
+        room = 100 - ((_bits(self.max_value) >> 23) - 127)
+        widened = _float((jnp.minimum(shift, room) + 127) << 23)
+        return replace(
+            self,
+            min_exponent=jnp.maximum(self.min_exponent + shift, self.mantissa_bits - 126),
+            max_value=self.max_value * widened,
+            native_overflow=self.native_overflow * widened,
         )
 
     @classmethod
@@ -238,7 +265,7 @@ def _cast_fast(x: jax.Array, params: FormatParams) -> jax.Array:
 
 
 def _cast_integer(x: jax.Array, params: FormatParams, random_bits: jax.Array | None) -> jax.Array:
-    """Round in integer arithmetic: any format up to bf16's range, any rounding, subnormal float32 read from its bits."""
+    """Round in integer arithmetic: any format up to bf16's range, any rounding, subnormals read from their bits."""
     bits = _bits(x)
     magnitude = bits & _MAGNITUDE
     stored = jnp.maximum(lax.shift_right_logical(magnitude, jnp.full_like(magnitude, 23)), 1)
@@ -356,7 +383,7 @@ def _codable(format: str | Format) -> Format:
 
 
 def divide_by_scale(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """``x / scale`` in float32, where a subnormal ``x`` counts at its value although XLA's CPU backend reads it as zero.
+    """``x / scale`` in float32; a subnormal ``x``, which XLA's CPU backend reads as zero, counts at its value.
 
     Exact for powers of two within 2^-100 to 2^100, but for a quotient below 2^-126, which is zero.
     """

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from altgrad_core.formats import Format
-from altgrad_core.stability import CLIP_EPSILON, REFERENCE_MAX, check_base_clip, check_rate
 from jax import lax
 
+from altgrad_core.formats import Format
+from altgrad_core.stability import CLIP_EPSILON, REFERENCE_MAX, check_base_clip, check_rate
 from altgrad_jax.casting import FormatParams, as_params, flush_subnormals
 from altgrad_jax.scaling import delayed_scale, empty_history, push_amax
 from altgrad_jax.statistics import CastCounts, observe

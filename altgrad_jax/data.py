@@ -1,4 +1,4 @@
-"""Character-level text: the corpus that ships, or a file of the user's, and batches that depend only on seed and step."""
+"""Character-level text: the corpus that ships or a user's file, and batches that depend only on seed and step."""
 
 from __future__ import annotations
 

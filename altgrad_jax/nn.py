@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from altgrad_core.formats import Format
 from jax import lax
 
-from altgrad_jax.casting import FormatParams, as_params, quantize
+from altgrad_core.formats import Format
+from altgrad_jax.casting import FormatParams, as_params, cast
 from altgrad_jax.scaling import power_of_two_scale
 from altgrad_jax.statistics import observe
 
 DotDimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 """``((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))``, as ``lax.dot_general`` takes it."""
+
+Result = TypeVar("Result")
 
 LHS, RHS, GRADIENT = range(3)
 """The three casts of a product: its operands and the gradient that comes back. Columns of amax, scales and counts."""
@@ -40,7 +43,7 @@ class Record:
 
     @classmethod
     def empty(cls, sites: int) -> Record:
-        """Fresh references, all zero. Make them inside the function that is jitted, read them there with ``ref[...]``."""
+        """Fresh references, all zero. Make them inside the jitted function and read them there with ``ref[...]``."""
         return cls(jax.new_ref(jnp.zeros((sites, 3))), jax.new_ref(jnp.zeros((sites, 3, 5, 2), jnp.int32)))
 
 
@@ -94,7 +97,7 @@ def quantized_dot_general(
             amax = jnp.max(jnp.abs(lax.stop_gradient(rhs)))
             unit = unit.at[RHS].set(power_of_two_scale(amax, forward_params.max_value))
         lhs, rhs = (
-            _cast_and_record(operand, forward_params, unit[column], record, site, column)
+            _cast_operand(operand, forward_params, unit[column], record, site, column)
             for operand, column in ((lhs, LHS), (rhs, RHS))
         )
         dtype = operand_dtype or lhs.dtype
@@ -110,14 +113,23 @@ def quantized_dot_general(
     return dot_general
 
 
-def _cast_and_record(
+def _cast_operand(
     x: jax.Array, params: FormatParams, scale: jax.Array, record: Record | None, site: int, column: int
 ) -> jax.Array:
-    if record is not None:
-        counts, amax = observe(lax.stop_gradient(x), params, scale=None if params.path == "identity" else scale)
-        record.amax[site, column] = amax
-        record.counts[site, column] = counts.limbs
-    return quantize(x, params, scale=scale)
+    """Cast and record; the gradient passes straight through."""
+
+    @jax.custom_vjp
+    def straight_through(x: jax.Array, params: FormatParams, scale: jax.Array, record: Record | None) -> jax.Array:
+        return _cast_and_record(x, params, scale, record, site, column)
+
+    def forward(x, params, scale, record):  # type: ignore[no-untyped-def]
+        return _cast_and_record(x, params, scale, record, site, column), None
+
+    def backward(_, gradient):  # type: ignore[no-untyped-def]
+        return gradient, None, None, None
+
+    straight_through.defvjp(forward, backward)
+    return straight_through(x, params, scale, record)
 
 
 def _cast_gradient(x: jax.Array, params: FormatParams, scale: jax.Array, record: Record | None, site: int) -> jax.Array:
@@ -136,3 +148,32 @@ def _cast_gradient(x: jax.Array, params: FormatParams, scale: jax.Array, record:
 
     identity.defvjp(forward, backward)
     return identity(x, params, scale, record)
+
+
+def _cast_and_record(
+    x: jax.Array, params: FormatParams, scale: jax.Array, record: Record | None, site: int, column: int
+) -> jax.Array:
+    grid = params.scaled(scale)
+
+    def measured(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        counts, amax = observe(x, grid)
+        return cast(x, grid), counts.limbs, amax
+
+    if record is None:
+        return _as_one_value(lambda x: cast(x, grid), x, params)
+    quantized, limbs, amax = _as_one_value(measured, x, params)
+    record.counts[site, column] = limbs
+    record.amax[site, column] = amax
+    return quantized
+
+
+def _as_one_value(function: Callable[[jax.Array], Result], x: jax.Array, params: FormatParams) -> Result:
+    """Call a function so that XLA's CPU backend computes its argument and its result once each.
+
+    Left alone it fuses the cast into every consumer and what makes ``x`` into every cast, and so computes both up to
+    three times, behind transposes; optimization barriers are gone before it fuses. A conditional is a border that it
+    respects. This one always takes the first branch, which XLA cannot know.
+    """
+    shapes = jax.eval_shape(function, x)
+    never = jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), shapes)
+    return lax.cond(params.mantissa_bits >= 0, function, lambda _: never, x)

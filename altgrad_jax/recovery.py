@@ -13,9 +13,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from altgrad_core.formats import Format
 from jax import lax
 
+from altgrad_core.formats import Format
 from altgrad_jax.casting import FormatParams, as_params, quantize
 from altgrad_jax.scaling import power_of_two_scale
 
@@ -129,12 +129,10 @@ def commit(
         raise ValueError(f"the mask has the structure {mask_structure}; expected that of the params, {structure}")
 
     def on_grid(index: int, leaf: jax.Array) -> jax.Array:
-        scale = power_of_two_scale(jnp.max(jnp.abs(leaf)), grid.max_value)
+        scaled = grid.scaled(power_of_two_scale(jnp.max(jnp.abs(leaf)), grid.max_value))
         if key is None or grid.path != "integer":
-            return quantize(leaf, grid, scale=scale)
-        return quantize(
-            leaf, grid, scale=scale, random_bits=jax.random.bits(jax.random.fold_in(key, index), leaf.shape)
-        )
+            return quantize(leaf, scaled)
+        return quantize(leaf, scaled, random_bits=jax.random.bits(jax.random.fold_in(key, index), leaf.shape))
 
     rounded = [on_grid(k, leaf) if chosen else leaf for k, (leaf, chosen) in enumerate(zip(leaves, keep, strict=True))]
     return jax.tree.unflatten(structure, rounded)
@@ -143,7 +141,7 @@ def commit(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Snapshots(Generic[State]):
-    """The last two good states of a run, on its device. The older is the one to go back to: the newer may hide a poison.
+    """The last two good states of a run, on its device. One goes back to the older: the newer may hide a poison.
 
     Attributes:
         older: state of the snapshot before the last.
@@ -173,10 +171,17 @@ def snapshot(snapshots: Snapshots[State], state: State, good: jax.Array) -> Snap
     )
 
 
-def rollback(snapshots: Snapshots[State]) -> tuple[State, Snapshots[State]]:
-    """Go back to the older snapshot. It then stands for both, since the newer may hold what the run fails of.
+def rollback(snapshots: Snapshots[State], state: State, do: jax.Array) -> tuple[State, Snapshots[State]]:
+    """Go back to the older snapshot, if ``do``. It then stands for both: the newer may hold what the run fails of.
+
+    Args:
+        snapshots: what was kept.
+        state: the state now, of the same structure.
+        do: bool scalar.
 
     Returns:
         The state to go on from, moments and amax history as they were then, and the snapshots to keep.
     """
-    return jax.tree.map(jnp.copy, snapshots.older), Snapshots(snapshots.older, jax.tree.map(jnp.copy, snapshots.older))
+    return select_if_finite(~do, state, snapshots.older), Snapshots(
+        snapshots.older, select_if_finite(~do, snapshots.newer, snapshots.older)
+    )

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from altgrad_core.formats import Format
 from jax import lax
 
+from altgrad_core.formats import Format
 from altgrad_jax.casting import FormatParams, as_params, cast, divide_by_scale
 from altgrad_jax.scaling import power_of_two_scale
 
@@ -34,7 +34,8 @@ class CastCounts:
 
     Attributes:
         limbs: int32 of shape ``(..., 5, 2)``: for each of elements, overflow, nonzero, underflow and nan its high and
-            low limb. NaN is in elements and in nan only. Leading axes are tensors counted apart; :meth:`pooled` adds them up.
+            low limb. NaN is in elements and in nan only. Leading axes are tensors counted apart; :meth:`pooled` adds
+            them up.
     """
 
     limbs: jax.Array
@@ -171,7 +172,7 @@ def observe(
 def _observe_chunk(
     x: jax.Array, params: FormatParams, scale: jax.typing.ArrayLike | None
 ) -> tuple[CastCounts, jax.Array]:
-    """One variadic reduction over integer flags: XLA fuses it into one loop, where separate sums are ten times slower."""
+    """One variadic reduction over integer flags, which XLA fuses into one loop; separate sums are ten times slower."""
     magnitude = _bits(x) & _MAGNITUDE
     scaled = magnitude if scale is None else _bits(divide_by_scale(x, jnp.asarray(scale, jnp.float32))) & _MAGNITUDE
     overflows_from, vanishes_to = _thresholds(params)
@@ -193,7 +194,7 @@ def _observe_chunk(
 
 
 def _thresholds(params: FormatParams) -> tuple[jax.Array, jax.Array]:
-    """Bits of the smallest magnitude that overflows and of the largest that becomes zero (-1: only zero itself does)."""
+    """Bits of the smallest magnitude that overflows and of the largest that becomes zero."""
     if params.path == "identity":
         return jnp.int32(_INF), jnp.int32(0)
     maximum = _bits(params.max_value)
@@ -228,7 +229,7 @@ def stall_counts(
         weight: float32 weights as stored, any shape.
         update: what is added to them: the optimizer's update, not the gradient; same shape.
         format: the grid on which the weights are used.
-        scale: the weights' worth of one.
+        scale: the weights' worth of one, a power of two; see :meth:`~altgrad_jax.casting.FormatParams.scaled`.
         gradient: if given, updates that are zero where it is not are counted as vanished.
 
     Returns:
@@ -244,13 +245,12 @@ def stall_counts(
     if weight.shape != update.shape:
         raise ValueError(f"weight has shape {weight.shape} but update {update.shape}; expected the same")
     params = as_params(format)
-    unit = jnp.float32(1) if scale is None else jnp.asarray(scale, jnp.float32)
+    grid = params if scale is None else params.scaled(jnp.asarray(scale, jnp.float32))
     weight, update = weight.astype(jnp.float32), update.astype(jnp.float32)
-    before = _nearest(divide_by_scale(weight, unit), params)
-    after = _nearest(divide_by_scale(weight + update, unit), params)
+    before, after = _nearest(weight, grid), _nearest(weight + update, grid)
     nonzero = (_bits(update) & _MAGNITUDE) != 0
     stalled = nonzero & (before == after)
-    at_max = stalled & (jnp.abs(before) >= params.max_value) & ((before > 0) == (update > 0))
+    at_max = stalled & (jnp.abs(before) >= grid.max_value) & ((before > 0) == (update > 0))
     vanished = jnp.zeros_like(nonzero) if gradient is None else ~nonzero & ((_bits(gradient) & _MAGNITUDE) != 0)
     flags = tuple(flag.reshape(-1).astype(jnp.int32) for flag in (nonzero, stalled & ~at_max, at_max, vanished))
     sums = lax.reduce(flags, (jnp.int32(0),) * 4, _add_each, (0,))

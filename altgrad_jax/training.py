@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from altgrad_core.formats import CastPath, Overflow, parse
 from flax import nnx
 
+from altgrad_core.formats import CastPath, Overflow, parse
 from altgrad_jax.casting import FormatParams
 from altgrad_jax.clipping import global_norm, partition_relative_clip
 from altgrad_jax.models import GPT, Casts, GPTConfig, next_token_loss
@@ -108,6 +108,26 @@ class Switches:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class RunData:
+    """What distinguishes one run from another, as data.
+
+    Attributes:
+        operand: format of operands.
+        gradient: format of gradients.
+        storage: format and rounding of committed weights.
+        switches: what the run does.
+        seed: uint32, of stochastic rounding.
+    """
+
+    operand: FormatParams
+    gradient: FormatParams
+    storage: FormatParams
+    switches: Switches
+    seed: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class TrainState:
     """Everything that a run carries from step to step.
 
@@ -116,12 +136,8 @@ class TrainState:
         opt_state: optax state; the clipper's and the stall monitor's formats are in it.
         amax_history: float32 ``(window, sites, 3)``.
         norm_history: float32 ``(32,)``, raw gradient norms of applied steps, newest last, 0 where empty.
-        operand: format of operands.
-        gradient: format of gradients.
-        storage: format and rounding of committed weights.
-        switches: what the run does.
+        run: formats and switches.
         step: int32, steps taken, skipped ones included.
-        seed: uint32.
         sound: bool, whether the last step was finite and left finite parameters: fit for a snapshot.
     """
 
@@ -129,13 +145,27 @@ class TrainState:
     opt_state: optax.OptState
     amax_history: jax.Array
     norm_history: jax.Array
-    operand: FormatParams
-    gradient: FormatParams
-    storage: FormatParams
-    switches: Switches
+    run: RunData
     step: jax.Array
-    seed: jax.Array
     sound: jax.Array
+
+    @property
+    def recoverable(self) -> Recoverable:
+        """The part that snapshots keep and a rollback brings back."""
+        return Recoverable(self.params, self.opt_state, self.amax_history, self.norm_history)
+
+    def recovered(self, kept: Recoverable) -> TrainState:
+        """This state with that part replaced; the step, the formats of the casts and the switches go on."""
+        return replace(self, **kept._asdict())
+
+
+class Recoverable(NamedTuple):
+    """What a rollback brings back; see :class:`TrainState`."""
+
+    params: optax.Params
+    opt_state: optax.OptState
+    amax_history: jax.Array
+    norm_history: jax.Array
 
 
 class StepMetrics(NamedTuple):
@@ -200,19 +230,18 @@ class Program:
         resolved = parse(format)
         return cls(model, optimizer, resolved.cast_path, resolved.name == "bf16", amax_window)
 
-    def init(self, run: RunSpec) -> TrainState:
-        """The state of a run before its first step; its scales are not calibrated yet, see :meth:`calibrate`.
+    def fresh_params(self, seed: int) -> optax.Params:
+        """Newly drawn parameters, as a nested dict of float32 arrays (not under jit)."""
+        return nnx.to_pure_dict(nnx.state(GPT(self.model, nnx.Rngs(seed)), nnx.Param))
+
+    def run_data(self, run: RunSpec) -> RunData:
+        """What a run brings as data.
 
         Raises:
             ValueError: for a format that this program's cast path does not serve.
         """
-        params = self._fresh_params(run.seed)
         storage_path: CastPath = "identity" if self.path == "identity" else "integer"
-        state = TrainState(
-            params=params,
-            opt_state=self._optimizer(run.format).init(params),
-            amax_history=empty_history(self.amax_window, (self.model.sites, 3)),
-            norm_history=empty_history(_NORM_WINDOW),
+        return RunData(
             operand=FormatParams.from_format(run.format, overflow=run.operand_overflow, path=self.path),
             gradient=FormatParams.from_format(run.format, overflow=run.gradient_overflow, path=self.path),
             storage=FormatParams.from_format(
@@ -223,19 +252,29 @@ class Program:
                 recover=jnp.asarray(run.recover),
                 committed=jnp.asarray(run.storage == "committed"),
             ),
-            step=jnp.int32(0),
             seed=jnp.uint32(run.seed),
+        )
+
+    def start(self, params: optax.Params, run: RunData) -> TrainState:
+        """The state of a run before its first step: pure. Its scales are not calibrated yet, see :meth:`calibrate`."""
+        state = TrainState(
+            params=params,
+            opt_state=self._optimizer(run.operand).init(params),
+            amax_history=empty_history(self.amax_window, (self.model.sites, 3)),
+            norm_history=empty_history(_NORM_WINDOW),
+            run=run,
+            step=jnp.int32(0),
             sound=jnp.asarray(True),
         )
         return replace(state, params=self._store(state, params))
 
-    def step(self, state: TrainState, tokens: jax.Array, fault: Fault = Fault()) -> tuple[TrainState, StepMetrics]:
+    def step(self, state: TrainState, tokens: jax.Array, fault: Fault) -> tuple[TrainState, StepMetrics]:
         """One training step: pure, to be jitted (with ``state`` donated), mapped over runs or sharded.
 
         Args:
             state: the run so far.
             tokens: int32 ``(batch, context + 1)``.
-            fault: what to break.
+            fault: what to break; ``Fault()`` for nothing.
 
         Returns:
             The new state, and the metrics, which do not alias it.
@@ -251,13 +290,13 @@ class Program:
         seen = _Seen.of(record)
         norm = global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = self._optimizer(None).update(
+        updates, opt_state = self._optimizer(state.run.operand).update(
             gradients,
             state.opt_state,
             state.params,
-            overflow_rate=jnp.where(state.switches.clip, seen.gradient.overflow_rate, 0),
+            overflow_rate=jnp.where(state.run.switches.clip, seen.gradient.overflow_rate, 0),
         )
-        refused = state.switches.recover & _is_spike(norm, state.norm_history)
+        refused = state.run.switches.recover & _is_spike(norm, state.norm_history)
         moved = replace(
             state,
             params=self._store(state, optax.apply_updates(state.params, updates)),
@@ -265,7 +304,7 @@ class Program:
             amax_history=jnp.where(refused, state.amax_history, push_amax(state.amax_history, seen.amax)),
             norm_history=push_amax(state.norm_history, norm),
         )
-        applied = finite | ~state.switches.recover
+        applied = finite | ~state.run.switches.recover
         new = select_if_finite(applied, moved, state)
         params_finite = all_finite(new.params)
         new = replace(new, step=state.step + 1, sound=finite & params_finite)
@@ -305,9 +344,6 @@ class Program:
             lambda path, _: str(getattr(path[-1], "key", "")) == "weight", nnx.to_pure_dict(self._graph[1])
         )
 
-    def _fresh_params(self, seed: int) -> optax.Params:
-        return nnx.to_pure_dict(nnx.state(GPT(self.model, nnx.Rngs(seed)), nnx.Param))
-
     def _loss(self, params: optax.Params, tokens: jax.Array, casts: Casts) -> jax.Array:
         graph, template = self._graph
         filled = jax.tree.map(lambda leaf: leaf, template)
@@ -316,14 +352,14 @@ class Program:
 
     def _casts(self, state: TrainState, record: Record | None) -> Casts:
         return Casts(
-            operand=state.operand,
-            gradient=state.gradient,
-            scales=delayed_scale(state.amax_history, state.operand.max_value),
+            operand=state.run.operand,
+            gradient=state.run.gradient,
+            scales=delayed_scale(state.amax_history, state.run.operand.max_value),
             record=record,
             operand_dtype=jnp.dtype(jnp.bfloat16) if self.bf16_operands else None,
         )
 
-    def _optimizer(self, format: str | None) -> optax.GradientTransformationExtraArgs:
+    def _optimizer(self, format: FormatParams) -> optax.GradientTransformationExtraArgs:
         """Clipper, AdamW, stall monitor; the format matters to ``init`` alone, which puts it into the state."""
         config = self.optimizer
         schedule = optax.warmup_cosine_decay_schedule(
@@ -333,25 +369,24 @@ class Program:
             max(config.steps, config.warmup + 1),
             config.learning_rate / 10,
         )
-        grid = format or "E5M2"
         return optax.chain(
-            partition_relative_clip(grid, config.base_clip, config.overflow_threshold, window=1),
+            partition_relative_clip(format, config.base_clip, config.overflow_threshold, window=1),
             optax.adamw(
                 schedule,
                 b2=config.beta2,
                 weight_decay=config.weight_decay,
                 mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
             ),
-            stall_monitor(grid, self._matmul_weights),
+            stall_monitor(format, self._matmul_weights),
         )
 
     def _store(self, state: TrainState, params: optax.Params) -> optax.Params:
         if self.path == "identity":
             return params
-        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        key = jax.random.fold_in(jax.random.key(state.run.seed), state.step)
         return jax.lax.cond(
-            state.switches.committed,
-            lambda: commit(params, state.storage, self._matmul_weights, key),
+            state.run.switches.committed,
+            lambda: commit(params, state.run.storage, self._matmul_weights, key),
             lambda: params,
         )
 

@@ -1,0 +1,1 @@
+"""What people run: the command line, the study and its report. Nothing imports this package."""

@@ -1,0 +1,65 @@
+"""``altgrad study`` and ``altgrad report``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from altgrad.study.report import write_report
+from altgrad.study.results import load, save
+from altgrad.study.runner import StudyConfig as StudyConfig
+from altgrad.study.runner import entries, run_study
+from altgrad_jax.job import StepReport
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write the report of a study again, from what it saved."""
+
+    folder: Path = Path("altgrad-study")
+    """Folder of the study: study.json and series.npz."""
+
+
+def study(config: StudyConfig, console: Console | None = None) -> Path:
+    """Run ``altgrad study``: train, save, report.
+
+    Returns:
+        The report's path, which is also the last line printed.
+    """
+    console = console or Console(stderr=True)
+    runs = len(entries(config))
+    console.print(f"{runs} runs of {config.steps} steps: {len(config.formats)} formats, {config.seeds} seeds")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("run-steps"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("compiling", total=runs * config.steps)
+
+        def on_step(name: str, size: int, report: StepReport) -> None:
+            progress.update(task, advance=size, description=f"{name}, step {report.step + 1}")
+
+        result = run_study(config, on_step)
+    save(result, config.out)
+    return _announce(write_report(result, config.out), console)
+
+
+def report(config: ReportConfig, console: Console | None = None) -> Path:
+    """Run ``altgrad report``: write the report of a saved study again.
+
+    Returns:
+        The report's path, which is also the last line printed.
+    """
+    return _announce(write_report(load(config.folder), config.folder), console or Console(stderr=True))
+
+
+def _announce(path: Path, console: Console) -> Path:
+    console.print(f"report: {path.resolve()}", soft_wrap=True, highlight=False)
+    return path

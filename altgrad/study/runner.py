@@ -1,0 +1,229 @@
+"""Runs a study: all formats, seeds and scenes, as few fleets as there are cast paths."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+
+import jax
+import numpy as np
+import numpy.typing as npt
+
+from altgrad.study.results import SERIES, RunResult, Scene, Study, StudyError
+from altgrad_core.events import Event
+from altgrad_core.formats import parse
+from altgrad_core.stability import FORMAT_FALLBACK
+from altgrad_jax.data import Corpus, load_corpus
+from altgrad_jax.faults import check_faults
+from altgrad_jax.job import Job, RunPlan, StepReport
+from altgrad_jax.models import GPTConfig
+from altgrad_jax.training import OptimizerConfig, Program, RunSpec
+
+_VALIDATION_BATCHES = 8
+_VALIDATION_SIZE = 32
+
+CONTROLS = ("float32", "bf16")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Train every format in three scenes with paired seeds, and write a report: the demo's main job."""
+
+    out: Path = Path("altgrad-study")
+    """Folder for study.json, series.npz, report.html and report.md; what is there is replaced."""
+    formats: tuple[str, ...] = ("float32", "bf16", "E0M7", "E1M6", "E3M4", "E5M2", "E7M0")
+    """Formats to train. float32 is the control that the others are compared with."""
+    scenes: tuple[Scene, ...] = ("clean", "committed", "stress")
+    """clean: float32 masters. committed: weights stored on the grid. stress: faults, interventions off and on."""
+    seeds: int = 3
+    """Number of paired seeds: the same seed means the same first weights and the same batches."""
+    steps: int = 200
+    """Optimizer steps of each run."""
+    faults: tuple[str, ...] = ()
+    """Faults of the stress scene; by default a spike at 40% of the steps and five NaN batches at 55%."""
+    data: Path | None = None
+    """Text file to train on; by default the Shakespeare that ships."""
+    batch: int = 8
+    """Sequences in a batch."""
+    context: int = 32
+    """Characters in a sequence."""
+    layers: int = 2
+    """Transformer blocks."""
+    width: int = 64
+    """Size of the residual stream."""
+    heads: int = 4
+    """Attention heads."""
+    learning_rate: float = 3e-3
+    """Peak learning rate, the same for every format."""
+
+    def __post_init__(self) -> None:
+        """Refuse what could not work, before anything is compiled."""
+        for name in ("seeds", "steps", "batch", "context"):
+            if getattr(self, name) < 1:
+                raise StudyError(f"--{name} is {getattr(self, name)}; expected at least 1")
+        if not self.formats or not self.scenes:
+            raise StudyError("a study needs at least one format and one scene")
+        for name in self.formats:
+            parse(name)
+            if name not in CONTROLS and name not in FORMAT_FALLBACK and "stress" in self.scenes:
+                known = ", ".join(FORMAT_FALLBACK)
+                raise StudyError(f"the stress scene shifts formats, and {name} has no fallback; expected {known}")
+        if self.faults and "stress" not in self.scenes:
+            raise StudyError("--faults have no effect without the stress scene")
+
+    def injected(self) -> tuple[str, ...]:
+        """The faults of the stress scene as they are written."""
+        if self.faults:
+            return self.faults
+        first_nan = int(self.steps * 0.55)
+        return (f"spike@{int(self.steps * 0.4)}:1e4", f"nan@{first_nan}:{max(1, min(5, self.steps - first_nan))}")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A run of the study: what it computes and under which heading its result goes."""
+
+    plan: RunPlan
+    scene: Scene
+    interventions: bool | None
+
+
+def entries(config: StudyConfig) -> list[_Entry]:
+    """All runs of a study, in the order of its results."""
+    listed: list[_Entry] = []
+    for name, seed in product(config.formats, range(config.seeds)):
+        bare = RunSpec(name, seed, clip=False, recover=False)
+        if "clean" in config.scenes:
+            listed.append(_Entry(RunPlan(bare), "clean", None))
+        if "committed" in config.scenes and not parse(name).is_float32:
+            for rounding in ("nearest_even", "stochastic"):
+                spec = replace(bare, storage="committed", storage_rounding=rounding)
+                listed.append(_Entry(RunPlan(spec), "committed", None))
+        if "stress" in config.scenes:
+            faults = check_faults(config.injected(), config.steps)
+            listed.append(_Entry(RunPlan(bare, faults), "stress", False))
+            can_shift = name not in CONTROLS
+            guarded = replace(bare, clip=can_shift, recover=True)
+            listed.append(_Entry(RunPlan(guarded, faults, shift=can_shift), "stress", True))
+    return listed
+
+
+def run_study(config: StudyConfig, on_step: Callable[[str, int, StepReport], None] | None = None) -> Study:
+    """Train all runs of a study.
+
+    Args:
+        config: the study.
+        on_step: called with the name of a fleet, its number of runs and what a step of it showed.
+
+    Returns:
+        The results, nothing written yet.
+
+    Raises:
+        StudyError: for a config that cannot work.
+        DataError: for a data file that cannot be used.
+    """
+    started = time.monotonic()
+    corpus = load_corpus(config.data, config.context)
+    listed = entries(config)
+    fleets: dict[Program, list[int]] = {}
+    for index, entry in enumerate(listed):
+        fleets.setdefault(_program(config, entry.plan.spec.format, corpus), []).append(index)
+    series = {name: np.full((len(listed), config.steps), np.nan, np.float32) for name in SERIES}
+    runs: dict[int, RunResult] = {}
+    for program, members in fleets.items():
+        name = "bf16" if program.bf16_operands else ("float32" if program.path == "identity" else "8-bit formats")
+        report = None if on_step is None else _named(on_step, name, len(members))
+        runs.update(_run_fleet(config, program, corpus, listed, members, series, report))
+    return Study(
+        config=_described(config, corpus, len(listed)),
+        environment=_environment(),
+        sites=tuple(next(iter(fleets)).model.site_names()),
+        runs=tuple(runs[index] for index in range(len(listed))),
+        series=series,
+        wall_seconds=time.monotonic() - started,
+    )
+
+
+def _named(on_step: Callable[[str, int, StepReport], None], name: str, size: int) -> Callable[[StepReport], None]:
+    return lambda report: on_step(name, size, report)
+
+
+def _run_fleet(
+    config: StudyConfig,
+    program: Program,
+    corpus: Corpus,
+    listed: Sequence[_Entry],
+    members: Sequence[int],
+    series: Mapping[str, npt.NDArray[np.float32]],
+    on_step: Callable[[StepReport], None] | None,
+) -> dict[int, RunResult]:
+    job = Job(program, [listed[index].plan for index in members], corpus, batch=config.batch)
+    events: list[list[Event]] = [[] for _ in members]
+    for report in job.run(config.steps):
+        for name, values in series.items():
+            values[members, report.step] = report.metrics[name]
+        for kept, new in zip(events, report.events, strict=True):
+            kept.extend(new)
+        if on_step is not None:
+            on_step(report)
+    losses = job.evaluate(corpus.validation_batches(_VALIDATION_BATCHES, _VALIDATION_SIZE, config.context))
+    return {
+        index: _result(listed[index], job.controllers[place].format, float(losses[place]), tuple(events[place]))
+        for place, index in enumerate(members)
+    }
+
+
+def _result(entry: _Entry, final_format: str, final_loss: float, events: tuple[Event, ...]) -> RunResult:
+    spec = entry.plan.spec
+    return RunResult(
+        format=spec.format,
+        seed=spec.seed,
+        scene=entry.scene,
+        storage=spec.storage,
+        storage_rounding=spec.storage_rounding,
+        interventions=entry.interventions,
+        final_format=final_format,
+        final_loss=final_loss,
+        events=events,
+    )
+
+
+def _program(config: StudyConfig, name: str, corpus: Corpus) -> Program:
+    model = GPTConfig(len(corpus.vocabulary), config.context, config.layers, config.width, config.heads)
+    return Program.for_format(name, model, OptimizerConfig(config.steps, config.learning_rate))
+
+
+def _described(config: StudyConfig, corpus: Corpus, runs: int) -> dict[str, object]:
+    return {
+        "steps": config.steps,
+        "seeds": config.seeds,
+        "formats": list(config.formats),
+        "scenes": list(config.scenes),
+        "faults": list(config.injected()) if "stress" in config.scenes else [],
+        "data": "Shakespeare, as shipped" if config.data is None else config.data.name,
+        "characters": len(corpus.train) + len(corpus.validation),
+        "vocabulary": len(corpus.vocabulary),
+        "batch": config.batch,
+        "context": config.context,
+        "layers": config.layers,
+        "width": config.width,
+        "heads": config.heads,
+        "learning_rate": config.learning_rate,
+        "runs": runs,
+    }
+
+
+def _environment() -> dict[str, str]:
+    devices = jax.devices()
+    packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes")}
+    return {
+        "python": platform.python_version(),
+        **packages,
+        "machine": platform.machine(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+    }

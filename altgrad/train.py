@@ -1,0 +1,315 @@
+"""``altgrad train``: one run, in a folder of its own, with metrics, events and checkpoints to resume from."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from altgrad_core.events import Event, jsonable
+from altgrad_core.formats import Overflow, parse
+from altgrad_jax.checkpoint import CheckpointError, Checkpoints
+from altgrad_jax.control import Policy, StallRule
+from altgrad_jax.data import Corpus, load_corpus
+from altgrad_jax.faults import check_faults
+from altgrad_jax.job import Job, RunPlan, StepReport
+from altgrad_jax.models import GPTConfig
+from altgrad_jax.training import OptimizerConfig, Program, RunSpec, Storage, StorageRounding
+
+_VALIDATION_BATCHES = 8
+
+
+class RunError(ValueError):
+    """A run that cannot start as asked."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a character GPT in a format and keep the run alive."""
+
+    format: str = "E5M2"
+    """Format of all matmul operands and of the gradients that flow back into them: E0M7 to E7M0, bf16, float32, ..."""
+    out: Path = Path("runs/train")
+    """Folder of the run; must not exist yet, unless with --resume."""
+    resume: bool = False
+    """Go on with the run in --out, which must have been started with the same options."""
+    data: Path | None = None
+    """Text file to train on, plain or .gz, UTF-8; by default the Shakespeare that ships."""
+
+    clip: bool = False
+    """Partition-relative clipping: clip when the overflow rate of the gradient casts reaches --overflow-threshold."""
+    shift: bool = False
+    """Emergency mantissa shift: move to a format that can carry the run after NaN batches or on a real stall."""
+    recover: bool = True
+    """Skip steps that are not finite, keep spikes out of the amax history, go back to a snapshot when poisoned."""
+    inject: tuple[str, ...] = ()
+    """Faults to inject: nan@120:5 (five NaN batches), spike@200:1e4 (one loss spike), weight@150:nan."""
+
+    storage: Storage = "master"
+    """float32 master weights cast at use, or weights committed to the format's grid after every step."""
+    storage_rounding: StorageRounding | None = None
+    """How committed weights are rounded (nearest_even by default); only with --storage committed."""
+    operand_overflow: Overflow = "saturate_finite"
+    """What overflow becomes in operands: inf or NaN as the format has it, or the format's maximum."""
+    gradient_overflow: Overflow = "saturate_finite"
+    """What overflow becomes in gradients."""
+
+    base_clip: float = 1.0
+    """Clip threshold that E5M2 would have; the format's is this times max/57344."""
+    overflow_threshold: float = 0.01
+    """Overflow rate at and above which gradients are clipped."""
+    nan_patience: int = 3
+    """NaN batches in a row before a shift."""
+    stall_threshold: float = 0.5
+    """Windowed stall rate above which a shift is considered."""
+    stall_rule: StallRule = "relative"
+    """relative: only a stall that grew, of committed weights, on a plateau. literal: any stall above the threshold."""
+
+    steps: int = 300
+    """Optimizer steps."""
+    batch: int = 16
+    """Sequences in a batch."""
+    context: int = 64
+    """Characters in a sequence."""
+    layers: int = 2
+    """Transformer blocks."""
+    width: int = 64
+    """Size of the residual stream."""
+    heads: int = 4
+    """Attention heads."""
+    learning_rate: float = 3e-3
+    """Peak of the cosine schedule."""
+    seed: int = 0
+    """Seed of weights, batches and stochastic rounding."""
+    snapshot_every: int = 20
+    """Steps between the snapshots that a poisoned run goes back to."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints on disk."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would have no effect or could not work."""
+        parse(self.format)
+        for name in ("steps", "batch", "context", "snapshot_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
+        if self.seed < 0:
+            raise RunError(f"--seed is {self.seed}; expected at least 0")
+        if not self.learning_rate > 0:
+            raise RunError(f"--learning-rate is {self.learning_rate}; expected a positive number")
+        if self.storage_rounding is not None and self.storage == "master":
+            raise RunError("--storage-rounding has no effect on float32 masters; expected it with --storage committed")
+        self._refuse_without(self.clip, "--clip", ("base_clip", "overflow_threshold"))
+        self._refuse_without(self.shift, "--shift", ("nan_patience", "stall_threshold", "stall_rule"))
+        self._refuse_without(self.recover, "--recover", ("snapshot_every",))
+        if parse(self.format).is_float32 and self.storage == "committed":
+            raise RunError("--storage committed has no effect in float32: its weights are on the grid already")
+
+    def _refuse_without(self, switch: bool, name: str, options: tuple[str, ...]) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        changed = [option for option in options if getattr(self, option) != defaults[option]]
+        if changed and not switch:
+            raise RunError(f"--{changed[0].replace('_', '-')} has no effect without {name}")
+
+    def plan(self) -> RunPlan:
+        """The run as the job sees it."""
+        return RunPlan(
+            RunSpec(
+                self.format,
+                self.seed,
+                self.storage,
+                self.storage_rounding or "nearest_even",
+                self.operand_overflow,
+                self.gradient_overflow,
+                clip=self.clip,
+                recover=self.recover,
+            ),
+            check_faults(self.inject, self.steps),
+            shift=self.shift,
+            policy=Policy(stall_rule=self.stall_rule),
+            nan_patience=self.nan_patience,
+            stall_threshold=self.stall_threshold,
+        )
+
+    def program(self, vocabulary: int) -> Program:
+        """The static half of the run."""
+        return Program.for_format(
+            self.format,
+            GPTConfig(vocabulary, self.context, self.layers, self.width, self.heads),
+            OptimizerConfig(
+                self.steps,
+                self.learning_rate,
+                base_clip=self.base_clip,
+                overflow_threshold=self.overflow_threshold,
+            ),
+        )
+
+    def identity(self, corpus: Corpus) -> dict[str, Any]:
+        """What a resumed run must agree in, JSON-ready: all but where it lives and how it is kept."""
+        kept = {name: value for name, value in asdict(self).items() if name not in ("out", "resume", "data")}
+        return {**kept, "inject": list(self.inject), "characters": len(corpus.train) + len(corpus.validation)}
+
+
+def train(config: TrainConfig, console: Console | None = None) -> float:
+    """Run ``altgrad train``.
+
+    Writes ``config.json``, ``metrics.jsonl`` (a line for each step), ``events.jsonl`` (a line for each event),
+    ``result.json`` and ``checkpoints/`` into ``config.out``. Interrupted by Ctrl-C or SIGTERM it writes a checkpoint;
+    killed, it goes on from the last one.
+
+    Args:
+        config: the run.
+        console: where progress and events are shown; standard error by default.
+
+    Returns:
+        Held-out loss at the end, in nats per character; NaN for a run that was interrupted.
+
+    Raises:
+        RunError: if the folder does not fit what was asked.
+        CheckpointError: if the folder's checkpoint is of another run.
+        DataError: for a data file that cannot be used.
+    """
+    console = console or Console(stderr=True)
+    corpus = load_corpus(config.data, config.context)
+    program, plan = config.program(len(corpus.vocabulary)), config.plan()
+    plan.controller()  # refuses what cannot work before anything is written or compiled
+    identity = config.identity(corpus)
+    _prepare_folder(config, identity)
+    with Checkpoints(config.out / "checkpoints", identity) as checkpoints:
+        if config.resume:
+            _require_same_run(config.out, identity)
+        job = Job(program, [plan], corpus, batch=config.batch, snapshot_every=config.snapshot_every)
+        if checkpoints.latest_step is not None:
+            console.print(f"resuming at step {checkpoints.restore(job)}")
+        with _Log(config.out, job.reported_through) as log:
+            finished = _train_to_the_end(config, job, checkpoints, log, console)
+    if not finished:
+        console.print(f"interrupted at step {job.step}; go on with --resume --out {config.out}")
+        return float("nan")
+    batches = corpus.validation_batches(_VALIDATION_BATCHES, config.batch, config.context)
+    loss = float(job.evaluate(batches)[0])
+    result = {"validation_loss": loss, "steps": job.step, "final_format": job.controllers[0].format}
+    (config.out / "result.json").write_text(json.dumps(jsonable(result), indent=2) + "\n")
+    console.print(f"held-out loss {loss:.4f} nats/character in {result['final_format']}; run folder {config.out}")
+    return loss
+
+
+def _train_to_the_end(config: TrainConfig, job: Job, checkpoints: Checkpoints, log: _Log, console: Console) -> bool:
+    """Train until the last step or the first signal; whether the last step was reached."""
+    with _signals() as stop, _progress(console) as progress:
+        task = progress.add_task("", total=config.steps, completed=job.step, note="")
+        while job.step < config.steps and not stop:
+            report = job.advance()
+            if report is not None:
+                _show(log.write(report), report, progress, task)
+            if job.step % config.checkpoint_every == 0 and job.step < config.steps:
+                checkpoints.save(job)
+        checkpoints.save(job)
+        if stop:
+            return False
+        report = job.drain()
+        if report is not None:
+            _show(log.write(report), report, progress, task)
+    return True
+
+
+def _prepare_folder(config: TrainConfig, identity: Mapping[str, Any]) -> None:
+    if config.resume:
+        if not (config.out / "config.json").is_file():
+            raise RunError(f"{config.out} holds no run to resume (config.json is missing)")
+        return
+    if config.out.exists():
+        raise RunError(f"{config.out} exists; name another folder with --out, or go on with that run with --resume")
+    config.out.mkdir(parents=True)
+    (config.out / "config.json").write_text(json.dumps(identity, indent=2) + "\n")
+
+
+def _require_same_run(folder: Path, identity: Mapping[str, Any]) -> None:
+    found = json.loads((folder / "config.json").read_text())
+    differing = [name for name in {**identity, **found} if identity.get(name) != found.get(name)]
+    if differing:
+        told = "; ".join(f"{name} is {found.get(name)!r} there, {identity.get(name)!r} here" for name in differing)
+        raise CheckpointError(f"{folder} holds another run: {told}")
+
+
+class _Log:
+    """``metrics.jsonl`` and ``events.jsonl`` of a run, cut back to where it resumes."""
+
+    def __init__(self, folder: Path, reported_through: int) -> None:
+        self._metrics = _continued(folder / "metrics.jsonl", reported_through)
+        self._events = _continued(folder / "events.jsonl", reported_through)
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._metrics.close()
+        self._events.close()
+
+    def write(self, report: StepReport) -> tuple[Event, ...]:
+        numbers = {name: values[0].item() for name, values in report.metrics.items()}
+        line = {"step": report.step, "format": report.formats[0], **jsonable(numbers)}
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        self._events.writelines(event.to_json() + "\n" for event in report.events[0])
+        self._metrics.flush()
+        self._events.flush()
+        return report.events[0]
+
+
+def _continued(path: Path, reported_through: int) -> TextIO:
+    """Open a log for appending, without the lines of steps that will be reported again."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= reported_through]
+    path.write_text("".join(line + "\n" for line in kept))
+    return path.open("a")
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them; a second one of a kind kills."""
+    caught: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _show(events: tuple[Event, ...], report: StepReport, progress: Progress, task: Any) -> None:
+    for event in events:
+        numbers = ", ".join(f"{name} {_brief(value)}" for name, value in event.numbers.items())
+        progress.console.print(f"step {event.step}: {event.kind} ({event.cause}) {numbers}", highlight=False)
+    seen = {name: np.asarray(values)[0] for name, values in report.metrics.items()}
+    note = (
+        f"{report.formats[0]} loss {seen['loss']:.3f} norm {seen['norm']:.3f} overflow {seen['overflow_rate']:.2%} "
+        f"underflow {seen['underflow_rate']:.1%} stall {seen['stall_rate']:.0%}"
+    )
+    progress.update(task, completed=report.step + 1, note=note)
+
+
+def _brief(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"

@@ -1,0 +1,140 @@
+"""Many runs of one program at once, on all devices: states stacked along a first axis and mapped over.
+
+``shard_map`` gives each device its share of the runs and ``lax.map`` takes them one after another, which on a CPU beats
+``vmap``: a run's arrays stay in the cache, and a branch not taken is not computed. A fleet of one is a single run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from altgrad_core.formats import ROUNDINGS, Rounding
+from altgrad_jax.control import replace_data, set_format
+from altgrad_jax.recovery import Snapshots, rollback, snapshot
+from altgrad_jax.training import Fault, Program, Recoverable, RunSpec, StepMetrics, TrainState
+
+_RUNS = PartitionSpec("runs")
+
+
+class Fleet:
+    """Runs that share a program.
+
+    Args:
+        program: what is static.
+        runs: what distinguishes the runs; their order is the order of all results.
+        devices: where to run; all devices by default, but not more than there are runs.
+
+    Raises:
+        ValueError: for a fleet without runs.
+    """
+
+    def __init__(self, program: Program, runs: Sequence[RunSpec], devices: Sequence[jax.Device] | None = None) -> None:
+        if not runs:
+            raise ValueError("a fleet needs at least one run")
+        self.program = program
+        self.runs = tuple(runs)
+        chosen = list(jax.devices() if devices is None else devices)[: len(runs)]
+        self._mesh = Mesh(np.array(chosen), ("runs",))
+        # shard_map wants equal shares: the last run is repeated to fill them up, and its copies are never shown.
+        self._padded = -(-len(runs) // len(chosen)) * len(chosen)
+        self._step = self._mapped(program.step, donate=(0,))
+        self._evaluate = self._mapped(program.evaluate)
+        self._snapshot = self._mapped(_keep, donate=(0,))
+        self._roll_back = self._mapped(_go_back, donate=(0, 1))
+
+    def start(self, calibration: npt.NDArray[np.int32]) -> tuple[TrainState, Snapshots[Recoverable]]:
+        """States before the first step, their scales calibrated, and snapshots of them.
+
+        Args:
+            calibration: int32 ``(runs, batch, context + 1)``, the batch of each run's first step.
+        """
+        seeds = sorted({run.seed for run in self.runs})
+        drawn = {seed: self.program.fresh_params(seed) for seed in seeds}
+        params = self._stacked([drawn[run.seed] for run in self.runs])
+        data = self._stacked([self.program.run_data(run) for run in self.runs])
+        state = self._mapped(lambda p, d, t: self.program.calibrate(self.program.start(p, d), t))(
+            params, data, self._spread(calibration)
+        )
+        return state, self._mapped(lambda s: Snapshots.of(s.recoverable))(state)
+
+    def step(
+        self, state: TrainState, tokens: npt.NDArray[np.int32], faults: Sequence[Fault]
+    ) -> tuple[TrainState, StepMetrics]:
+        """One step of every run. ``state`` is donated; the metrics, arrays of shape ``(padded runs,)``, are outputs.
+
+        Args:
+            state: as returned by the step before.
+            tokens: int32 ``(runs, batch, context + 1)``.
+            faults: one for each run.
+        """
+        fault = Fault(
+            np.array([each.loss_factor for each in faults], np.float32),
+            np.array([each.poison for each in faults], bool),
+            np.array([each.weight for each in faults], np.float32),
+        )
+        return self._step(state, self._spread(tokens), jax.tree.map(self._spread, fault))
+
+    def evaluate(self, state: TrainState, batches: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Loss of every run on the same int32 ``(count, batch, context + 1)`` held-out batches."""
+        everyone = np.broadcast_to(batches, (len(self.runs), *batches.shape))
+        return np.asarray(self._evaluate(state, self._spread(everyone)))[: len(self.runs)]
+
+    def keep_snapshot(
+        self, snapshots: Snapshots[Recoverable], state: TrainState, wanted: Sequence[bool]
+    ) -> Snapshots[Recoverable]:
+        """Keep the states of the runs that are wanted and sound. ``snapshots`` are donated."""
+        return self._snapshot(snapshots, state, self._spread(np.array(wanted)))
+
+    def roll_back(
+        self, snapshots: Snapshots[Recoverable], state: TrainState, chosen: Sequence[bool], formats: Sequence[str]
+    ) -> tuple[TrainState, Snapshots[Recoverable]]:
+        """Send the chosen runs back to their older snapshots, in the formats given. Both arguments are donated."""
+        state, snapshots = self._roll_back(snapshots, state, self._spread(np.array(chosen)))
+        return self.set_formats(state, formats), snapshots
+
+    def set_formats(self, state: TrainState, formats: Sequence[str]) -> TrainState:
+        """Write the format of every run into the state: a few scalars, and nothing compiles."""
+        return set_format(state, [*formats, *[formats[-1]] * (self._padded - len(formats))])
+
+    def set_roundings(self, state: TrainState, roundings: Sequence[Rounding]) -> TrainState:
+        """Write how every run rounds its committed weights."""
+        codes = np.array([ROUNDINGS.index(each) for each in roundings])
+        storage = state.run.storage
+        rounded = replace(storage, rounding=replace_data(storage.rounding, self._fill(codes)))
+        return replace(state, run=replace(state.run, storage=rounded))
+
+    def _mapped(self, function, donate: tuple[int, ...] = ()):  # type: ignore[no-untyped-def]
+        """Run a function of one run on all of them, each device taking its share in turn."""
+
+        def share(*stacked):  # type: ignore[no-untyped-def]
+            return jax.lax.map(lambda each: function(*each), stacked)
+
+        mapped = jax.shard_map(share, mesh=self._mesh, in_specs=_RUNS, out_specs=_RUNS, check_vma=False)
+        return jax.jit(mapped, donate_argnums=donate)
+
+    def _fill(self, values: npt.NDArray) -> npt.NDArray:
+        missing = self._padded - len(values)
+        return np.concatenate([values, np.repeat(values[-1:], missing, axis=0)]) if missing else values
+
+    def _spread(self, values: npt.NDArray) -> jax.Array:
+        return jax.device_put(self._fill(np.asarray(values)), NamedSharding(self._mesh, _RUNS))
+
+    def _stacked(self, trees):  # type: ignore[no-untyped-def]
+        return jax.tree.map(lambda *leaves: self._spread(np.stack([np.asarray(leaf) for leaf in leaves])), *trees)
+
+
+def _keep(snapshots: Snapshots[Recoverable], state: TrainState, wanted: jax.Array) -> Snapshots[Recoverable]:
+    return snapshot(snapshots, state.recoverable, wanted & state.sound)
+
+
+def _go_back(
+    snapshots: Snapshots[Recoverable], state: TrainState, chosen: jax.Array
+) -> tuple[TrainState, Snapshots[Recoverable]]:
+    recovered, kept = rollback(snapshots, state.recoverable, chosen)
+    return state.recovered(recovered), kept
