@@ -22,7 +22,8 @@ from altgrad_jax.data import Corpus, load_corpus
 from altgrad_jax.faults import check_faults
 from altgrad_jax.job import Job, RunPlan, StepReport
 from altgrad_jax.models import GPTConfig
-from altgrad_jax.training import OptimizerConfig, Program, RunSpec, Storage, StorageRounding
+from altgrad_jax.state import RunSpec, Storage, StorageRounding
+from altgrad_jax.training import OptimizerConfig, Program
 
 _VALIDATION_BATCHES = 8
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar
@@ -16,6 +15,8 @@ REFERENCE_MAX = 57344.0
 
 CLIP_EPSILON = 1e-6
 """What ``torch.nn.utils.clip_grad_norm_`` adds to the norm before it divides."""
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 FORMAT_FALLBACK: Mapping[str, str | None] = MappingProxyType(
     {
@@ -33,12 +34,12 @@ FORMAT_FALLBACK: Mapping[str, str | None] = MappingProxyType(
 
 
 def check_base_clip(base_clip: float) -> float:
-    """Return a base threshold that is a positive finite number.
+    """Return a base threshold that is a positive finite number, as float32 too.
 
     Raises:
         ValueError: for anything else.
     """
-    if not (isinstance(base_clip, (int, float)) and math.isfinite(base_clip) and base_clip > 0):
+    if not (isinstance(base_clip, (int, float)) and 0 < base_clip <= _FLOAT32_MAX and np.float32(base_clip) > 0):
         raise ValueError(f"base_clip is {base_clip!r}; expected a positive finite number, such as 1.0")
     return float(base_clip)
 
@@ -58,7 +59,7 @@ def clip_threshold(format: str | Format, base_clip: float = 1.0) -> float:
     """The partition-relative threshold: ``base_clip * max_representable_value / 57344`` (AltGrad rule).
 
     The base is rounded to float32, the product is formed in float64 and rounded once to float32, so that the result
-    has the same bits here, under jit and in torch.
+    has the same bits here, under jit and in torch. Beyond float32's range it is inf: nothing is clipped.
 
     Args:
         format: a name or a :class:`~altgrad_core.formats.Format`.
@@ -72,7 +73,8 @@ def clip_threshold(format: str | Format, base_clip: float = 1.0) -> float:
     (1.0, 0.00216)
     """
     base = np.float64(np.float32(check_base_clip(base_clip)))
-    return float(np.float32(base * parse(format).max_representable_value / REFERENCE_MAX))
+    with np.errstate(over="ignore"):
+        return float(np.float32(base * parse(format).max_representable_value / REFERENCE_MAX))
 
 
 class EmergencyMantissaShift:

@@ -21,6 +21,7 @@ from altgrad_jax.control import Decision as Decision
 from altgrad_jax.control import FormatController as FormatController
 from altgrad_jax.control import Observation as Observation
 from altgrad_jax.control import Policy as Policy
+from altgrad_jax.control import get_format as get_format
 from altgrad_jax.control import set_format as set_format
 from altgrad_jax.recovery import Snapshots as Snapshots
 from altgrad_jax.recovery import all_finite as all_finite

@@ -221,7 +221,7 @@ def _check_random_bits(random_bits: jax.Array, x: jax.Array, params: FormatParam
 def _straight_through(
     x: jax.Array, scale: jax.Array | None, params: FormatParams, random_bits: jax.Array | None
 ) -> jax.Array:
-    value = _to_float32_odd(x) if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    value = to_float32_odd(x) if x.dtype == jnp.float64 else x.astype(jnp.float32)
     if scale is None:
         return cast(value, params, random_bits).astype(x.dtype)
     scale = scale.astype(jnp.float32)
@@ -229,7 +229,9 @@ def _straight_through(
 
 
 @_straight_through.defjvp
-def _straight_through_jvp(primals, tangents):  # type: ignore[no-untyped-def]
+def _straight_through_jvp(
+    primals: tuple[jax.Array, jax.Array | None, FormatParams, jax.Array | None], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
     return _straight_through(*primals), tangents[0]
 
 
@@ -251,14 +253,15 @@ def _cast_fast(x: jax.Array, params: FormatParams) -> jax.Array:
     """
     bits = _bits(x)
     magnitude = bits & _MAGNITUDE
-    bounded = _bits(jnp.minimum(_float(magnitude), 2 * params.max_value))
-    exponent = bounded & _INF
+    bounded = jnp.minimum(_float(magnitude), 2 * params.max_value)
     lowest = (params.min_exponent + 127) << 23
-    # Without mantissa bits the parity of a code is that of its exponent; from an even one a tie must go down.
-    even = ~lax.shift_right_logical(exponent + lowest + _IMPLICIT_ONE, jnp.full_like(exponent, 23)) & 1
-    nudge = jnp.where(params.mantissa_bits == 0, 1, 0) & even & (exponent >= lowest).astype(jnp.int32)
-    magic = _float(jnp.maximum(exponent, lowest) + ((23 - params.mantissa_bits) << 23))
-    rounded = (_float(bounded - nudge) + magic) - magic
+    exponent = jnp.maximum(_bits(bounded) & _INF, lowest)
+    # Without mantissa bits the parity of a code is that of its exponent. From an even one a tie must go down, which an
+    # odd magic number does.
+    even = lax.shift_right_logical(exponent ^ lowest, jnp.full_like(exponent, 23))
+    odd_magic = even & jnp.where(params.mantissa_bits == 0, 1, 0)
+    magic = _float((exponent + ((23 - params.mantissa_bits) << 23)) | odd_magic)
+    rounded = (bounded + magic) - magic
     rounded = jnp.where(rounded > params.max_value, beyond_max(params), rounded)
     rounded = jnp.where(magnitude >= _INF, _of_nonfinite(magnitude, params), rounded)
     return _float(_bits(rounded) | (bits & _SIGN))
@@ -400,7 +403,7 @@ def flush_subnormals(x: jax.Array) -> jax.Array:
     return _float(jnp.where((bits & _MAGNITUDE) < _IMPLICIT_ONE, bits & _SIGN, bits))
 
 
-def _to_float32_odd(x: jax.Array) -> jax.Array:
+def to_float32_odd(x: jax.Array) -> jax.Array:
     """float64 to float32, rounded to odd: rounding the result again, to fewer bits, equals rounding ``x`` once."""
     nearest = x.astype(jnp.float32)
     bits = _bits(nearest)

@@ -18,7 +18,7 @@ from jax import lax
 
 from altgrad_core.formats import Format
 from altgrad_core.stability import CLIP_EPSILON, REFERENCE_MAX, check_base_clip, check_rate
-from altgrad_jax.casting import FormatParams, as_params, flush_subnormals
+from altgrad_jax.casting import FormatParams, as_params, flush_subnormals, to_float32_odd
 from altgrad_jax.scaling import delayed_scale, empty_history, push_amax
 from altgrad_jax.statistics import CastCounts, observe
 
@@ -87,7 +87,8 @@ def clip_by_global_norm(max_norm: float, eps: float = CLIP_EPSILON) -> optax.Gra
         clipped, norm = _clip(updates, jnp.float32(max_norm), eps)
         return clipped, ClipByGlobalNormState(total_norm=norm)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # optax types every state as any pytree, its own states included.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
 class ClipByGlobalNormState(NamedTuple):
@@ -193,26 +194,30 @@ def partition_relative_clip(
         )
         return clipped, PartitionRelativeClipState(state.format, history, rate, norm, is_open)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # optax types every state as any pytree, its own states included.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
 def _threshold(params: FormatParams, base_clip: float) -> jax.Array:
     """:func:`altgrad_core.stability.clip_threshold` on traced params: float64 inside, rounded once to float32."""
     with jax.enable_x64(True):
         maximum = lax.convert_element_type(params.max_value, jnp.float64)
-        return lax.convert_element_type(float(np.float32(base_clip)) * maximum / REFERENCE_MAX, jnp.float32)
+        # A divisor that hangs on data: XLA turns division by a constant into a product with its reciprocal.
+        reference = jnp.where(params.mantissa_bits >= 0, REFERENCE_MAX, 1.0)
+        return lax.convert_element_type(float(np.float32(base_clip)) * maximum / reference, jnp.float32)
 
 
 def _checked_rate(overflow_rate: jax.typing.ArrayLike) -> jax.Array:
     if not isinstance(overflow_rate, jax.core.Tracer):
-        check_rate("overflow_rate", float(overflow_rate))
+        check_rate("overflow_rate", np.asarray(overflow_rate).item())
     return jnp.asarray(overflow_rate, jnp.float32)
 
 
 def _measure_overflow(leaves: list[jax.Array], params: FormatParams, history: jax.Array) -> tuple[jax.Array, jax.Array]:
     scales = delayed_scale(history, params.max_value)
     has_history = jnp.max(history, axis=0) > 0
-    counts, amaxes = zip(*(observe(leaf, params, scale=scales[k]) for k, leaf in enumerate(leaves)), strict=True)
+    countable = [to_float32_odd(leaf) if leaf.dtype == jnp.float64 else leaf for leaf in leaves]
+    counts, amaxes = zip(*(observe(leaf, params, scale=scales[k]) for k, leaf in enumerate(countable)), strict=True)
     limbs = jnp.stack([count.limbs for count in counts])
     overflow_seen = limbs.at[:, 1].multiply(has_history[:, None].astype(jnp.int32))
     return CastCounts(overflow_seen).pooled().overflow_rate, push_amax(history, jnp.stack(amaxes))

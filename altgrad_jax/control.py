@@ -64,6 +64,25 @@ def set_format(state: State, format: str | Format | Sequence[str | Format]) -> S
     return result
 
 
+def get_format(state: object) -> FormatParams:
+    """The first :class:`~altgrad_jax.casting.FormatParams` in a state: what :func:`set_format` keeps up to date.
+
+    For a step that casts in the format that its optax state carries.
+
+    Raises:
+        ValueError: if the state holds no format.
+
+    >>> from altgrad_jax.clipping import partition_relative_clip
+    >>> float(get_format(partition_relative_clip("E3M4").init({"w": jnp.zeros(2)})).max_value)
+    124.0
+    """
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, FormatParams))
+    found = [node for node in nodes if isinstance(node, FormatParams)]
+    if not found:
+        raise ValueError("the state holds no FormatParams")
+    return found[0]
+
+
 def _rewritten(params: FormatParams, formats: Sequence[Format]) -> FormatParams:
     for each in formats:
         if each.cast_path != params.path and not (params.path == "integer" and each.cast_path == "fast"):
@@ -197,7 +216,7 @@ class FormatController:
         ValueError: if a shift is asked for in a format that has no entry in the fallback table, such as float32.
 
     >>> controller = FormatController("E7M0", shifter=EmergencyMantissaShift(nan_patience=2))
-    >>> [controller.observe(Observation(step, math.nan, finite=False)).format for step in range(2)]
+    >>> [controller.observe(Observation(step, float("nan"), finite=False)).format for step in range(2)]
     [None, 'E5M2']
     """
 

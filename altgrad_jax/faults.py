@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from altgrad_jax.training import Fault
+from altgrad_jax.state import Fault
 
 FaultKind = Literal["nan", "spike", "weight"]
 

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -17,7 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from altgrad_core.formats import ROUNDINGS, Rounding
 from altgrad_jax.control import replace_data, set_format
 from altgrad_jax.recovery import Snapshots, rollback, snapshot
-from altgrad_jax.training import Fault, Program, Recoverable, RunSpec, StepMetrics, TrainState
+from altgrad_jax.state import Fault, Recoverable, RunSpec, StepMetrics, TrainState
+from altgrad_jax.training import Program
+
+Result = TypeVar("Result")
+Tree = TypeVar("Tree")
 
 _RUNS = PartitionSpec("runs")
 
@@ -109,10 +114,10 @@ class Fleet:
         rounded = replace(storage, rounding=replace_data(storage.rounding, self._fill(codes)))
         return replace(state, run=replace(state.run, storage=rounded))
 
-    def _mapped(self, function, donate: tuple[int, ...] = ()):  # type: ignore[no-untyped-def]
+    def _mapped(self, function: Callable[..., Result], donate: tuple[int, ...] = ()) -> Callable[..., Result]:
         """Run a function of one run on all of them, each device taking its share in turn."""
 
-        def share(*stacked):  # type: ignore[no-untyped-def]
+        def share(*stacked: object) -> Result:
             return jax.lax.map(lambda each: function(*each), stacked)
 
         mapped = jax.shard_map(share, mesh=self._mesh, in_specs=_RUNS, out_specs=_RUNS, check_vma=False)
@@ -125,7 +130,7 @@ class Fleet:
     def _spread(self, values: npt.NDArray) -> jax.Array:
         return jax.device_put(self._fill(np.asarray(values)), NamedSharding(self._mesh, _RUNS))
 
-    def _stacked(self, trees):  # type: ignore[no-untyped-def]
+    def _stacked(self, trees: Sequence[Tree]) -> Tree:
         return jax.tree.map(lambda *leaves: self._spread(np.stack([np.asarray(leaf) for leaf in leaves])), *trees)
 
 

@@ -19,7 +19,8 @@ from altgrad_jax.data import Corpus
 from altgrad_jax.faults import Injection, fault_at
 from altgrad_jax.fleet import Fleet
 from altgrad_jax.recovery import Snapshots
-from altgrad_jax.training import Program, Recoverable, RunSpec, StepMetrics, TrainState
+from altgrad_jax.state import Recoverable, RunSpec, StepMetrics, TrainState
+from altgrad_jax.training import Program
 
 
 @dataclass(frozen=True)

@@ -122,10 +122,10 @@ def _cast_operand(
     def straight_through(x: jax.Array, params: FormatParams, scale: jax.Array, record: Record | None) -> jax.Array:
         return _cast_and_record(x, params, scale, record, site, column)
 
-    def forward(x, params, scale, record):  # type: ignore[no-untyped-def]
+    def forward(x: jax.Array, params: FormatParams, scale: jax.Array, record: Record | None) -> tuple[jax.Array, None]:
         return _cast_and_record(x, params, scale, record, site, column), None
 
-    def backward(_, gradient):  # type: ignore[no-untyped-def]
+    def backward(_: None, gradient: jax.Array) -> tuple[jax.Array, None, None, None]:
         return gradient, None, None, None
 
     straight_through.defvjp(forward, backward)
@@ -139,10 +139,14 @@ def _cast_gradient(x: jax.Array, params: FormatParams, scale: jax.Array, record:
     def identity(x: jax.Array, params: FormatParams, scale: jax.Array, record: Record | None) -> jax.Array:
         return x
 
-    def forward(x, params, scale, record):  # type: ignore[no-untyped-def]
+    def forward(
+        x: jax.Array, params: FormatParams, scale: jax.Array, record: Record | None
+    ) -> tuple[jax.Array, tuple[FormatParams, jax.Array, Record | None]]:
         return x, (params, scale, record)
 
-    def backward(residuals, gradient):  # type: ignore[no-untyped-def]
+    def backward(
+        residuals: tuple[FormatParams, jax.Array, Record | None], gradient: jax.Array
+    ) -> tuple[jax.Array, None, None, None]:
         params, scale, record = residuals
         return _cast_and_record(gradient, params, scale, record, site, GRADIENT), None, None, None
 

@@ -83,7 +83,8 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
             inner_state, finite, (state.consecutive + 1) * missed, state.skipped + missed
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # optax types every state as any pytree, its own states included.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
 def select_if_finite(ok: jax.Array, new: State, old: State) -> State:

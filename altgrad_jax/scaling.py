@@ -31,7 +31,8 @@ def power_of_two_scale(amax: jax.typing.ArrayLike, max_value: jax.typing.ArrayLi
     """
     amax_bits = _bits(jnp.asarray(amax, jnp.float32))
     max_bits = _bits(jnp.asarray(max_value, jnp.float32))
-    exponent = (amax_bits >> 23) - (max_bits >> 23) + ((amax_bits & _FRACTION) > (max_bits & _FRACTION))
+    above = (amax_bits & _FRACTION) > (max_bits & _FRACTION)
+    exponent = (amax_bits >> 23) - (max_bits >> 23) + above.astype(jnp.int32)
     scale = _power_of_two(jnp.clip(exponent, -_MOST, _MOST))
     usable = (amax_bits > 0) & (amax_bits < 0x7F800000) & (max_bits < _bits(jnp.float32(2.0**100)))
     return jnp.where(usable, scale, jnp.float32(1))

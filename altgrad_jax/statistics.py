@@ -315,7 +315,8 @@ def stall_monitor(
                 counts = counts + stall_counts(weight, change, state.format, scale=scale)
         return updates, StallMonitorState(state.format, counts.stall_rate, counts.saturation_rate)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # optax types every state as any pytree, its own states included.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
 def _nearest(x: jax.Array, params: FormatParams) -> jax.Array:

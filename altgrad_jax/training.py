@@ -9,24 +9,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from altgrad_core.formats import CastPath, Overflow, parse
+from altgrad_core.formats import CastPath, parse
 from altgrad_jax.casting import FormatParams
 from altgrad_jax.clipping import global_norm, partition_relative_clip
 from altgrad_jax.models import GPT, Casts, GPTConfig, next_token_loss
 from altgrad_jax.nn import GRADIENT, LHS, RHS, Record
 from altgrad_jax.recovery import all_finite, commit, select_if_finite
 from altgrad_jax.scaling import delayed_scale, empty_history, push_amax
+from altgrad_jax.state import Fault, Params, RunData, RunSpec, StepMetrics, Switches, TrainState
 from altgrad_jax.statistics import CastCounts, stall_monitor
-
-Storage = Literal["master", "committed"]
-StorageRounding = Literal["nearest_even", "stochastic"]
 
 _NORM_WINDOW = 32
 _NORMS_NEEDED = 8
@@ -58,155 +56,6 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class RunSpec:
-    """What distinguishes one run from another of the same program; all of it becomes data.
-
-    Attributes:
-        format: name of the format.
-        seed: of weights, batches and stochastic rounding.
-        storage: float32 ``master`` weights, cast at use, or weights ``committed`` to the grid after every step.
-        storage_rounding: how committed weights are rounded; without effect on masters.
-        operand_overflow: what overflow becomes in operands.
-        gradient_overflow: what overflow becomes in gradients.
-        clip: whether the partition-relative clipper may act.
-        recover: whether non-finite steps are skipped and spikes kept out of the amax history.
-    """
-
-    format: str
-    seed: int = 0
-    storage: Storage = "master"
-    storage_rounding: StorageRounding = "nearest_even"
-    operand_overflow: Overflow = "saturate_finite"
-    gradient_overflow: Overflow = "saturate_finite"
-    clip: bool = True
-    recover: bool = True
-
-
-class Fault(NamedTuple):
-    """A fault to inject into one step. Neutral by default.
-
-    Attributes:
-        loss_factor: float32, multiplies the loss: NaN for a NaN batch, 1e4 for a spike.
-        poison: bool, whether to overwrite a weight before the step.
-        weight: float32, with what.
-    """
-
-    loss_factor: jax.typing.ArrayLike = 1.0
-    poison: jax.typing.ArrayLike = False
-    weight: jax.typing.ArrayLike = 0.0
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Switches:
-    """What a run does, as bool scalars; see :class:`RunSpec`."""
-
-    clip: jax.Array
-    recover: jax.Array
-    committed: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class RunData:
-    """What distinguishes one run from another, as data.
-
-    Attributes:
-        operand: format of operands.
-        gradient: format of gradients.
-        storage: format and rounding of committed weights.
-        switches: what the run does.
-        seed: uint32, of stochastic rounding.
-    """
-
-    operand: FormatParams
-    gradient: FormatParams
-    storage: FormatParams
-    switches: Switches
-    seed: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TrainState:
-    """Everything that a run carries from step to step.
-
-    Attributes:
-        params: pytree of float32 parameters.
-        opt_state: optax state; the clipper's and the stall monitor's formats are in it.
-        amax_history: float32 ``(window, sites, 3)``.
-        norm_history: float32 ``(32,)``, raw gradient norms of applied steps, newest last, 0 where empty.
-        run: formats and switches.
-        step: int32, steps taken, skipped ones included.
-        sound: bool, whether the last step was finite and left finite parameters: fit for a snapshot.
-    """
-
-    params: optax.Params
-    opt_state: optax.OptState
-    amax_history: jax.Array
-    norm_history: jax.Array
-    run: RunData
-    step: jax.Array
-    sound: jax.Array
-
-    @property
-    def recoverable(self) -> Recoverable:
-        """The part that snapshots keep and a rollback brings back."""
-        return Recoverable(self.params, self.opt_state, self.amax_history, self.norm_history)
-
-    def recovered(self, kept: Recoverable) -> TrainState:
-        """This state with that part replaced; the step, the formats of the casts and the switches go on."""
-        return replace(self, **kept._asdict())
-
-
-class Recoverable(NamedTuple):
-    """What a rollback brings back; see :class:`TrainState`."""
-
-    params: optax.Params
-    opt_state: optax.OptState
-    amax_history: jax.Array
-    norm_history: jax.Array
-
-
-class StepMetrics(NamedTuple):
-    """What one step saw: scalars, float32 unless said otherwise.
-
-    Attributes:
-        loss: training loss, with injected faults.
-        finite: bool, loss and all gradients.
-        params_finite: bool, the parameters after the step.
-        applied: bool, whether the step was taken rather than skipped.
-        norm: raw global norm of the gradients.
-        clipped: bool, whether the clipper's gate was open.
-        overflow_rate: of all gradient casts pooled: what feeds the gate.
-        worst_overflow_rate: of the gradient cast with most.
-        worst_site: int32, which site that is.
-        underflow_rate: of all gradient casts pooled.
-        operand_overflow_rate: of all operand casts pooled.
-        operand_underflow_rate: of all operand casts pooled.
-        stall_rate: of the real update on the weights' grid.
-        saturation_rate: the part of it that stalled at ±max.
-        amax_refused: bool, whether the step's amax was kept out of the history.
-    """
-
-    loss: jax.Array
-    finite: jax.Array
-    params_finite: jax.Array
-    applied: jax.Array
-    norm: jax.Array
-    clipped: jax.Array
-    overflow_rate: jax.Array
-    worst_overflow_rate: jax.Array
-    worst_site: jax.Array
-    underflow_rate: jax.Array
-    operand_overflow_rate: jax.Array
-    operand_underflow_rate: jax.Array
-    stall_rate: jax.Array
-    saturation_rate: jax.Array
-    amax_refused: jax.Array
-
-
-@dataclass(frozen=True)
 class Program:
     """The static half of a training job.
 
@@ -230,7 +79,7 @@ class Program:
         resolved = parse(format)
         return cls(model, optimizer, resolved.cast_path, resolved.name == "bf16", amax_window)
 
-    def fresh_params(self, seed: int) -> optax.Params:
+    def fresh_params(self, seed: int) -> Params:
         """Newly drawn parameters, as a nested dict of float32 arrays (not under jit)."""
         return nnx.to_pure_dict(nnx.state(GPT(self.model, nnx.Rngs(seed)), nnx.Param))
 
@@ -255,7 +104,7 @@ class Program:
             seed=jnp.uint32(run.seed),
         )
 
-    def start(self, params: optax.Params, run: RunData) -> TrainState:
+    def start(self, params: Params, run: RunData) -> TrainState:
         """The state of a run before its first step: pure. Its scales are not calibrated yet, see :meth:`calibrate`."""
         state = TrainState(
             params=params,
@@ -283,8 +132,8 @@ class Program:
         record = Record.empty(self.model.sites)
         casts = self._casts(state, record)
 
-        def loss_of(params: optax.Params) -> jax.Array:
-            return self._loss(params, tokens, casts) * fault.loss_factor
+        def loss_of(params: Params) -> jax.Array:
+            return self.loss(params, tokens, casts) * fault.loss_factor
 
         loss, gradients = jax.value_and_grad(loss_of)(state.params)
         seen = _Seen.of(record)
@@ -299,7 +148,7 @@ class Program:
         refused = state.run.switches.recover & _is_spike(norm, state.norm_history)
         moved = replace(
             state,
-            params=self._store(state, optax.apply_updates(state.params, updates)),
+            params=self._store(state, cast(Params, optax.apply_updates(state.params, updates))),
             opt_state=opt_state,
             amax_history=jnp.where(refused, state.amax_history, push_amax(state.amax_history, seen.amax)),
             norm_history=push_amax(state.norm_history, norm),
@@ -320,7 +169,7 @@ class Program:
         def measure(history: jax.Array, _: None) -> tuple[jax.Array, None]:
             record = Record.empty(self.model.sites)
             casts = self._casts(replace(state, amax_history=history), record)
-            jax.grad(lambda params: self._loss(params, tokens, casts))(state.params)
+            jax.grad(lambda params: self.loss(params, tokens, casts))(state.params)
             amax = _Seen.of(record).amax
             kept = jnp.where(jnp.isfinite(amax), amax, history[-1])
             return jnp.broadcast_to(kept, history.shape), None
@@ -331,20 +180,21 @@ class Program:
     def evaluate(self, state: TrainState, batches: jax.Array) -> jax.Array:
         """Mean loss over int32 ``(count, batch, context + 1)`` batches, cast as in training: float32 scalar."""
         casts = self._casts(state, None)
-        return jnp.mean(jax.lax.map(lambda tokens: self._loss(state.params, tokens, casts), batches))
+        return jnp.mean(jax.lax.map(lambda tokens: self.loss(state.params, tokens, casts), batches))
 
     @cached_property
     def _graph(self) -> tuple[nnx.GraphDef[GPT], nnx.State]:
         return nnx.split(nnx.eval_shape(lambda: GPT(self.model, nnx.Rngs(0))))
 
     @cached_property
-    def _matmul_weights(self) -> optax.Params:
+    def _matmul_weights(self) -> Params:
         """Which parameters are operands of products: those may be committed, and their updates may stall."""
         return jax.tree.map_with_path(
             lambda path, _: str(getattr(path[-1], "key", "")) == "weight", nnx.to_pure_dict(self._graph[1])
         )
 
-    def _loss(self, params: optax.Params, tokens: jax.Array, casts: Casts) -> jax.Array:
+    def loss(self, params: Params, tokens: jax.Array, casts: Casts) -> jax.Array:
+        """Loss on one batch of int32 ``(batch, context + 1)`` tokens, under the casts given."""
         graph, template = self._graph
         filled = jax.tree.map(lambda leaf: leaf, template)
         nnx.replace_by_pure_dict(filled, params)
@@ -380,7 +230,7 @@ class Program:
             stall_monitor(format, self._matmul_weights),
         )
 
-    def _store(self, state: TrainState, params: optax.Params) -> optax.Params:
+    def _store(self, state: TrainState, params: Params) -> Params:
         if self.path == "identity":
             return params
         key = jax.random.fold_in(jax.random.key(state.run.seed), state.step)
@@ -437,7 +287,7 @@ class _Seen(NamedTuple):
         return cls(record.amax[...], per_gradient.pooled(), operands.pooled(), per_gradient)
 
 
-def _poisoned(params: optax.Params, fault: Fault) -> optax.Params:
+def _poisoned(params: Params, fault: Fault) -> Params:
     """Overwrite one weight of the first block's perceptron, if the fault says so."""
     weight = params["blocks"][0]["up"]["weight"]
     hit = weight.at[0, 0].set(jnp.where(fault.poison, fault.weight, weight[0, 0]))

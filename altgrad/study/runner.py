@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -22,7 +22,8 @@ from altgrad_jax.data import Corpus, load_corpus
 from altgrad_jax.faults import check_faults
 from altgrad_jax.job import Job, RunPlan, StepReport
 from altgrad_jax.models import GPTConfig
-from altgrad_jax.training import OptimizerConfig, Program, RunSpec
+from altgrad_jax.state import RunSpec
+from altgrad_jax.training import OptimizerConfig, Program
 
 _VALIDATION_BATCHES = 8
 _VALIDATION_SIZE = 32
@@ -200,6 +201,7 @@ def _program(config: StudyConfig, name: str, corpus: Corpus) -> Program:
 
 def _described(config: StudyConfig, corpus: Corpus, runs: int) -> dict[str, object]:
     return {
+        "command": _command(config),
         "steps": config.steps,
         "seeds": config.seeds,
         "formats": list(config.formats),
@@ -214,8 +216,28 @@ def _described(config: StudyConfig, corpus: Corpus, runs: int) -> dict[str, obje
         "width": config.width,
         "heads": config.heads,
         "learning_rate": config.learning_rate,
+        "overflow_threshold": OptimizerConfig(config.steps).overflow_threshold,
+        "unigram_loss": _unigram_loss(corpus),
         "runs": runs,
     }
+
+
+def _command(config: StudyConfig) -> str:
+    """The command line that gives this study again: the options that are not at their defaults."""
+    words = ["altgrad", "study"]
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if value != each.default and each.name != "out":
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{each.name.replace('_', '-')}", *map(str, values)]
+    return " ".join(words)
+
+
+def _unigram_loss(corpus: Corpus) -> float:
+    """Entropy of the character frequencies, in nats: the loss of a model that has learnt nothing else."""
+    frequencies = np.bincount(corpus.train, minlength=len(corpus.vocabulary)) / len(corpus.train)
+    present = frequencies[frequencies > 0]
+    return float(-np.sum(present * np.log(present)))
 
 
 def _environment() -> dict[str, str]:

@@ -1,0 +1,317 @@
+"""What a cast or an update does to a tensor, counted on its device: overflow, underflow, NaN, stall.
+
+Counts are int64 and exact. Rates are quotients of counts, formed in float64 and rounded once to float32.
+``altgrad_jax/statistics.py`` says the same thing in JAX, where a count takes two int32.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from altgrad_core.formats import Format, parse
+from altgrad_core.reference import round_to_format
+from altgrad_torch.casting import cast, divide_by_scale, flush_subnormals
+from altgrad_torch.scaling import power_of_two_scale
+
+_MAGNITUDE = 0x7FFFFFFF
+_INF = 0x7F800000
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class CastCounts:
+    """What a cast did to the elements of one tensor or, added up, of many.
+
+    Attributes:
+        totals: int64 of shape ``(..., 5)``: elements, overflow, nonzero, underflow and nan. NaN is in elements and in
+            nan only. Leading axes are tensors counted apart; :meth:`pooled` adds them up.
+    """
+
+    totals: Tensor
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...] = ()) -> Self:
+        """Counts of nothing, for ``shape`` tensors apart."""
+        return cls(torch.zeros((*shape, 5), dtype=torch.int64))
+
+    def __add__(self, other: Self) -> Self:
+        """Add counts of the same shape."""
+        return type(self)(self.totals + other.totals)
+
+    def pooled(self) -> Self:
+        """Counts of all tensors together, of shape ``()``."""
+        return type(self)(self.totals.reshape(-1, 5).sum(0))
+
+    @property
+    def overflow_rate(self) -> Tensor:
+        """float32: elements that overflow, infinities included, over elements."""
+        return _ratio(self.totals[..., 1], self.totals[..., 0])
+
+    @property
+    def underflow_rate(self) -> Tensor:
+        """float32: non-zero elements that become zero over non-zero elements."""
+        return _ratio(self.totals[..., 3], self.totals[..., 2])
+
+    @property
+    def nan_rate(self) -> Tensor:
+        """float32: NaN elements over elements."""
+        return _ratio(self.totals[..., 4], self.totals[..., 0])
+
+    def as_integers(self) -> dict[str, list[int] | int]:
+        """The exact counts as Python integers, read from the device."""
+        names = ("elements", "overflow", "nonzero", "underflow", "nan")
+        return {name: self.totals[..., k].tolist() for k, name in enumerate(names)}
+
+
+@dataclass(frozen=True, eq=False)
+class StallCounts:
+    """What became of the updates of one tensor or, added up, of many.
+
+    Attributes:
+        totals: int64 of shape ``(..., 4)``: nonzero updates, stalled by precision, stalled by saturation, and vanished
+            (update zero where the gradient was not).
+    """
+
+    totals: Tensor
+
+    @classmethod
+    def zeros(cls) -> Self:
+        """Counts of nothing."""
+        return cls(torch.zeros(4, dtype=torch.int64))
+
+    def __add__(self, other: Self) -> Self:
+        """Add counts of the same shape."""
+        return type(self)(self.totals + other.totals)
+
+    @property
+    def stall_rate(self) -> Tensor:
+        """float32: non-zero updates that leave the quantised weight as it was over non-zero updates; 0 without any."""
+        return _ratio(self.totals[..., 1] + self.totals[..., 2], self.totals[..., 0])
+
+    @property
+    def saturation_rate(self) -> Tensor:
+        """float32: updates stalled because the weight sits at ±max over non-zero updates."""
+        return _ratio(self.totals[..., 2], self.totals[..., 0])
+
+    def as_integers(self) -> dict[str, list[int] | int]:
+        """The exact counts as Python integers, read from the device."""
+        names = ("nonzero", "precision", "saturation", "vanished")
+        return {name: self.totals[..., k].tolist() for k, name in enumerate(names)}
+
+
+def cast_counts(x: Tensor, format: str | Format, *, scale: Tensor | float | None = None) -> CastCounts:
+    """Count what a cast of ``x`` does, without casting.
+
+    Counted is the cast to nearest even. Measure against a delayed or static scale: under a tensor's own current amax
+    nothing ever overflows.
+
+    Args:
+        x: floating-point tensor of any shape; bfloat16 and float16 count at their own values.
+        format: a name or a :class:`~altgrad_core.formats.Format`.
+        scale: the worth of one, positive, a power of two; counted is ``x / scale``.
+
+    Returns:
+        Counts of shape ``()``.
+
+    Raises:
+        TypeError: if ``x`` is not floating point, or float64.
+        UnknownFormatError: for an unknown name.
+
+    >>> cast_counts(torch.tensor([1e6, 1.0, 1e-9, 0.0]), "E5M2").as_integers()
+    {'elements': 4, 'overflow': 1, 'nonzero': 3, 'underflow': 1, 'nan': 0}
+    """
+    return observe(x, format, scale=scale)[0]
+
+
+def observe(x: Tensor, format: str | Format, *, scale: Tensor | float | None = None) -> tuple[CastCounts, Tensor]:
+    """The counts of a cast and the largest magnitude of ``x``; see :func:`cast_counts`.
+
+    Returns:
+        The counts, and amax = max(|x|) as a float32 scalar: inf if ``x`` holds an infinity, NaN if it holds a NaN, 0
+        if it is empty.
+
+    >>> float(observe(torch.tensor([1.0, -3.0]), "E5M2")[1])
+    3.0
+    """
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"counts are made of float32, bfloat16 and float16 tensors; got {x.dtype}")
+    resolved = parse(format)
+    totals = torch.zeros(5, dtype=torch.int64, device=x.device)
+    amax_bits = torch.zeros((), dtype=torch.int32, device=x.device)
+    unit = None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=x.device)
+    flat = x.detach().reshape(-1)
+    if unit is not None and unit.numel() > 1:
+        unit = unit.expand(x.shape).reshape(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        part_unit = unit if unit is None or unit.numel() == 1 else unit[part]
+        counted, part_amax = _observe_chunk(flat[part].to(torch.float32), resolved, part_unit)
+        totals += counted
+        amax_bits = torch.maximum(amax_bits, part_amax)
+    return CastCounts(totals), amax_bits.view(torch.float32)
+
+
+def _observe_chunk(x: Tensor, format: Format, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    magnitude = x.view(torch.int32) & _MAGNITUDE
+    scaled = magnitude if scale is None else divide_by_scale(x, scale).view(torch.int32) & _MAGNITUDE
+    overflows_from, vanishes_to = _thresholds(format)
+    nonzero = (magnitude != 0) & (magnitude <= _INF)
+    flags = (
+        torch.ones_like(nonzero),
+        (scaled >= overflows_from) & (magnitude <= _INF),
+        nonzero,
+        nonzero & (scaled <= vanishes_to),
+        magnitude > _INF,
+    )
+    return torch.stack([torch.count_nonzero(flag) for flag in flags]), magnitude.amax()
+
+
+@lru_cache(maxsize=256)
+def _thresholds(format: Format) -> tuple[int, int]:
+    """Bits of the smallest magnitude that overflows and of the largest that becomes zero, from the definition."""
+    if format.cast_path == "identity":
+        return _INF, 0
+    half_quantum = math.ldexp(0.5, max(format.max_exponent, format.min_exponent) - format.mantissa_bits)
+    tie = format.max_representable_value + half_quantum
+    goes_up = bool(format.max_code & 1)
+
+    def overflows(bits: int) -> bool:
+        return _float_of(bits) > tie or (goes_up and _float_of(bits) == tie)
+
+    def survives(bits: int) -> bool:
+        return round_to_format(_float_of(bits), format, overflow="saturate") >= 2.0**-126
+
+    magnitudes = range(_INF + 1)
+    return bisect_left(magnitudes, True, key=overflows), bisect_left(magnitudes, True, key=survives) - 1
+
+
+def stall_counts(
+    weight: Tensor,
+    update: Tensor,
+    format: str | Format,
+    *,
+    scale: Tensor | float | None = None,
+    gradient: Tensor | None = None,
+) -> StallCounts:
+    """Count the non-zero updates that leave the quantised weight as it was, by cause.
+
+    An update stalls by saturation if the weight is at ±max and the update points outward, else by precision. float32
+    subnormals count as zero, as in the arithmetic of XLA's CPU backend.
+
+    Args:
+        weight: float32 weights as stored, any shape.
+        update: what is added to them: the optimizer's update, not the gradient; same shape.
+        format: the grid on which the weights are used.
+        scale: the weights' worth of one.
+        gradient: if given, updates that are zero where it is not are counted as vanished.
+
+    Returns:
+        Counts of shape ``()``.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    >>> w, u = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.5, 1e-3, 0.0])
+    >>> stall_counts(w, u, "E5M2").as_integers()
+    {'nonzero': 2, 'precision': 1, 'saturation': 0, 'vanished': 0}
+    """
+    if weight.shape != update.shape:
+        raise ValueError(f"weight has shape {tuple(weight.shape)} but update {tuple(update.shape)}; expected the same")
+    resolved = parse(format)
+    weight, update = _normal(weight), _normal(update)
+    moved = flush_subnormals(weight + update)
+    unit = torch.as_tensor(1.0 if scale is None else scale, dtype=torch.float32, device=weight.device)
+    before, after = _nearest(divide_by_scale(weight, unit), resolved), _nearest(divide_by_scale(moved, unit), resolved)
+    nonzero = update != 0
+    stalled = nonzero & (before == after)
+    outward = torch.signbit(before) == torch.signbit(update)
+    at_max = stalled & outward & (before.abs() >= resolved.max_representable_value)
+    vanished = torch.zeros_like(nonzero) if gradient is None else ~nonzero & (_normal(gradient) != 0)
+    flags = (nonzero, stalled & ~at_max, at_max, vanished)
+    return StallCounts(torch.stack([torch.count_nonzero(flag) for flag in flags]))
+
+
+class BitStallDetector:
+    """Measures what became of the updates that an optimizer really made, on the grid of a format.
+
+    Each parameter is looked at under its own power-of-two scale, from its amax before the step.
+
+    Args:
+        format: a name or a :class:`~altgrad_core.formats.Format`.
+
+    Attributes:
+        format: the format on whose grid updates are judged; may be replaced between steps.
+        counts: :class:`StallCounts` of the last step watched, summed over all parameters; zeros before the first.
+
+    Raises:
+        UnknownFormatError: for an unknown name.
+
+    >>> model = torch.nn.Linear(2, 1, bias=False)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    >>> model(torch.ones(2)).backward()
+    >>> detector = BitStallDetector("E5M2")
+    >>> with detector.watch(model):
+    ...     optimizer.step()
+    >>> detector.stall_rate
+    1.0
+    """
+
+    def __init__(self, format: str | Format) -> None:
+        self.format = parse(format)
+        self.counts = StallCounts.zeros()
+
+    @property
+    def stall_rate(self) -> float:
+        """Non-zero updates of the last step that left the quantised weight as it was over non-zero updates."""
+        return float(self.counts.stall_rate)
+
+    @contextmanager
+    def watch(self, model: torch.nn.Module | Iterable[Tensor]) -> Iterator[None]:
+        """Watch the parameters while the body updates them; an update is the difference that it made, in float32.
+
+        If the body raises, nothing is measured and the counts are zeros.
+
+        Args:
+            model: a module, or its parameters. Gradients that are there at the start tell which updates vanished.
+        """
+        self.counts = StallCounts.zeros()
+        parameters = list(model.parameters() if isinstance(model, torch.nn.Module) else model)
+        snapshots = [(parameter, parameter.detach().clone(), parameter.grad) for parameter in parameters]
+        yield
+        counted = [self._count(*snapshot).totals for snapshot in snapshots]
+        if counted:
+            self.counts = StallCounts(torch.stack([totals.to(counted[0].device) for totals in counted]).sum(0))
+
+    def _count(self, parameter: Tensor, before: Tensor, gradient: Tensor | None) -> StallCounts:
+        before, after = before.to(torch.float32), parameter.detach().to(torch.float32)
+        amax = before.abs().amax() if before.numel() else before.new_zeros(())
+        scale = power_of_two_scale(amax, self.format.max_representable_value)
+        return stall_counts(before, after - before, self.format, scale=scale, gradient=gradient)
+
+
+def _normal(x: Tensor) -> Tensor:
+    return flush_subnormals(x.detach().to(torch.float32))
+
+
+def _nearest(x: Tensor, format: Format) -> Tensor:
+    return cast(x, format, overflow="saturate")
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Quotient of two counts, through float64 so that the rounding to float32 is the only one that shows."""
+    quotient = numerator.to(torch.float64) / denominator.clamp_min(1).to(torch.float64)
+    return quotient.masked_fill(denominator == 0, 0.0).to(torch.float32)
+
+
+def _float_of(bits: int) -> float:
+    return float(np.int32(bits).view(np.float32))

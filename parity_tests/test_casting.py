@@ -1,0 +1,463 @@
+"""Casts: JAX = torch = exact reference = third parties, in every bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import gfloat
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import altgrad_jax.casting as in_jax
+import altgrad_torch.casting as in_torch
+from altgrad_core.formats import OVERFLOWS, Format, Overflow, Rounding, parse
+from altgrad_core.reference import round_to_format
+from altgrad_jax.casting import FormatParams
+from parity_tests.support import (
+    EIGHT,
+    MIN_NORMAL,
+    as_cast_gives,
+    assert_same_bits,
+    assert_same_values,
+    bits_of,
+    boundaries,
+    expected_nearest,
+    expected_one_by_one,
+    jax_cast,
+    jax_casts,
+    many_inputs,
+    padded,
+    torch_cast,
+    widened,
+)
+
+BOUNDARY_SIZE = 2048
+"""What the boundaries of each of the eight formats are padded to."""
+
+
+def formats(*names: str, and_the_eight: bool = False) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("format", [*(EIGHT if and_the_eight else ()), *map(parse, names)], ids=str)
+
+
+eight_formats = formats(and_the_eight=True)
+
+
+def padded_boundaries(format: Format) -> npt.NDArray[np.float32]:
+    return padded(boundaries(format), BOUNDARY_SIZE)
+
+
+@eight_formats
+@pytest.mark.parametrize("overflow", OVERFLOWS)
+def test_nearest_even_on_many_inputs(format: Format, overflow: Overflow) -> None:
+    x = np.concatenate([padded_boundaries(format), many_inputs()])
+    expected = expected_nearest(x, format, overflow)
+    for path, actual in jax_casts(x, format, overflow).items():
+        assert_same_bits(actual, expected, x, path)
+    assert_same_bits(torch_cast(x, format, overflow), expected, x, "torch")
+
+
+@formats("bf16", "fp16", "E2M3", "E3M2", "E8M4b130", "E4M11", and_the_eight=True)
+@pytest.mark.parametrize("overflow", OVERFLOWS)
+def test_the_two_references_agree(format: Format, overflow: Overflow) -> None:
+    """The code book's rounding is that of rational arithmetic: else both tests above and below would mean less."""
+    x = np.random.default_rng(1).permutation(boundaries(format))[:600]
+    assert_same_bits(expected_nearest(x, format, overflow), expected_one_by_one(x, format, "nearest_even", overflow), x)
+
+
+@eight_formats
+@pytest.mark.parametrize("rounding", ["nearest_even", "nearest_away", "toward_zero"])
+def test_roundings_by_rational_arithmetic(format: Format, rounding: Rounding) -> None:
+    x = padded_boundaries(format)
+    expected = expected_one_by_one(x, format, rounding)
+    params = FormatParams.from_format(format, rounding=rounding, path="integer")
+    assert_same_bits(jax_cast(jnp.asarray(x), params), expected, x, "jax")
+    assert_same_bits(torch_cast(x, format, rounding=rounding), expected, x, "torch")
+
+
+@eight_formats
+@pytest.mark.parametrize("overflow", OVERFLOWS)
+def test_stochastic_rounding_uses_the_same_bits(format: Format, overflow: Overflow) -> None:
+    x = padded_boundaries(format)
+    drawn = np.random.default_rng(2).integers(-(2**31), 2**31, x.size).astype(np.int32)
+    drawn[::7], drawn[1::7], drawn[2::7] = 0, 2**24 - 1, 2**23
+    expected = expected_one_by_one(x, format, "stochastic", overflow, drawn)
+    params = FormatParams.from_format(format, rounding="stochastic", overflow=overflow)
+    assert_same_bits(jax_cast(jnp.asarray(x), params, jnp.asarray(drawn)), expected, x, "jax")
+    assert_same_bits(torch_cast(x, format, overflow, "stochastic", drawn), expected, x, "torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.uint32])
+def test_random_bits_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    x, drawn = torch.full((4,), 1.1), torch.tensor([0, 1, 77, 255])
+    expected = in_torch.quantize(x, "E3M4", rounding="stochastic", random_bits=drawn)
+    actual = in_torch.quantize(x, "E3M4", rounding="stochastic", random_bits=drawn.to(dtype))
+    assert_same_bits(actual, expected)
+
+
+@formats("bf16", "fp16", "E8M4b130", "E4M11", "E8M7b140")
+def test_wide_formats(format: Format) -> None:
+    """Formats on the integer path; of the boundaries of so many codes, every 5th with its neighbours."""
+    x = np.concatenate([boundaries(format)[::5], many_inputs()[::3]])
+    expected = expected_nearest(x, format, "native")
+    for path, actual in jax_casts(padded(x, 2**18), format).items():
+        assert_same_bits(actual[: x.size], expected, x, path)
+    assert_same_bits(torch_cast(x, format), expected, x, "torch")
+
+
+def boundaries_at(format: Format, scale: float) -> npt.NDArray[np.float32]:
+    """The boundaries of the grid and those of the grid times the scale, each format's of the same number."""
+    with np.errstate(over="ignore"):
+        moved = (widened(boundaries(format)) * scale).astype(np.float32)
+    return padded(np.concatenate([moved, boundaries(format)]), 2 * BOUNDARY_SIZE)
+
+
+@jax.jit
+def jax_scaled(x: jax.Array, params: FormatParams, scale: jax.Array) -> jax.Array:
+    return in_jax.quantize(x, params, scale=scale)
+
+
+@eight_formats
+@pytest.mark.parametrize("exponent", [-100, -17, 3, 100])
+@pytest.mark.parametrize("overflow", ["native", "saturate"])
+def test_power_of_two_scales(format: Format, exponent: int, overflow: Overflow) -> None:
+    scale = 2.0**exponent
+    x = boundaries_at(format, scale)
+    params = FormatParams.from_format(format, overflow=overflow)
+    expected = expected_one_by_one(x, format, "nearest_even", overflow, scale=scale)
+    assert_same_bits(jax_scaled(jnp.asarray(x), params, jnp.float32(scale)), expected, x, "jax")
+    actual = in_torch.quantize(torch.from_numpy(x), format, scale=scale, overflow=overflow)
+    assert_same_bits(actual, expected, x, "torch")
+
+
+@eight_formats
+@pytest.mark.parametrize("exponent", [-50, 3])
+@pytest.mark.parametrize("overflow", ["native", "saturate_finite"])
+def test_scaled_params(format: Format, exponent: int, overflow: Overflow) -> None:
+    """The grid moved, instead of the values: the same bits as scaling."""
+    x = boundaries_at(format, 2.0**exponent)
+    params = FormatParams.from_format(format, overflow=overflow)
+    expected = expected_one_by_one(x, format, "nearest_even", overflow, scale=2.0**exponent)
+    moved = jax_cast(jnp.asarray(x), params.scaled(jnp.float32(2.0**exponent)))
+    assert_same_bits(moved, expected, x)
+
+
+def test_scale_of_each_row() -> None:
+    x = np.random.default_rng(3).standard_normal((3, 50), np.float32)
+    scale = np.array([[0.25], [1.0], [64.0]], np.float32)
+    expected = np.stack(
+        [
+            expected_one_by_one(row, parse("E3M4"), "nearest_even", scale=s)
+            for row, s in zip(x, (0.25, 1.0, 64.0), strict=True)
+        ]
+    )
+    assert_same_bits(in_jax.quantize(jnp.asarray(x), "E3M4", scale=scale), expected, x, "jax")
+    assert_same_bits(
+        in_torch.quantize(torch.from_numpy(x), "E3M4", scale=torch.from_numpy(scale)), expected, x, "torch"
+    )
+
+
+# Third parties
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype"),
+    [
+        (parse("E5M2"), ml_dtypes.float8_e5m2),
+        (parse("E4M3"), ml_dtypes.float8_e4m3fn),
+        (parse("bf16"), ml_dtypes.bfloat16),
+        (parse("fp16"), np.float16),
+        (parse("E5M2"), torch.float8_e5m2),
+        (parse("bf16"), torch.bfloat16),
+        (parse("fp16"), torch.float16),
+    ],
+    ids=str,
+)
+def test_same_as_other_dtypes(format: Format, dtype: npt.DTypeLike | torch.dtype) -> None:
+    """Their results below 2^-126, which only bf16 has, are ours flushed to zero."""
+    x = np.concatenate([boundaries(format)[-BOUNDARY_SIZE:], boundaries(format)[:BOUNDARY_SIZE], many_inputs()])
+    if isinstance(dtype, torch.dtype):
+        theirs = torch.from_numpy(x).to(dtype).to(torch.float32).numpy()
+    else:
+        with np.errstate(all="ignore"):
+            theirs = x.astype(dtype).astype(np.float32)
+    theirs = np.where(np.abs(theirs) < MIN_NORMAL, np.copysign(np.float32(0), theirs), theirs)
+    for path, actual in jax_casts(x, format).items():
+        assert_same_values(actual, theirs, x, path)
+    assert_same_values(torch_cast(x, format), theirs, x, "torch")
+
+
+def test_saturating_e4m3_is_that_of_torch() -> None:
+    """torch saturates where JAX and ml_dtypes give NaN, infinities included; we offer both."""
+    x = np.concatenate([boundaries(parse("E4M3")), many_inputs()])
+    theirs = torch.from_numpy(x).to(torch.float8_e4m3fn).to(torch.float32).numpy()
+    assert_same_values(torch_cast(x, "E4M3", "saturate"), theirs, x)
+
+
+def gfloat_format(format: Format) -> gfloat.FormatInfo:
+    """The same format in gfloat's terms. It counts the exponents of fixed point from 1."""
+    return gfloat.FormatInfo(
+        format.name,
+        format.bits,
+        format.mantissa_bits + 1,
+        bias=format.bias if format.exponent_bits else 1,
+        is_signed=True,
+        domain=gfloat.Domain.Extended if format.has_inf else gfloat.Domain.Finite,
+        has_nz=True,
+        num_high_nans=2**format.mantissa_bits - 1 if format.has_inf else int(format.has_nan),
+        has_subnormals=True,
+        is_twos_complement=False,
+    )
+
+
+@eight_formats
+@pytest.mark.parametrize(
+    ("rounding", "theirs"),
+    [("nearest_even", gfloat.RoundMode.TiesToEven), ("nearest_away", gfloat.RoundMode.TiesToAway)],
+    ids=["nearest_even", "nearest_away"],
+)
+def test_same_as_gfloat(format: Format, rounding: Rounding, theirs: gfloat.RoundMode) -> None:
+    """gfloat refuses NaN, and overflow unless it saturates, where a finite format has no code for them."""
+    info = gfloat_format(format)
+    assert [gfloat.decode_float(info, code).fval for code in (1, 77, 120)] == [
+        format.to_real(code) for code in (1, 77, 120)
+    ]
+    x = np.concatenate([padded_boundaries(format), many_inputs()[::16]])
+    x = x if format.has_nan else x[~np.isnan(x)]
+    expected = gfloat.round_ndarray(info, widened(x), theirs, sat=not format.has_nan)
+    actual = torch_cast(x, format, rounding=rounding)
+    assert_same_values(actual, expected.astype(np.float32), x)
+
+
+# Codes
+
+
+@formats("bf16", "fp16", "E2M1", "E8M7b128", and_the_eight=True)
+def test_every_code_is_decoded(format: Format) -> None:
+    codes = np.arange(2 * format.sign_mask, dtype=np.uint8 if format.bits <= 8 else np.uint16)
+    expected = format.code_book()
+    expected = np.where(np.abs(expected) < MIN_NORMAL, np.copysign(0.0, expected), expected).astype(np.float32)
+    assert_same_values(np.asarray(in_jax.decode(jnp.asarray(codes), format)), expected, codes, "jax")
+    assert_same_values(in_torch.decode(torch.from_numpy(codes), format).numpy(), expected, codes, "torch")
+
+
+@formats("bf16", "fp16", "E2M1", "E8M4b130", and_the_eight=True)
+def test_every_value_is_encoded(format: Format) -> None:
+    """Back to its own code; NaN to the canonical code with the value's sign lost, and bf16's subnormals to zero."""
+    values = format.code_book()
+    codes = np.arange(values.size)
+    codes = np.where(np.abs(values) < MIN_NORMAL, codes & format.sign_mask, codes)
+    codes = np.where(np.isnan(values), format.to_bits(math.nan), codes).astype(
+        np.uint8 if format.bits <= 8 else np.uint16
+    )
+    x = values.astype(np.float32)
+    assert_same_bits(in_jax.encode(jnp.asarray(x), format), codes, x, "jax")
+    assert_same_bits(in_torch.encode(torch.from_numpy(x), format), codes, x, "torch")
+
+
+@eight_formats
+@pytest.mark.parametrize("overflow", OVERFLOWS)
+def test_codes_of_values_off_the_grid(format: Format, overflow: Overflow) -> None:
+    x = padded_boundaries(format)
+    codes = np.array([format.to_bits(value, overflow=overflow) for value in widened(x).tolist()], np.uint8)
+    assert_same_bits(in_jax.encode(jnp.asarray(x), format, overflow=overflow), codes, x, "jax")
+    assert_same_bits(in_torch.encode(torch.from_numpy(x), format, overflow=overflow), codes, x, "torch")
+
+
+@eight_formats
+def test_codes_rounded_toward_zero(format: Format) -> None:
+    x = padded_boundaries(format)
+    codes = np.array([format.to_bits(value, "toward_zero") for value in widened(x).tolist()], np.uint8)
+    assert_same_bits(in_jax.encode(jnp.asarray(x), format, rounding="toward_zero"), codes, x, "jax")
+    assert_same_bits(in_torch.encode(torch.from_numpy(x), format, rounding="toward_zero"), codes, x, "torch")
+
+
+# Dtypes
+
+
+@jax.jit
+def jax_quantize(x: jax.Array, params: FormatParams) -> jax.Array:
+    return in_jax.quantize(x, params)
+
+
+@formats("bf16", "fp16", and_the_eight=True)
+@pytest.mark.parametrize(
+    ("dtype", "torch_dtype"), [(ml_dtypes.bfloat16, torch.bfloat16), (np.float16, torch.float16)], ids=["bf16", "fp16"]
+)
+def test_all_half_precision_inputs(format: Format, dtype: npt.DTypeLike, torch_dtype: torch.dtype) -> None:
+    """The dtype is kept, so the result is rounded to it; NaN stays canonical, with its sign."""
+    every = np.arange(2**16, dtype=np.uint16)
+    x = every.view(dtype)
+    exact = expected_nearest(x.astype(np.float32), format, "native")
+    with np.errstate(over="ignore"):
+        expected = exact.astype(dtype)
+    canonical = np.array([np.nan], np.float32).astype(dtype).view(np.uint16)[0]
+    expected = np.where(np.isnan(exact), canonical | (every & 0x8000), expected.view(np.uint16)).view(dtype)
+    assert_same_bits(jax_quantize(jnp.asarray(x), FormatParams.from_format(format)), expected, x, "jax")
+    tensor = torch.from_numpy(every.view(np.int16)).view(torch_dtype)
+    assert_same_bits(in_torch.quantize(tensor, format), expected, x, "torch")
+
+
+@formats("bf16", "fp16", and_the_eight=True)
+def test_float64_is_rounded_once(format: Format) -> None:
+    """Just beside each midpoint, where rounding to float32 first would land on the tie, and beside 2^-126."""
+    edges = widened(boundaries(format)[:: 1 if format.bits == 8 else 131])
+    small = MIN_NORMAL * (1 - 2.0 ** -np.array([8.0, 10, 30, 52]))
+    large = [3.4028235677973366e38, 1e300]
+    x = np.concatenate([edges, edges * (1 + 2.0**-40), edges * (1 - 2.0**-40), small, large, [-1e300, 1e-300, 5e-324]])
+    x = padded(x, 5 * BOUNDARY_SIZE)
+    expected = expected_one_by_one(x, format, "nearest_even").astype(np.float64)
+    with jax.enable_x64(True):
+        actual = jax_quantize(jnp.asarray(x), FormatParams.from_format(format))
+    assert_same_bits(actual, expected, x, "jax")
+    assert_same_bits(in_torch.quantize(torch.from_numpy(x), format), expected, x, "torch")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_float32_is_the_identity(dtype: npt.DTypeLike) -> None:
+    x = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(dtype)
+    assert_same_bits(in_jax.quantize(jnp.asarray(x), "float32", scale=4.0), x)
+    assert_same_bits(in_torch.quantize(torch.from_numpy(x), "float32", scale=4.0), x)
+
+
+@formats("E4M3", "E7M0", "bf16")
+def test_the_default_dtype_of_torch_changes_nothing(format: Format) -> None:
+    x = many_inputs()[::64]
+    expected, scaled = torch_cast(x, format), in_torch.quantize(torch.from_numpy(x), format, scale=2.0)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert_same_bits(torch_cast(x, format), expected, x)
+        assert_same_bits(in_torch.quantize(torch.from_numpy(x), format, scale=2.0), scaled, x)
+        assert in_torch.decode(in_torch.encode(torch.from_numpy(x), format), format).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# Shapes, strides, gradients, batches
+
+
+@formats("E3M4", "E7M0", "bf16")
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (5, 7), (2, 3, 70_001)], ids=str)
+def test_shapes(format: Format, shape: tuple[int, ...]) -> None:
+    """The last is cast in several chunks by torch, with an odd rest."""
+    x = np.random.default_rng(4).standard_normal(shape).astype(np.float32)
+    expected = expected_nearest(x, format, "native")
+    assert_same_bits(jax_quantize(jnp.asarray(x), FormatParams.from_format(format)), expected, x, "jax")
+    assert_same_bits(in_torch.quantize(torch.from_numpy(x), format), expected, x, "torch")
+    strided = torch.from_numpy(np.stack([x, x], -1))[..., 0]
+    assert_same_bits(in_torch.quantize(strided, format), expected, x, "torch, strided")
+
+
+def test_chunks_take_their_own_scale_and_random_bits() -> None:
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((3, 100_003), np.float32)
+    drawn = rng.integers(0, 2**24, x.shape, np.int32)
+    scale = np.array([[0.5], [1], [2]], np.float32)
+    in_one = in_torch.quantize(
+        torch.from_numpy(x),
+        "E3M4",
+        scale=torch.from_numpy(scale),
+        rounding="stochastic",
+        random_bits=torch.from_numpy(drawn),
+    )
+    by_row = in_jax.quantize(
+        jnp.asarray(x), "E3M4", scale=jnp.asarray(scale), rounding="stochastic", random_bits=jnp.asarray(drawn)
+    )
+    assert_same_bits(in_one, by_row)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_gradients_pass_straight_through(dtype: str) -> None:
+    x, weight = np.array([6e4, 0.3, -7.0, 1e-7, np.nan], np.float32), np.array([1.1, -2.3, 0.0, 5.0, 3.0], np.float32)
+    expected = jnp.asarray(weight, dtype)
+    _, pullback = jax.vjp(lambda x: in_jax.quantize(x, "E4M3", scale=0.5), jnp.asarray(x, dtype))
+    assert_same_bits(pullback(expected)[0], expected, x, "jax")
+    tensor = torch.from_numpy(x).to(getattr(torch, dtype)).requires_grad_()
+    in_torch.quantize(tensor, "E4M3", scale=0.5).backward(torch.from_numpy(weight).to(tensor.dtype))
+    assert_same_bits(tensor.grad, expected, x, "torch")
+
+
+def test_torch_transforms() -> None:
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    gradient = torch.func.vmap(torch.func.grad(lambda row: in_torch.quantize(row, "E4M3").square().sum()))(x)
+    assert_same_bits(gradient, 2 * in_torch.quantize(x, "E4M3"))
+
+
+def test_no_graph_without_requires_grad() -> None:
+    x = torch.ones(3)
+    assert not in_torch.quantize(x, "E5M2").requires_grad
+    assert in_torch.quantize(x.requires_grad_(), "E5M2").requires_grad
+    assert not in_torch.cast(x, parse("E5M2")).requires_grad
+
+
+def test_vmap_over_formats() -> None:
+    x = many_inputs()[::31]
+    stacked = FormatParams.stack([FormatParams.from_format(each) for each in EIGHT])
+    batched = jax.jit(jax.vmap(in_jax.quantize, in_axes=(None, 0)))(jnp.asarray(x), stacked)
+    for row, each in zip(batched, EIGHT, strict=True):
+        assert_same_bits(row, torch_cast(x, each), x, str(each))
+
+
+# Any float32, any format
+
+FLOAT32 = st.integers(0, 2**32 - 1).map(lambda bits: float(np.uint32(bits).view(np.float32)))
+
+
+@st.composite
+def any_format(draw: Callable[[st.SearchStrategy[int]], int]) -> Format:
+    """Any format of 3 to 16 bits whose largest value is no smaller than 2^-126, with or without specials."""
+    exponent_bits = draw(st.integers(0, 8))
+    mantissa_bits = draw(st.integers(max(0, 2 - exponent_bits), 15 - exponent_bits))
+    specials = draw(st.integers(0, 2)) if exponent_bits else 0
+    has_inf = specials == 2 and mantissa_bits > 0
+    top = 2**exponent_bits - 1 - has_inf
+    bias = draw(st.integers(top - 127, min(top + 126, 149 - mantissa_bits + 1))) if exponent_bits else 0
+    return Format("drawn", exponent_bits, mantissa_bits, bias, has_inf=has_inf, has_nan=specials > 0)
+
+
+@settings(max_examples=300)
+@given(FLOAT32, any_format(), st.sampled_from(OVERFLOWS))
+@example(0.75 * 2.0**-126, Format("quantum 2^-126", 7, 1, 126), "native")
+@example(3e38, Format("max 2^104", 7, 0, 23), "saturate")
+@example(1 + 2.0**-23, Format("24 significant bits", 7, 23, 63), "native")
+@example(1 + 3 * 2.0**-23, Format("23 significant bits", 7, 22, 63), "native")
+@example(math.nan, Format("max 2^105", 7, 2, 21, has_inf=True, has_nan=True), "native")
+def test_any_input_any_format(value: float, format: Format, overflow: Overflow) -> None:
+    x = np.array([value], np.float32)
+    expected = as_cast_gives(np.array([round_to_format(value, format, overflow=overflow)]), x)
+    for path, actual in jax_casts(x, format, overflow).items():
+        assert_same_bits(actual, expected, x, f"{format!r} {path}")
+    assert_same_bits(torch_cast(x, format, overflow), expected, x, f"{format!r} torch")
+
+
+# All 2^32 inputs
+
+
+@pytest.mark.exhaustive
+@eight_formats
+def test_every_float32(format: Format) -> None:
+    size = 2**24
+    for start in range(0, 2**31, size):
+        magnitudes = np.arange(start, start + size, dtype=np.uint32)
+        for sign in (np.uint32(0), np.uint32(2**31)):
+            x = (magnitudes | sign).view(np.float32)
+            expected = expected_nearest(x, format, "native")
+            assert_same_bits(jax_cast(jnp.asarray(x), FormatParams.from_format(format)), expected, x, "jax")
+            assert_same_bits(torch_cast(x, format), expected, x, "torch")
+
+
+def test_comparison_of_bits_can_fail() -> None:
+    """What the assertions above would say, lest they say nothing."""
+    zero = np.zeros(3, np.float32)
+    with pytest.raises(AssertionError, match="1 of 3 differ; at 1 0x80000000, not 0x0"):
+        assert_same_bits(np.array([0, -0.0, 0], np.float32), zero)
+    with pytest.raises(AssertionError, match="float64, not float32"):
+        assert_same_bits(zero.astype(np.float64), zero)
+    assert bits_of(torch.tensor([-0.0], dtype=torch.bfloat16)).tolist() == [0x8000]

@@ -1,0 +1,25 @@
+"""The examples run as they stand and show what they promise."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+_EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_optax_chain_shifts_after_three_nan_batches_and_trains_on(capsys):
+    runpy.run_path(str(_EXAMPLES / "optax_chain.py"), run_name="__main__")
+    first, *events = capsys.readouterr().out.splitlines()
+    assert first.endswith("in E5M2")
+    assert float(first.split()[2]) < 0.5
+    assert [(event["step"], event["kind"]) for event in map(json.loads, events)] == [(22, "shift")]
+
+
+def test_torch_loop_shifts_at_the_same_step(capsys):
+    pytest.importorskip("torch")
+    runpy.run_path(str(_EXAMPLES / "torch_loop.py"), run_name="__main__")
+    shift, final = capsys.readouterr().out.splitlines()
+    assert shift == "step 22: shift E7M0 -> E5M2"
+    assert float(final.split()[2]) < 0.5

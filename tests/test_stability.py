@@ -1,0 +1,140 @@
+"""The threshold of clipping, the checks of what users give, and the shifter's edges."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from altgrad_core.formats import FORMAT_REGISTRY, UnknownFormatError
+from altgrad_core.stability import (
+    CLIP_EPSILON,
+    FORMAT_FALLBACK,
+    EmergencyMantissaShift,
+    check_base_clip,
+    check_rate,
+    clip_threshold,
+)
+
+EIGHT = sorted(name for name, known in FORMAT_REGISTRY.items() if known.bits == 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio"),
+    [
+        ("E0M7", Fraction(127, 128) / 57344),
+        ("E1M6", Fraction(127, 32) / 57344),
+        ("E2M5", Fraction(63, 8) / 57344),
+        ("E3M4", Fraction(124, 57344)),
+        ("E4M3", Fraction(448, 57344)),
+        ("E5M2", Fraction(1)),
+        ("E6M1", Fraction(3 * 2**31, 57344)),
+        ("E7M0", Fraction(2**64, 57344)),
+    ],
+)
+def test_threshold_is_the_ratio_of_ranges(name: str, ratio: Fraction) -> None:
+    assert clip_threshold(name) == float(np.float32(float(ratio)))
+    assert clip_threshold(FORMAT_REGISTRY[name]) == clip_threshold(name)
+
+
+@given(st.floats(1e-20, 1e15), st.sampled_from(EIGHT))
+def test_threshold_follows_the_base(base: float, name: str) -> None:
+    """Rounded to float32 before and after, and in between exact but for float64's last bit."""
+    exact = Fraction(float(np.float32(base))) * Fraction(FORMAT_REGISTRY[name].max_representable_value) / 57344
+    threshold = clip_threshold(name, base)
+    assert threshold == float(np.float32(threshold))
+    assert abs(Fraction(threshold) - exact) <= exact * (Fraction(1, 2**24) + Fraction(1, 2**50))
+
+
+def test_numbers_of_the_design() -> None:
+    assert round(clip_threshold("E3M4"), 5) == 0.00216
+    assert clip_threshold("E7M0") == pytest.approx(3.2e14, rel=0.01)
+    assert CLIP_EPSILON == 1e-6
+
+
+@pytest.mark.parametrize("base_clip", [0, 0.0, -1.0, math.inf, -math.inf, math.nan, "1", None, [1.0]])
+def test_base_clip_is_a_positive_finite_number(base_clip: object) -> None:
+    with pytest.raises(ValueError, match="base_clip is"):
+        check_base_clip(base_clip)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="base_clip is"):
+        clip_threshold("E5M2", base_clip)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("base_clip", [1, 1e-30, np.float64(2.5)])
+def test_good_base_clips(base_clip: float) -> None:
+    assert check_base_clip(base_clip) == base_clip
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan, math.inf, -math.inf, "0.5", None])
+def test_rates_lie_between_zero_and_one(rate: object) -> None:
+    with pytest.raises(ValueError, match="some_rate is"):
+        check_rate("some_rate", rate)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rate", [0, 1, 0.0, -0.0, 1.0, 5e-324, np.float64(0.3)])
+def test_good_rates(rate: float) -> None:
+    assert check_rate("some_rate", rate) == rate
+
+
+def test_threshold_of_an_unknown_format() -> None:
+    with pytest.raises(UnknownFormatError, match="did you mean"):
+        clip_threshold("E5M2x")
+
+
+# The shifter
+
+
+@pytest.mark.parametrize("nan_patience", [0, -1, 1.5, True, None, "3"])
+def test_patience_is_a_positive_integer(nan_patience: object) -> None:
+    with pytest.raises(ValueError, match="nan_patience is"):
+        EmergencyMantissaShift(nan_patience=nan_patience)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stall_threshold", [-0.1, 1.5, math.nan])
+def test_stall_threshold_is_a_rate(stall_threshold: float) -> None:
+    with pytest.raises(ValueError, match="stall_threshold is"):
+        EmergencyMantissaShift(stall_threshold=stall_threshold)
+
+
+@pytest.mark.parametrize("stall_rate", [-0.1, 1.5, math.nan])
+def test_stall_rate_is_a_rate(stall_rate: float) -> None:
+    shifter = EmergencyMantissaShift()
+    with pytest.raises(ValueError, match="stall_rate is"):
+        shifter.check_and_shift("E3M4", has_nan=True, stall_rate=stall_rate)
+    assert shifter.consecutive_nans == 0, "a refused observation is not counted"
+
+
+@pytest.mark.parametrize("name", ["float32", "bf16", "fp16", "E2M3", "e5m2", ""])
+def test_formats_without_a_fallback_are_refused(name: str) -> None:
+    """Also where nothing triggers: a run that cannot shift should say so at once."""
+    with pytest.raises(ValueError, match="E7M0, E6M1, E5M2"):
+        EmergencyMantissaShift().check_and_shift(name, has_nan=False, stall_rate=0.0)
+    with pytest.raises(ValueError, match=r"no fallback is known"):
+        EmergencyMantissaShift().is_exhausted(name)
+
+
+def test_patience_of_one_shifts_at_once() -> None:
+    assert EmergencyMantissaShift(nan_patience=1).check_and_shift("E7M0", has_nan=True, stall_rate=0.0) == "E5M2"
+
+
+@pytest.mark.parametrize(("threshold", "rate", "shifts"), [(0.0, 0.0, False), (0.0, 1e-9, True), (1.0, 1.0, False)])
+def test_stall_thresholds_are_exceeded_not_reached(threshold: float, rate: float, shifts: bool) -> None:
+    decision = EmergencyMantissaShift(stall_threshold=threshold).check_and_shift("E7M0", False, rate)
+    assert (decision is not None) == shifts
+
+
+def test_the_table_is_complete_and_fixed() -> None:
+    assert sorted(FORMAT_FALLBACK) == EIGHT
+    assert EmergencyMantissaShift.FORMAT_FALLBACK is FORMAT_FALLBACK
+    with pytest.raises(TypeError):
+        FORMAT_FALLBACK["E5M2"] = "E3M4"  # type: ignore[index]
+
+
+def test_shifters_do_not_share_their_count() -> None:
+    one, other = EmergencyMantissaShift(), EmergencyMantissaShift()
+    one.check_and_shift("E7M0", has_nan=True, stall_rate=0.0)
+    assert (one.consecutive_nans, other.consecutive_nans) == (1, 0)
