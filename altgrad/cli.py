@@ -6,6 +6,9 @@ import os
 import sys
 from typing import Annotated
 
+from altgrad_core.errors import InputError
+
+_INTERRUPTED = 130
 _EXTRAS = {
     "tyro": "train",
     "flax": "train",
@@ -42,15 +45,16 @@ def main() -> None:
             config=(tyro.conf.OmitArgPrefixes,),
         )
         if isinstance(config, TrainConfig):
-            train(config)
+            if train(config) is None:
+                sys.exit(_INTERRUPTED)
         elif isinstance(config, StudyConfig):
             study(config)
         else:
             report(config)
-    except ValueError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"altgrad: {error}")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
 
 
 def _share_out_the_cores() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -14,8 +15,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from altgrad_core.errors import InputError
 from altgrad_core.events import Event, jsonable
 from altgrad_core.formats import Overflow, parse
+from altgrad_core.stability import check_base_clip, check_rate
 from altgrad_jax.checkpoint import CheckpointError, Checkpoints
 from altgrad_jax.control import Policy, StallRule
 from altgrad_jax.data import Corpus, load_corpus
@@ -28,7 +31,7 @@ from altgrad_jax.training import OptimizerConfig, Program
 _VALIDATION_BATCHES = 8
 
 
-class RunError(ValueError):
+class RunError(InputError):
     """A run that cannot start as asked."""
 
 
@@ -107,6 +110,8 @@ class TrainConfig:
             raise RunError(f"--learning-rate is {self.learning_rate}; expected a positive number")
         if self.storage_rounding is not None and self.storage == "master":
             raise RunError("--storage-rounding has no effect on float32 masters; expected it with --storage committed")
+        check_base_clip(self.base_clip)
+        check_rate("overflow_threshold", self.overflow_threshold)
         self._refuse_without(self.clip, "--clip", ("base_clip", "overflow_threshold"))
         self._refuse_without(self.shift, "--shift", ("nan_patience", "stall_threshold", "stall_rule"))
         self._refuse_without(self.recover, "--recover", ("snapshot_every",))
@@ -158,7 +163,7 @@ class TrainConfig:
         return {**kept, "inject": list(self.inject), "characters": len(corpus.train) + len(corpus.validation)}
 
 
-def train(config: TrainConfig, console: Console | None = None) -> float:
+def train(config: TrainConfig, console: Console | None = None) -> float | None:
     """Run ``altgrad train``.
 
     Writes ``config.json``, ``metrics.jsonl`` (a line for each step), ``events.jsonl`` (a line for each event),
@@ -170,7 +175,7 @@ def train(config: TrainConfig, console: Console | None = None) -> float:
         console: where progress and events are shown; standard error by default.
 
     Returns:
-        Held-out loss at the end, in nats per character; NaN for a run that was interrupted.
+        Held-out loss at the end, in nats per character; None for a run that was interrupted.
 
     Raises:
         RunError: if the folder does not fit what was asked.
@@ -193,7 +198,7 @@ def train(config: TrainConfig, console: Console | None = None) -> float:
             finished = _train_to_the_end(config, job, checkpoints, log, console)
     if not finished:
         console.print(f"interrupted at step {job.step}; go on with --resume --out {config.out}")
-        return float("nan")
+        return None
     batches = corpus.validation_batches(_VALIDATION_BATCHES, config.batch, config.context)
     loss = float(job.evaluate(batches)[0])
     result = {"validation_loss": loss, "steps": job.step, "final_format": job.controllers[0].format}
@@ -274,8 +279,11 @@ def _continued(path: Path, reported_through: int) -> TextIO:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; a second one of a kind kills."""
+    """Collect SIGINT and SIGTERM instead of dying of them; a second one of a kind kills. Only in the main thread."""
     caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
 
     def note(number: int, _: object) -> None:
         caught.append(number)

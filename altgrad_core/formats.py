@@ -20,6 +20,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from altgrad_core.errors import InputError
+
 Rounding = Literal["nearest_even", "nearest_away", "toward_zero", "stochastic"]
 """How a value between two neighbours of the grid is rounded; ``nearest_even`` means ties to the even *code*."""
 
@@ -42,7 +44,7 @@ STOCHASTIC_BITS = 24
 _CODE_BOOK_BITS = 16
 
 
-class UnknownFormatError(ValueError):
+class UnknownFormatError(InputError):
     """A name that is neither in the registry nor of the form ``E4M3`` or ``E4M3b11``."""
 
 
@@ -81,21 +83,21 @@ class Format:
     def __post_init__(self) -> None:
         """Check that the fields describe a format."""
         if not 0 <= self.exponent_bits <= 8:
-            raise ValueError(f"exponent_bits is {self.exponent_bits}; expected 0 to 8")
+            raise InputError(f"exponent_bits is {self.exponent_bits}; expected 0 to 8")
         if not 0 <= self.mantissa_bits <= 23:
-            raise ValueError(f"mantissa_bits is {self.mantissa_bits}; expected 0 to 23")
+            raise InputError(f"mantissa_bits is {self.mantissa_bits}; expected 0 to 23")
         if self.bits < 2:
-            raise ValueError("a format needs at least one exponent or mantissa bit; both are 0")
+            raise InputError("a format needs at least one exponent or mantissa bit; both are 0")
         if self.exponent_bits == 0 and self.bias != 0:
-            raise ValueError(f"bias is {self.bias}; a fixed-point format (exponent_bits=0) has bias 0")
+            raise InputError(f"bias is {self.bias}; a fixed-point format (exponent_bits=0) has bias 0")
         if self.exponent_bits == 0 and (self.has_inf or self.has_nan):
-            raise ValueError("a fixed-point format (exponent_bits=0) has neither inf nor NaN")
+            raise InputError("a fixed-point format (exponent_bits=0) has neither inf nor NaN")
         if self.has_inf and not self.has_nan:
-            raise ValueError("has_inf without has_nan: a format with infinities has NaN as well")
+            raise InputError("has_inf without has_nan: a format with infinities has NaN as well")
         if self.has_inf and (self.exponent_bits == 0 or self.mantissa_bits == 0):
-            raise ValueError("infinities and NaN share one exponent: that needs exponent_bits and mantissa_bits >= 1")
+            raise InputError("infinities and NaN share one exponent: that needs exponent_bits and mantissa_bits >= 1")
         if self.min_exponent - self.mantissa_bits < -149 or self.max_exponent > 127:
-            raise ValueError(
+            raise InputError(
                 f"bias {self.bias} puts values outside float32 (2^-149 to 2^127): "
                 f"quanta from 2^{self.min_exponent - self.mantissa_bits}, largest exponent {self.max_exponent}"
             )
@@ -185,7 +187,7 @@ class Format:
         1.25
         """
         if not 0 <= code < 2 * self.sign_mask:
-            raise ValueError(f"code {code} is not one of {self.name}; expected 0 to {2 * self.sign_mask - 1}")
+            raise InputError(f"code {code} is not one of {self.name}; expected 0 to {2 * self.sign_mask - 1}")
         magnitude = code & (self.sign_mask - 1)
         if magnitude > self.max_code:
             value = math.inf if self.has_inf and magnitude == self.max_code + 1 else math.nan
@@ -224,7 +226,7 @@ class Format:
             ValueError: for formats of more than 16 bits.
         """
         if self.bits > _CODE_BOOK_BITS:
-            raise ValueError(f"{self.name} has {self.bits} bits; a code book is made up to {_CODE_BOOK_BITS}")
+            raise InputError(f"{self.name} has {self.bits} bits; a code book is made up to {_CODE_BOOK_BITS}")
         return _code_book(self)
 
     def _decode(self, magnitude: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
+from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, Format, Overflow, Rounding
 
 
@@ -44,7 +45,7 @@ def round_to_format(
     """
     check_modes(rounding, overflow)
     if (rounding == "stochastic") != (random_bits is not None):
-        raise ValueError(f"random_bits go with rounding='stochastic' and with nothing else; rounding is {rounding!r}")
+        raise InputError(f"random_bits go with rounding='stochastic' and with nothing else; rounding is {rounding!r}")
     if isinstance(value, float) and math.isnan(value):
         return math.nan
     sign = math.copysign(1.0, value) if isinstance(value, float) else (-1.0 if value < 0 else 1.0)
@@ -131,6 +132,6 @@ def check_modes(rounding: str, overflow: str) -> None:
         ValueError: naming the bad value and what was expected.
     """
     if rounding not in ROUNDINGS:
-        raise ValueError(f"unknown rounding {rounding!r}; expected one of {', '.join(ROUNDINGS)}")
+        raise InputError(f"unknown rounding {rounding!r}; expected one of {', '.join(ROUNDINGS)}")
     if overflow not in OVERFLOWS:
-        raise ValueError(f"unknown overflow policy {overflow!r}; expected one of {', '.join(OVERFLOWS)}")
+        raise InputError(f"unknown overflow policy {overflow!r}; expected one of {', '.join(OVERFLOWS)}")

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from altgrad_core.errors import InputError
 from altgrad_core.formats import Format, parse
 
 REFERENCE_MAX = 57344.0
@@ -40,7 +41,7 @@ def check_base_clip(base_clip: float) -> float:
         ValueError: for anything else.
     """
     if not (isinstance(base_clip, (int, float)) and 0 < base_clip <= _FLOAT32_MAX and np.float32(base_clip) > 0):
-        raise ValueError(f"base_clip is {base_clip!r}; expected a positive finite number, such as 1.0")
+        raise InputError(f"base_clip is {base_clip!r}; expected a positive finite number, such as 1.0")
     return float(base_clip)
 
 
@@ -51,7 +52,7 @@ def check_rate(name: str, rate: float) -> float:
         ValueError: for a rate outside [0, 1] or NaN.
     """
     if not (isinstance(rate, (int, float)) and 0.0 <= rate <= 1.0):
-        raise ValueError(f"{name} is {rate!r}; expected a fraction from 0.0 to 1.0")
+        raise InputError(f"{name} is {rate!r}; expected a fraction from 0.0 to 1.0")
     return float(rate)
 
 
@@ -100,7 +101,7 @@ class EmergencyMantissaShift:
     def __init__(self, nan_patience: int = 3, stall_threshold: float = 0.5) -> None:
         """Start with no NaN batch seen."""
         if isinstance(nan_patience, bool) or not isinstance(nan_patience, int) or nan_patience < 1:
-            raise ValueError(f"nan_patience is {nan_patience!r}; expected an integer of at least 1")
+            raise InputError(f"nan_patience is {nan_patience!r}; expected an integer of at least 1")
         self.nan_patience = nan_patience
         self.stall_threshold = check_rate("stall_threshold", stall_threshold)
         self.consecutive_nans = 0
@@ -137,7 +138,7 @@ class EmergencyMantissaShift:
 
     def _fallback(self, current_format: str) -> str | None:
         if current_format not in self.FORMAT_FALLBACK:
-            raise ValueError(
+            raise InputError(
                 f"no fallback is known for format {current_format!r}; the known ones are "
                 f"{', '.join(self.FORMAT_FALLBACK)}"
             )

@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from altgrad_core.errors import InputError
 from altgrad_jax.job import Job
 
 _VERSION = 1
 _KEPT = 2
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that is missing or belongs to another run."""
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from altgrad_core.errors import InputError
 from altgrad_core.events import Event
 from altgrad_core.formats import Format, Rounding, parse
 from altgrad_core.stability import EmergencyMantissaShift
@@ -238,7 +239,7 @@ class FormatController:
         self._memory = _Memory()
         self._pending: deque[tuple[int, Mapping[str, Any]]] = deque()
         if shifter is not None and self.format not in shifter.FORMAT_FALLBACK:
-            raise ValueError(
+            raise InputError(
                 f"a {self.format} run cannot shift: it is not in the fallback table; expected one of "
                 f"{', '.join(shifter.FORMAT_FALLBACK)}"
             )

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from altgrad_core.errors import InputError
+
 _VALIDATION_SHARE = 10
 _VALIDATION_STREAM = 2**63
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A data file that cannot be trained on."""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from altgrad_core.errors import InputError
 from altgrad_jax.state import Fault
 
 FaultKind = Literal["nan", "spike", "weight"]
@@ -18,7 +19,7 @@ _EXAMPLES = (
 )
 
 
-class FaultError(ValueError):
+class FaultError(InputError):
     """A fault that does not parse."""
 
 

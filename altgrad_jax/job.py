@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from altgrad_core.errors import InputError
 from altgrad_core.events import Event
 from altgrad_core.stability import EmergencyMantissaShift
 from altgrad_jax.control import Decision, FormatController, Observation, Policy
@@ -50,7 +51,7 @@ class RunPlan:
             ValueError: for a shift that the format cannot make, or one in a run that does not recover.
         """
         if self.shift and not self.spec.recover:
-            raise ValueError("a shift needs recovery: without skipping, the first NaN poisons the parameters for good")
+            raise InputError("a shift needs recovery: without skipping, the first NaN poisons the parameters for good")
         return FormatController(
             self.spec.format,
             policy=self.policy,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from altgrad_core.errors import InputError
 from altgrad_jax.casting import FormatParams
 from altgrad_jax.nn import Record, quantized_dot_general
 
@@ -38,11 +39,11 @@ class GPTConfig:
         """Check the shape."""
         for name in ("vocabulary", "context", "layers", "width", "heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+                raise InputError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.width % self.heads:
             divisors = [d for d in range(1, self.width + 1) if self.width % d == 0]
             nearest = min(divisors, key=lambda d: abs(d - self.heads))
-            raise ValueError(f"heads is {self.heads}, which does not divide width {self.width}; nearest is {nearest}")
+            raise InputError(f"heads is {self.heads}, which does not divide width {self.width}; nearest is {nearest}")
 
     @property
     def sites(self) -> int:

@@ -18,6 +18,7 @@ from scipy import special
 
 from altgrad.study.results import RunResult, Scene, StorageRounding, Study
 from altgrad_core.events import EVENT_KINDS
+from altgrad_core.stability import clip_threshold
 
 TRAINS_WITHIN = 0.10
 """Nats per character above float32 up to which a format counts as training."""
@@ -165,6 +166,8 @@ class Effect:
         failed_on: seeds that failed with them.
         seeds: seeds that were run both ways.
         acted: how often what acted, over all seeds; faults not among them.
+        idle_gates: open gates behind which nothing was clipped, the norm being below the format's threshold; 0 if the
+            study's config does not tell ``base_clip``.
         final_formats: the formats that the runs with interventions ended in, with how many did.
     """
 
@@ -176,6 +179,7 @@ class Effect:
     failed_on: tuple[int, ...]
     seeds: tuple[int, ...]
     acted: Mapping[str, int]
+    idle_gates: int
     final_formats: Mapping[str, int]
 
 
@@ -422,8 +426,22 @@ def _effect(study: Study, format: str) -> Effect | None:
         failed_on=failed_on,
         seeds=seeds,
         acted={kind: counts[kind] for kind in EVENT_KINDS if counts[kind] and kind != "fault"},
+        idle_gates=sum(_idle_gates(study, on[seed]) for seed in seeds),
         final_formats=Counter(study.runs[on[seed]].final_format for seed in seeds),
     )
+
+
+def _idle_gates(study: Study, row: int) -> int:
+    base, run = study.config.get("base_clip"), study.runs[row]
+    if not isinstance(base, (int, float)):
+        return 0
+    name, idle = run.format, 0
+    for event in run.events:
+        if event.kind == "shift":
+            name = str(event.numbers["to"])
+        elif event.kind == "gate":
+            idle += float(event.numbers["norm"]) <= clip_threshold(name, float(base))
+    return idle
 
 
 def _failed(study: Study, row: int) -> bool:

@@ -46,7 +46,7 @@ _OVERFLOWS = ("overflow_rate", "operand_overflow_rate")
 _UNDERFLOWS = ("underflow_rate", "operand_underflow_rate")
 _ACTIONS = {
     "skip": ("step skipped", "steps skipped"),
-    "gate": ("clip", "clips"),
+    "gate": ("open gate", "open gates"),
     "rollback": ("rollback", "rollbacks"),
     "rounding": ("change to stochastic rounding", "changes to stochastic rounding"),
     "exhausted": ("shift wanted without a format to fall back to", "shifts wanted without a format to fall back to"),
@@ -164,8 +164,10 @@ def _finding(study: Study, row: int) -> _Finding | None:
     behind = _distance(study, row) > FAR_BEHIND
     faults = [event.step for event in run.events if event.kind == "fault"]
     if faults:
-        words = "; ".join(describe_faults(run.events))
-        return _Finding("behind" if behind else "recovered", faults[0], f"injected: {words}")
+        words = f"injected: {'; '.join(describe_faults(run.events))}"
+        return (
+            _Finding("behind", _behind_from(study, row), words) if behind else _Finding("recovered", faults[0], words)
+        )
     if behind:
         return _Finding("behind", _behind_from(study, row))
     broken = np.flatnonzero(~finite_steps(study, row))

@@ -52,6 +52,7 @@ _RATES = {
 _INK = "#333333"
 _GRID = "#ececec"
 _HEIGHT = 270
+_LABEL_SPACE = 0.25
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Style:
 _STYLES: Mapping[str, Style] = MappingProxyType(
     {
         "float32": Style("#1a1a1a"),
-        "bf16": Style("#8c8c8c"),
+        "bf16": Style("#8c8c8c", "dash"),  # it may lie on float32
         "E0M7": Style("#e69f00"),
         "E1M6": Style("#56b4e9", "dash"),  # it may lie exactly on E0M7
         "E3M4": Style("#009e73"),
@@ -100,7 +101,7 @@ class Mark:
 MARKS: Mapping[str, Mark] = MappingProxyType(
     {
         "skip": Mark("x-thin", "×", "#555555", "step skipped"),
-        "gate": Mark("diamond", "◆", "#0072b2", "gate open, clipped"),
+        "gate": Mark("diamond", "◆", "#0072b2", "gate open"),
         "shift": Mark("triangle-down", "▼", "#d55e00", "format shifted"),
         "rollback": Mark("triangle-left", "◀", "#9c4f7d", "rolled back"),
         "rounding": Mark("square", "■", "#009e73", "rounding changed"),
@@ -235,8 +236,10 @@ def rate_group(study: Study) -> PanelGroup | None:
     caption = (
         "Underflow: non-zero elements that become zero. Stall: non-zero updates that leave the quantised weight as it "
         "was. Overflow is neither smoothed nor averaged: the largest rate of any seed around a step is drawn, on a "
-        "logarithmic axis with zero at its foot; the dashed line is where the clipper’s gate opens."
+        "logarithmic axis with zero at its foot."
     )
+    if _gate(study) is not None:
+        caption += " The dashed line is where the clipper’s gate opens."
     return PanelGroup("rates", caption, tuple(panels), events=STRESS_ON in variants_of(study))
 
 
@@ -303,9 +306,9 @@ def _rate_panel(study: Study, variant: Variant, series: str) -> Panel:
         figure.update_yaxes(
             type="log", range=[-6.15, 0.15], tickvals=[10.0**power for power in powers], ticktext=labels
         )
-        gate = study.config.get("overflow_threshold")
-        if isinstance(gate, (int, float)) and gate > 0:
-            figure.add_hline(y=float(gate), line={"color": "#777777", "width": 1, "dash": "dash"})
+        gate = _gate(study)
+        if gate is not None:
+            figure.add_hline(y=gate, line={"color": "#777777", "width": 1, "dash": "dash"})
     else:
         figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     return Panel(
@@ -314,6 +317,12 @@ def _rate_panel(study: Study, variant: Variant, series: str) -> Panel:
         description=f"{title}, share of {whole}, over steps, one line for each format: {variant.label}.",
         figure=figure,
     )
+
+
+def _gate(study: Study) -> float | None:
+    """The overflow rate that opens the clipper's gate, if the study tells."""
+    gate = study.config.get("overflow_threshold")
+    return float(gate) if isinstance(gate, (int, float)) and gate > 0 else None
 
 
 def _timeline(study: Study) -> Panel:
@@ -464,18 +473,22 @@ def _last_finite(values: Curve, step: int) -> float:
 
 def _mark_faults(figure: go.Figure, study: Study, variant: Variant) -> None:
     """Grey lines, or bars for several steps in a row, where faults were injected; each labelled once."""
-    marked = set()
-    for run in study.runs:
-        if Variant.of(run) != variant:
-            continue
-        for group in fault_groups(run.events):
-            key = (group[0].step, group[-1].step, group[0].cause)
-            if key not in marked:
-                marked.add(key)
-                _mark_fault(figure, group)
+    groups = {
+        (group[0].step, group[-1].step, group[0].cause): group
+        for run in study.runs
+        if Variant.of(run) == variant
+        for group in fault_groups(run.events)
+    }
+    raised, previous = False, -math.inf
+    for key in sorted(groups):
+        raised = not raised and key[0] - previous < _LABEL_SPACE * study.steps
+        previous = key[0]
+        _mark_fault(figure, groups[key], raised)
+    if groups:
+        figure.update_layout(margin={"t": 32})
 
 
-def _mark_fault(figure: go.Figure, group: Sequence[Event]) -> None:
+def _mark_fault(figure: go.Figure, group: Sequence[Event], raised: bool) -> None:
     first, last = group[0], group[-1]
     value = first.numbers.get("value")
     label = {
@@ -494,6 +507,7 @@ def _mark_fault(figure: go.Figure, group: Sequence[Event]) -> None:
         showarrow=False,
         xanchor="left",
         yanchor="bottom",
+        yshift=12 if raised else 0,
         font={"size": 11, "color": "#666666"},
     )
 
@@ -529,7 +543,7 @@ def _figure(y_title: str, limits: tuple[float, float] | None) -> go.Figure:
     figure.update_layout(
         template=go.layout.Template(),
         height=_HEIGHT,
-        margin={"l": 50, "r": 10, "t": 20, "b": 40},
+        margin={"l": 50, "r": 10, "t": 8, "b": 40},
         font={"family": "system-ui, sans-serif", "size": 12, "color": _INK},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",

@@ -15,6 +15,7 @@ from altgrad.study.analysis import (
     SAME_GRID,
     STRESS_OFF,
     STRESS_ON,
+    TRAINS_WITHIN,
     Effect,
     FinalLoss,
     Outcome,
@@ -275,8 +276,9 @@ def _behind_text(facts: Facts, variant: Variant) -> str:
     }
     if not first:
         return ""
-    ordered = sorted(first, key=lambda name: first[name])
-    each = listing(f"{first[name]} ({name})" for name in ordered)
+    each = listing(
+        f"{step} ({listing(name for name in first if first[name] == step)})" for step in sorted({*first.values()})
+    )
     return f"{_start(variant)}, runs fall {FAR_BEHIND:.1f} nats behind float32 for good at step {each}."
 
 
@@ -291,7 +293,7 @@ def _interventions(facts: Facts) -> list[str]:
         return ["Not tested: no format was put under stress both with and without them."] if ran else []
     groups = {verdict: [e for e in facts.effects if e.verdict == verdict] for verdict in _VERDICT_TEXT}
     sentences = [_VERDICT_TEXT[verdict](group, facts) for verdict, group in groups.items() if group]
-    return [*sentences, *_price(facts.effects), *_shifted(facts.effects), *_never_clipped(facts), *_skip_alone(facts)]
+    return [*sentences, *_price(facts.effects), *_clipper(facts.effects), *_shifted(facts.effects)]
 
 
 def _saved_text(group: Sequence[Effect], facts: Facts) -> str:
@@ -329,13 +331,28 @@ _VERDICT_TEXT: Mapping[Verdict, Callable[[Sequence[Effect], Facts], str]] = {
 
 
 def _price(group: Sequence[Effect]) -> list[str]:
+    """How far runs with interventions end from undisturbed ones, formats under test first."""
     known = [effect for effect in group if effect.on_to_clean.known]
-    if not known:
-        return []
-    above = [effect.format for effect in known if effect.on_to_clean.above]
-    gaps = span([effect.on_to_clean.mean for effect in known], signed)
-    text = f"With them, runs end {gaps} nats from undisturbed runs of the same format"
-    return [f"{text}{f', measurably above for {listing(above)}' if above else ''}."]
+    tested = [effect for effect in known if effect.format not in CONTROLS]
+    controls = [effect for effect in known if effect.format in CONTROLS and effect.verdict == "saved"]
+    sentences = []
+    if tested:
+        above = [effect.format for effect in tested if effect.on_to_clean.above]
+        sentences.append(
+            f"With them, 8-bit formats end {_gaps(tested)} nats from undisturbed runs of their own"
+            f"{f', measurably above for {listing(above)}' if above else ''}."
+        )
+    if controls:
+        names = listing(effect.format for effect in controls)
+        dear = max(effect.on_to_clean.mean for effect in controls) > TRAINS_WITHIN
+        end = "but" if dear else "and"
+        rest = "." if dear else ", so a need for clipping or shifting is not shown."
+        sentences.append(f"With skipping and rollback alone {names} survive too, {end} end {_gaps(controls)}{rest}")
+    return sentences
+
+
+def _gaps(group: Sequence[Effect]) -> str:
+    return span([effect.on_to_clean.mean for effect in group], signed)
 
 
 def _shifted(group: Sequence[Effect]) -> list[str]:
@@ -349,19 +366,17 @@ def _shifted(group: Sequence[Effect]) -> list[str]:
     return [f"Some end in another format: {ended}."] if ended else []
 
 
-def _never_clipped(facts: Facts) -> list[str]:
-    idle = [e.format for e in facts.effects if e.format not in CONTROLS and not e.acted.get("gate")]
-    return [f"The clipper’s gate never opens for {listing(idle)}."] if idle else []
-
-
-def _skip_alone(facts: Facts) -> list[str]:
-    """Controls can only skip and roll back: if that saves them too, the scene does not show a need for more."""
-    controls = [effect for effect in facts.effects if effect.format in CONTROLS]
-    others = [effect for effect in facts.effects if effect.format not in CONTROLS and effect.verdict == "saved"]
-    if not others or not controls or any(effect.verdict != "saved" for effect in controls):
-        return []
-    names = listing(effect.format for effect in controls)
-    return [f"Skipping and rollback alone save {names} too, so a need for clipping or shifting is not shown."]
+def _clipper(group: Sequence[Effect]) -> list[str]:
+    """Where the clipper had nothing to do, or did nothing."""
+    tested = [effect for effect in group if effect.format not in CONTROLS]
+    shut = [effect.format for effect in tested if not effect.acted.get("gate")]
+    idle = [effect.format for effect in tested if effect.idle_gates and effect.idle_gates == effect.acted.get("gate")]
+    sentences = [f"The clipper’s gate never opens for {listing(shut)}."] if shut else []
+    if idle:
+        sentences.append(
+            f"The clipper’s gate opens for {listing(idle)} but clips nothing: the threshold is above every norm seen."
+        )
+    return sentences
 
 
 def _start(variant: Variant) -> str:

@@ -101,8 +101,8 @@ class Study:
     """All runs of a study.
 
     Attributes:
-        config: sizes and settings, JSON values, shown as they are. Known to the report: ``command``, ``steps``,
-            ``batch``, ``context``, ``layers``, ``width``, ``learning_rate``, ``overflow_threshold`` and
+        config: sizes and settings, JSON values, shown as they are. Known to the report: ``command``, ``batch``,
+            ``context``, ``layers``, ``width``, ``learning_rate``, ``base_clip``, ``overflow_threshold`` and
             ``unigram_loss`` (entropy of the character frequencies in nats: what a model that learnt nothing else
             reaches).
         environment: versions and hardware.
