@@ -115,8 +115,12 @@ class TrainConfig:
         self._refuse_without(self.clip, "--clip", ("base_clip", "overflow_threshold"))
         self._refuse_without(self.shift, "--shift", ("nan_patience", "stall_threshold", "stall_rule"))
         self._refuse_without(self.recover, "--recover", ("snapshot_every",))
-        if parse(self.format).is_float32 and self.storage == "committed":
-            raise RunError("--storage committed has no effect in float32: its weights are on the grid already")
+        stalls_count = self.stall_rule == "literal" or (self.stall_rule == "relative" and self.storage == "committed")
+        self._refuse_without(stalls_count, "--storage committed or --stall-rule literal", ("stall_threshold",))
+        if parse(self.format).is_float32:
+            self._refuse_without(False, "a format other than float32", ("operand_overflow", "gradient_overflow"))
+            if self.storage == "committed":
+                raise RunError("--storage committed has no effect in float32: its weights are on the grid already")
 
     def _refuse_without(self, switch: bool, name: str, options: tuple[str, ...]) -> None:
         defaults = {field.name: field.default for field in fields(self)}

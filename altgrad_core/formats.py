@@ -160,11 +160,11 @@ class Format:
         """Which cast serves the format.
 
         ``identity`` for float32; ``fast`` (one float addition rounds) while its magic number ``2^(e + 23 - M)`` and
-        twice the maximum are finite float32 and quanta are normal float32; ``integer`` for the rest.
+        twice the maximum are finite float32 and half a quantum is normal float32; ``integer`` for the rest.
         """
         if self.is_float32:
             return "identity"
-        fits = self.max_exponent <= 104 + self.mantissa_bits and self.min_exponent - self.mantissa_bits >= -126
+        fits = self.max_exponent <= 104 + self.mantissa_bits and self.min_exponent - self.mantissa_bits >= -125
         return "fast" if fits and self.max_exponent <= 126 else "integer"
 
     @property

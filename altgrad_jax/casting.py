@@ -22,6 +22,7 @@ _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INF = np.int32(0x7F800000)
 _NAN = np.int32(0x7FC00000)
 _IMPLICIT_ONE = np.int32(1 << 23)
+_FLOAT32_MAX = np.finfo(np.float32).max
 _NEAREST_EVEN, _NEAREST_AWAY, _TOWARD_ZERO, _STOCHASTIC = range(len(ROUNDINGS))
 _NATIVE, _SATURATE, _SATURATE_FINITE = range(len(OVERFLOWS))
 
@@ -100,7 +101,7 @@ class FormatParams:
         """The params of the grid ``scale`` times as wide: a cast to it is ``Q(x / scale) * scale`` without the scaling.
 
         Shifts exponents, so it costs nothing per element. The shifted grid keeps to what float32 casts well: its
-        quanta are at least 2^-126 and its maximum below 2^101, so that where the scale asks for finer quanta or a
+        quanta are at least 2^-125 and its maximum below 2^101, so that where the scale asks for finer quanta or a
         larger maximum those are cut off.
 
         Args:
@@ -117,7 +118,7 @@ class FormatParams:
         widened = _float((jnp.minimum(shift, room) + 127) << 23)
         return replace(
             self,
-            min_exponent=jnp.maximum(self.min_exponent + shift, self.mantissa_bits - 126),
+            min_exponent=jnp.maximum(self.min_exponent + shift, self.mantissa_bits - 125),
             max_value=self.max_value * widened,
             native_overflow=self.native_overflow * widened,
         )
@@ -273,7 +274,8 @@ def _cast_integer(x: jax.Array, params: FormatParams, random_bits: jax.Array | N
     magnitude = bits & _MAGNITUDE
     stored = jnp.maximum(lax.shift_right_logical(magnitude, jnp.full_like(magnitude, 23)), 1)
     significand = (magnitude & (_IMPLICIT_ONE - 1)) | jnp.where(magnitude >= _IMPLICIT_ONE, _IMPLICIT_ONE, 0)
-    exponent = jnp.maximum(stored - 127, params.min_exponent)
+    # Of subnormals only those from 2^-127 on, which is their exponent, can round to a result that is not flushed.
+    exponent = jnp.maximum(stored - 127 - (magnitude < _IMPLICIT_ONE).astype(jnp.int32), params.min_exponent)
     dropped = (23 - params.mantissa_bits) + exponent - (stored - 127)
     steps = _round_steps(significand, dropped, exponent - params.min_exponent, params, random_bits)
     # steps has at most 24 bits, so it is exact in float32; its exponent field then takes up the quantum's.
@@ -302,7 +304,7 @@ def _round_steps(
         fraction = lax.shift_right_logical(lax.shift_left(rest, left), right)
         drawn = random_bits.astype(jnp.int32) & ((1 << STOCHASTIC_BITS) - 1)
         up = jnp.where(mode == _STOCHASTIC, fraction + drawn >= (1 << STOCHASTIC_BITS), up)
-    return whole + up
+    return whole + up.astype(jnp.int32)
 
 
 def beyond_max(params: FormatParams) -> jax.Array:
@@ -388,13 +390,17 @@ def _codable(format: str | Format) -> Format:
 def divide_by_scale(x: jax.Array, scale: jax.Array) -> jax.Array:
     """``x / scale`` in float32; a subnormal ``x``, which XLA's CPU backend reads as zero, counts at its value.
 
-    Exact for powers of two within 2^-100 to 2^100, but for a quotient below 2^-126, which is zero.
+    Exact for powers of two within 2^-100 to 2^100, but for a quotient below 2^-126, which is zero, and one of a finite
+    ``x`` beyond float32's maximum, which is that: finite values and infinities are told apart later.
     """
     magnitude = _bits(x) & _MAGNITUDE
     # A subnormal is its bits times 2^-149, a factor that is no normal number: half of it before, half after.
     from_bits = magnitude.astype(jnp.float32) * jnp.float32(2.0**-75) / scale * jnp.float32(2.0**-74)
     signed = _float(_bits(from_bits) | (_bits(x) & _SIGN))
-    return jnp.where(magnitude < _IMPLICIT_ONE, signed, x / scale)
+    # A divisor of its own for each element: XLA turns division by one scalar into a product with its reciprocal.
+    quotient = x / jnp.where(magnitude >= 0, scale, 1)
+    bounded = jnp.where(magnitude < _INF, jnp.clip(quotient, -_FLOAT32_MAX, _FLOAT32_MAX), quotient)
+    return jnp.where(magnitude < _IMPLICIT_ONE, signed, bounded)
 
 
 def flush_subnormals(x: jax.Array) -> jax.Array:
@@ -410,7 +416,11 @@ def to_float32_odd(x: jax.Array) -> jax.Array:
     exact = nearest.astype(jnp.float64) == x
     too_far = jnp.abs(nearest.astype(jnp.float64)) > jnp.abs(x)
     odd = (bits - too_far.astype(jnp.int32)) | 1
-    return _float(jnp.where(exact | jnp.isnan(x), bits, odd))
+    # A subnormal float32, which XLA's CPU backend would flush, is put together from its steps of 2^-149.
+    steps = jnp.abs(x) * 2.0**149
+    whole = jnp.minimum(steps, 2.0**23).astype(jnp.int32)
+    subnormal = whole | (whole < steps).astype(jnp.int32) | (bits & _SIGN)
+    return _float(jnp.where(steps < 2.0**23, subnormal, jnp.where(exact | jnp.isnan(x), bits, odd)))
 
 
 def _bits(x: jax.Array) -> jax.Array:

@@ -52,9 +52,9 @@ class CastCounts:
     def pooled(self) -> Self:
         """Counts of all tensors together, of shape ``()``; up to 2^15 of them."""
         limbs = self.limbs.reshape(-1, 5, 2)
-        low_parts = jnp.sum(limbs[..., 1] & 0x7FFF, 0) + ((jnp.sum(limbs[..., 1] >> 15, 0) & 0x7FFF) << 15)
-        high = jnp.sum(limbs[..., 0], 0) + (jnp.sum(limbs[..., 1] >> 15, 0) >> 15)
-        return type(self)(_carry(jnp.stack([high, low_parts], -1)))
+        low, middle = _sum(limbs[..., 1] & 0x7FFF), _sum(limbs[..., 1] >> 15)
+        high = _sum(limbs[..., 0]) + (middle >> 15)
+        return type(self)(_carry(jnp.stack([high, low + ((middle & 0x7FFF) << 15)], -1)))
 
     @property
     def overflow_rate(self) -> jax.Array:
@@ -205,10 +205,12 @@ def _thresholds(params: FormatParams) -> tuple[jax.Array, jax.Array]:
         params.mantissa_bits == 0, max_exponent - params.min_exponent + 1, (maximum >> (23 - params.mantissa_bits)) & 1
     )
     last_bit = jnp.where(max_exponent < params.min_exponent, 1, last_bit)
-    lowest = params.min_exponent - params.mantissa_bits
+    # Results below 2^-126 are zero, so quanta of binades further down than the next do not show.
+    lowest = jnp.maximum(params.min_exponent, -127) - params.mantissa_bits
     half_smallest = (lowest - 1 + 127) << 23
-    # Results below 2^-126 are zero: there the last to vanish is what rounds to just below 2^-126.
-    last_flushed = (1 << 23) - (jnp.int32(1) << jnp.clip(lowest - 1 + 149, 0, 22)) - 1
+    # There the last to vanish is what rounds to just below 2^-126; the tie does, too, if the code of 2^-126 is odd.
+    odd = jnp.where(params.mantissa_bits == 0, params.min_exponent + 1, 0) & 1
+    last_flushed = (1 << 23) - (jnp.int32(1) << jnp.clip(lowest - 1 + 149, 0, 22)) - 1 + odd
     vanishes = jnp.where(lowest > -126, half_smallest, jnp.where(lowest == -126, 1 << 22, last_flushed))
     return maximum + half + 1 - (last_bit & 1), vanishes
 
@@ -337,6 +339,10 @@ def _nearest(x: jax.Array, params: FormatParams) -> jax.Array:
 
 def _add_each(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     return tuple(a + b for a, b in zip(left, right, strict=True))
+
+
+def _sum(counts: jax.Array) -> jax.Array:
+    return jnp.sum(counts, 0, dtype=jnp.int32)  # where x64 is on it would be int64
 
 
 def _limbs(counts: jax.Array) -> jax.Array:

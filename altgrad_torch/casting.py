@@ -25,6 +25,7 @@ _NAN = 0x7FC00000
 _IMPLICIT_ONE = 1 << 23
 _SIGN_AND_EXPONENT = -_IMPLICIT_ONE
 _MIN_NORMAL = 2.0**-126
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 _CHUNK = 1 << 17
 """Elements cast at a time on a CPU: input, output and temporaries of this many stay in the second-level cache."""
@@ -310,10 +311,13 @@ def _codable(format: str | Format) -> Format:
 def divide_by_scale(x: Tensor, scale: Tensor) -> Tensor:
     """``x / scale`` in float32, where a subnormal ``x`` counts at its value.
 
-    Exact for powers of two within 2^-100 to 2^100, but for a quotient below 2^-126, which is zero.
+    Exact for powers of two within 2^-100 to 2^100, but for a quotient below 2^-126, which is zero, and one of a finite
+    ``x`` beyond float32's maximum, which is that: finite values and infinities are told apart later.
     """
+    magnitude = x.abs()
+    bounded = (x / scale).clamp_(-_FLOAT32_MAX, _FLOAT32_MAX)
     # Looking at the quotient would be too late: one just below 2^-126 is rounded to it before it can be flushed.
-    return (x / scale).mul_(x.abs() >= scale * _MIN_NORMAL)
+    return torch.where(magnitude == math.inf, x, bounded.mul_(magnitude >= scale * _MIN_NORMAL))
 
 
 def _multiply_by_scale(x: Tensor, scale: Tensor) -> Tensor:

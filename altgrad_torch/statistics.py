@@ -229,9 +229,9 @@ def stall_counts(
         raise ValueError(f"weight has shape {tuple(weight.shape)} but update {tuple(update.shape)}; expected the same")
     resolved = parse(format)
     weight, update = _normal(weight), _normal(update)
-    moved = flush_subnormals(weight + update)
     unit = torch.as_tensor(1.0 if scale is None else scale, dtype=torch.float32, device=weight.device)
-    before, after = _nearest(divide_by_scale(weight, unit), resolved), _nearest(divide_by_scale(moved, unit), resolved)
+    before = _nearest(divide_by_scale(weight, unit), resolved)
+    after = _nearest(divide_by_scale(weight + update, unit), resolved)
     nonzero = update != 0
     stalled = nonzero & (before == after)
     outward = torch.signbit(before) == torch.signbit(update)

@@ -149,6 +149,12 @@ def ending(
     return change
 
 
+def nothing_finite(run: RunResult, series: dict[str, np.ndarray]) -> RunResult:
+    for values in series.values():
+        values[:] = np.nan
+    return dataclasses.replace(run, final_loss=math.nan)
+
+
 def small(*formats: str, steps: int = 8, **given: object) -> Study:
     """A study too short for faults, whose losses are then set by hand."""
     return made_up_study(("float32", *formats), steps=steps, **given)  # type: ignore[arg-type]
@@ -403,6 +409,7 @@ def test_one_seed_has_no_interval() -> None:
         (0.5, 0.1, {"operand_underflow_rate": 0.4}, "forward"),
         (0.5, 0.1, {"underflow_rate": 0.4}, "gradient"),
         (0.5, 0.1, {"underflow_rate": 0.2, "operand_overflow_rate": 0.3}, "forward"),
+        (NAN, NAN, {"underflow_rate": 0.9}, "gradient"),
         (0.0, 0.0, {"underflow_rate": 0.9}, "none"),
     ],
 )
@@ -410,7 +417,7 @@ def test_stages(cast: float, update: float, rates: dict[str, float], stage: str)
     def change(run: RunResult, series: dict[str, np.ndarray]) -> RunResult:
         for name in ("operand_underflow_rate", "underflow_rate", "overflow_rate", "operand_overflow_rate"):
             series[name][:] = rates.get(name, 0.0)
-        clean = 2.0 + 0.1 * run.seed + cast * (run.format != "float32")
+        clean = 2.0 + 0.1 * run.seed + (cast if run.format != "float32" else 0.0)
         return dataclasses.replace(run, final_loss=clean + (update if run.scene == "committed" else 0.0))
 
     (weakness,) = analysis.weaknesses(small("E2M5", variants=[CLEAN, COMMITTED_NEAREST], change=change))
@@ -460,7 +467,7 @@ def test_injected_nans_are_the_cause_and_formats_share_an_entry() -> None:
 def test_recovery_says_what_was_done() -> None:
     recovered = {failure.formats: failure for failure in only(made_up_study(), "recovered")}
     assert recovered["float32", "bf16"].action == "in 3 runs: 15 steps skipped"
-    assert recovered["E3M4",].action == "in 3 runs: 15 steps skipped, 3 clips, 3 shifts from E3M4 to E5M2"
+    assert recovered["E3M4",].action == "in 3 runs: 15 steps skipped, 3 open gates, 3 shifts from E3M4 to E5M2"
     assert recovered["E3M4",].cause == "injected: loss × 10,000 at step 60; 5 NaN batches from step 120"
 
 
@@ -561,15 +568,16 @@ def test_the_first_screen_answers() -> None:
     told = answers(made_up_study())
     assert list(told) == ["Which train", "Which fail", "Where", "When", "Interventions"]
     assert "all five 8-bit formats train" in told["Which train"]
-    assert "E7M0 fails (3 of 3 runs never trained)" in told["Which fail"]
+    assert "E7M0 fails (3 of 3 runs untrained)" in told["Which fail"]
     assert told["Where"].startswith("In the update of stored weights: all five 8-bit formats.")
     assert "all seven formats are lost at step 120 (5 NaN batches from step 120)" in told["When"]
-    assert (
-        "They save all seven formats: of 21 runs under stress 21 fail without them, none with them."
-        in (told["Interventions"])
+    assert told["Interventions"].startswith(
+        "Of 21 runs that fail under stress without them, they save 21 (all seven formats)."
     )
     assert "The clipper’s gate never opens for E7M0." in told["Interventions"]
-    assert "Skipping and rollback alone save float32 and bf16 too" in told["Interventions"]
+    assert re.search(
+        "alone, float32 and bf16 survive too and end .*: no need for clipping or shifting is", told["Interventions"]
+    )
     assert "E0M7 and E1M6 as E3M4; E3M4 and E7M0 as E5M2" in told["Interventions"]
 
 
@@ -588,16 +596,58 @@ def test_the_sentences_follow_the_numbers() -> None:
     told = answers(small("E3M4", "E5M2", variants=[CLEAN, STRESS_OFF, STRESS_ON], change=ending(losses)))
     assert "E3M4 fails (1 of 3 runs not finite); E5M2 trains, −0.10 nats/char from float32" in told["Which train"]
     assert "Measurably below it: E5M2" in told["Which train"]
-    assert told["Which fail"] == "Undisturbed, E3M4 of the 8-bit formats failed."
+    assert told["Which fail"] == "Undisturbed, E3M4 fails."
     assert "They help E5M2" in told["Interventions"]
     assert "They harm E3M4 (+0.50 ± 0.01 nats on against off, nothing acted)" in told["Interventions"]
     assert "They do nothing for float32 (0.00 ± 0.00 nats on against off, nothing acted)" in told["Interventions"]
-    assert "Skipping and rollback alone" not in told["Interventions"]
+    assert "skipping and rollback alone" not in told["Interventions"]
+
+
+@pytest.mark.parametrize(
+    ("on", "said"),
+    [
+        ([2.5, 2.6, 2.7], "alone, float32 survives too, but ends +0.50."),
+        ([2.0, NAN, 2.2], "alone, float32 still fails in 1 of 3 runs."),
+    ],
+)
+def test_what_skipping_alone_cannot_do_is_said(on: list[float], said: str) -> None:
+    losses = {
+        ("float32", CLEAN): [2.0, 2.1, 2.2],
+        ("float32", STRESS_OFF): [NAN, NAN, NAN],
+        ("float32", STRESS_ON): on,
+    }
+    assert said in answers(small("E5M2", change=ending(losses)))["Interventions"]
+
+
+def test_a_gate_that_opens_for_nothing_is_said() -> None:
+    def change(run: RunResult, series: dict[str, np.ndarray]) -> RunResult:
+        gates = [Event(step, "gate", "overflow", {"norm": 50.0}) for step in (3, 6)]
+        shift = Event(4, "shift", "nan", {"from": run.format, "to": "E5M2"})
+        on = run.interventions and run.format != "float32"
+        events = (gates[0], shift, gates[1]) if run.format == "E6M1" else tuple(gates)
+        return dataclasses.replace(run, events=events) if on else run
+
+    study = small("E6M1", "E7M0", change=change)
+    assert {effect.format: effect.idle_gates for effect in analysis.effects(study)} == {
+        "float32": 0,
+        "E6M1": 3,
+        "E7M0": 6,
+    }
+    assert "The clipper’s gate opens for E7M0 but clips nothing" in answers(study)["Interventions"]
+    without = dataclasses.replace(study, config={})
+    assert not any(effect.idle_gates for effect in analysis.effects(without))
 
 
 def test_a_control_that_fails_is_said_first() -> None:
     told = answers(small("E5M2", change=ending({("float32", CLEAN): [NAN] * 3})))
     assert told["Which train"].startswith("Not even float32 trains undisturbed")
+
+
+def test_formats_that_share_a_reason_are_told_together() -> None:
+    told = answers(made_up_study(("float32", "E3M4", "E5M2"), change=nothing_finite))
+    assert "They do nothing for all three formats (fail with and without them)." in told["Interventions"]
+    assert told["Where"] == "The runs do not tell for both 8-bit formats."
+    assert answers(small("E5M2"))["Interventions"].count("nothing acted") == 1
 
 
 def test_stochastic_rounding_that_does_not_help_is_said() -> None:
@@ -719,12 +769,6 @@ def check_tables(markdown: str) -> None:
 
 def test_markdown_tables_are_tables(whole: tuple[Page, str]) -> None:
     check_tables(whole[1])
-
-
-def nothing_finite(run: RunResult, series: dict[str, np.ndarray]) -> RunResult:
-    for values in series.values():
-        values[:] = np.nan
-    return dataclasses.replace(run, final_loss=math.nan)
 
 
 PARTS = {

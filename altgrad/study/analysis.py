@@ -18,6 +18,7 @@ from scipy import special
 
 from altgrad.study.results import RunResult, Scene, StorageRounding, Study
 from altgrad_core.events import EVENT_KINDS
+from altgrad_core.formats import UnknownFormatError
 from altgrad_core.stability import clip_threshold
 
 TRAINS_WITHIN = 0.10
@@ -440,8 +441,16 @@ def _idle_gates(study: Study, row: int) -> int:
         if event.kind == "shift":
             name = str(event.numbers["to"])
         elif event.kind == "gate":
-            idle += float(event.numbers["norm"]) <= clip_threshold(name, float(base))
+            idle += float(event.numbers["norm"]) <= _threshold(name, float(base))
     return idle
+
+
+def _threshold(name: str, base: float) -> float:
+    """The clip threshold of a format; NaN for a name that nobody knows any more."""
+    try:
+        return clip_threshold(name, base)
+    except UnknownFormatError:
+        return math.nan
 
 
 def _failed(study: Study, row: int) -> bool:
@@ -490,30 +499,30 @@ def site_name(study: Study, site: int) -> str:
 
 def _weakness(study: Study, format: str) -> Weakness:
     clean = losses_of(study, CLEAN, format)
+    finite = {seed: loss for seed, loss in clean.items() if math.isfinite(loss)}
     cast_cost = paired_difference(clean, losses_of(study, CLEAN, REFERENCE))
-    update_cost = paired_difference(losses_of(study, COMMITTED_NEAREST, format), clean)
+    update_cost = paired_difference(losses_of(study, COMMITTED_NEAREST, format), finite)
     rates = mean_rates(study, CLEAN, format)
     stored = list(runs_of(study, COMMITTED_NEAREST, format).values())
     return Weakness(
         format=format,
-        stage=_stage(cast_cost, update_cost, rates),
+        stage=_stage(cast_cost, update_cost, rates, lost=len(finite) < len(clean)),
         cast_cost=cast_cost,
         update_cost=update_cost,
-        stochastic_cost=paired_difference(losses_of(study, COMMITTED_STOCHASTIC, format), clean),
+        stochastic_cost=paired_difference(losses_of(study, COMMITTED_STOCHASTIC, format), finite),
         clean=rates,
         stored_stall=mean_rate(study, "stall_rate", stored),
     )
 
 
-def _stage(cast_cost: Difference, update_cost: Difference, clean: Rates) -> Stage:
-    costs = {name: cost for name, cost in (("cast", cast_cost), ("update", update_cost)) if cost.pairs or cost.dropped}
-    if not costs:
+def _stage(cast_cost: Difference, update_cost: Difference, clean: Rates, *, lost: bool) -> Stage:
+    """The stage of the larger cost; of the casts, the one whose rates are higher. A lost clean run is the casts'."""
+    cast, update = math.inf if lost else _weight(cast_cost), _weight(update_cost)
+    if not (lost or cast_cost.known or update_cost.known or update_cost.dropped):
         return "unknown"
-    weights = {name: _weight(cost) for name, cost in costs.items()}
-    largest = max(weights, key=lambda name: weights[name])
-    if weights[largest] <= 0:
+    if max(cast, update) <= 0:
         return "none"
-    if largest == "update":
+    if update > cast:
         return "update"
     forward = clean.operand_underflow + clean.operand_overflow
     gradient = clean.gradient_underflow + clean.gradient_overflow

@@ -62,8 +62,8 @@ class Failure:
     Attributes:
         formats: the formats it happened to.
         variant: where.
-        kind: ``lost``: no finite loss at the end; ``untrained``: ended where it began; ``behind``: far above float32;
-            ``recovered``: was hit and came back.
+        kind: ``lost``: no finite loss at the end; ``untrained``: ended where it began, or no better than character
+            frequencies; ``behind``: far above float32; ``recovered``: was hit and came back.
         seeds: the seeds it happened to.
         steps: first step of each of these runs; None where there is no one step.
         cause: the fault, or the rate that stands out.
@@ -159,15 +159,15 @@ def _finding(study: Study, row: int) -> _Finding | None:
     lost = lost_at(study, row)
     if lost is not None:
         return _Finding("lost", lost, _cause_of_loss(study, row, lost))
-    if never_trained(study, row):
-        return _Finding("untrained", None)
-    behind = _distance(study, row) > FAR_BEHIND
+    flat, behind = never_trained(study, row), _distance(study, row) > FAR_BEHIND
     faults = [event.step for event in run.events if event.kind == "fault"]
     if faults:
         words = f"injected: {'; '.join(describe_faults(run.events))}"
-        return (
-            _Finding("behind", _behind_from(study, row), words) if behind else _Finding("recovered", faults[0], words)
-        )
+        if behind and not flat:
+            return _Finding("behind", _behind_from(study, row), words)
+        return _Finding("untrained" if flat else "recovered", faults[0], words)
+    if flat:
+        return _Finding("untrained", None)
     if behind:
         return _Finding("behind", _behind_from(study, row))
     broken = np.flatnonzero(~finite_steps(study, row))

@@ -485,7 +485,7 @@ def _mark_faults(figure: go.Figure, study: Study, variant: Variant) -> None:
         previous = key[0]
         _mark_fault(figure, groups[key], raised)
     if groups:
-        figure.update_layout(margin={"t": 32})
+        figure.update_layout(margin={"t": 34})
 
 
 def _mark_fault(figure: go.Figure, group: Sequence[Event], raised: bool) -> None:
@@ -507,7 +507,7 @@ def _mark_fault(figure: go.Figure, group: Sequence[Event], raised: bool) -> None
         showarrow=False,
         xanchor="left",
         yanchor="bottom",
-        yshift=12 if raised else 0,
+        yshift=14 if raised else 0,
         font={"size": 11, "color": "#666666"},
     )
 

@@ -121,7 +121,8 @@ def _which_fail(facts: Facts) -> list[str]:
     clean = facts.under_test(CLEAN)
     if not sentences and clean:
         failed = [final.format for final in clean if final.outcome == "failed"]
-        sentences = [f"Undisturbed, {listing(failed) or 'none'} of the 8-bit formats failed."]
+        names = _all_or(failed, len(clean)) if failed else "no 8-bit format"
+        sentences = [f"Undisturbed, {names} fail{'s' * (len(failed) < 2)}."]
     return sentences
 
 
@@ -138,7 +139,11 @@ def _situation(variant: Variant, finals: Sequence[FinalLoss]) -> str:
 
 def _all_or(names: Sequence[str], total: int) -> str:
     """All of the formats under test, if these are all, or their names."""
-    return f"all {number(total)} 8-bit formats" if len(names) == total > 1 else listing(names)
+    return f"{_all(total)} 8-bit formats" if len(names) == total > 1 else listing(names)
+
+
+def _all(count: int) -> str:
+    return "both" if count == 2 else f"all {number(count)}"
 
 
 def _train_text(names: str, ending: str, finals: Sequence[FinalLoss]) -> str:
@@ -155,7 +160,7 @@ def _failed_text(names: str, ending: str, finals: Sequence[FinalLoss]) -> str:
     lost = sum(len(final.nonfinite) for final in finals)
     flat = sum(len(final.failed_seeds) for final in finals) - lost
     runs = sum(len(final.losses) for final in finals)
-    how = [f"{lost} of {runs} runs not finite"] * bool(lost) + [f"{flat} of {runs} runs never trained"] * bool(flat)
+    how = [f"{lost} of {runs} runs not finite"] * bool(lost) + [f"{flat} of {runs} runs untrained"] * bool(flat)
     return f"{names} fail{ending} ({listing(how)})"
 
 
@@ -242,7 +247,8 @@ _STAGE_TEXT: Mapping[Stage, Callable[[Sequence[Weakness], str], list[str]]] = {
     "update": _update_text,
     "forward": _cast_text("operands (forward)", "operand_underflow", "operand_overflow"),
     "gradient": _cast_text("gradients (backward)", "gradient_underflow", "gradient_overflow"),
-    "none": lambda group, names: [f"Nowhere beyond noise: {names}."],
+    "none": lambda group, names: [f"Nothing stands out for {names}."],
+    "unknown": lambda group, names: [f"The runs do not tell for {names}."],
 }
 
 
@@ -284,7 +290,7 @@ def _behind_text(facts: Facts, variant: Variant) -> str:
 
 def _some(formats: Sequence[str], facts: Facts) -> str:
     total = len(formats_of(facts.study))
-    return f"all {number(total)} formats" if len(formats) == total > 1 else listing(formats)
+    return f"{_all(total)} formats" if len(formats) == total > 1 else listing(formats)
 
 
 def _interventions(facts: Facts) -> list[str]:
@@ -299,26 +305,40 @@ def _interventions(facts: Facts) -> list[str]:
 def _saved_text(group: Sequence[Effect], facts: Facts) -> str:
     off = sum(len(effect.failed_off) for effect in group)
     on = sum(len(effect.failed_on) for effect in group)
-    runs = sum(len(effect.seeds) for effect in group)
     names = _some([effect.format for effect in group], facts)
-    return f"They save {names}: of {runs} runs under stress {off} fail without them, {on or 'none'} with them."
+    still = f", and {on} still {'fails' if on == 1 else 'fail'}" if on else ""
+    return f"Of {off} runs that fail under stress without them, they save {off - on} ({names}){still}."
 
 
 def _each_text(words: str) -> Callable[[Sequence[Effect], Facts], str]:
     def text(group: Sequence[Effect], facts: Facts) -> str:
-        each = listing(f"{effect.format} ({_on_off(effect)})" for effect in group)
-        return f"{words} {each}."
+        reasons: dict[str, list[Effect]] = {}
+        for effect in group:
+            reasons.setdefault(_reason(effect), []).append(effect)
+        each = [f"{_some([e.format for e in effects], facts)} ({_on_off(effects)})" for effects in reasons.values()]
+        return f"{words} {listing(each)}."
 
     return text
 
 
-def _on_off(effect: Effect) -> str:
+def _reason(effect: Effect) -> str:
+    """What a verdict rests on: seeds that failed, or the difference."""
     if len(effect.failed_on) == len(effect.failed_off) == len(effect.seeds):
-        return "failed with and without them"
+        return "fail with and without them"
     if len(effect.failed_on) > len(effect.failed_off):
-        return f"{len(effect.failed_on)} failed with them, {len(effect.failed_off)} without"
-    acted = "" if effect.acted else ", nothing acted"
-    return f"{delta(effect.on_to_off)} nats on against off{acted}"
+        return "fail with them"
+    return "" if effect.acted else ", nothing acted"
+
+
+def _on_off(group: Sequence[Effect]) -> str:
+    reason = _reason(group[0])
+    if reason == "fail with them":
+        on, off = (sum(len(getattr(effect, name)) for effect in group) for name in ("failed_on", "failed_off"))
+        return f"{on} of {sum(len(effect.seeds) for effect in group)} runs fail with them, {off} without"
+    if reason.startswith("fail"):
+        return reason
+    one = delta(group[0].on_to_off) if len(group) == 1 else span([effect.on_to_off.mean for effect in group], signed)
+    return f"{one} nats on against off{reason}"
 
 
 _VERDICT_TEXT: Mapping[Verdict, Callable[[Sequence[Effect], Facts], str]] = {
@@ -338,17 +358,23 @@ def _price(group: Sequence[Effect]) -> list[str]:
     sentences = []
     if tested:
         above = [effect.format for effect in tested if effect.on_to_clean.above]
+        measured = f", measurably above for {listing(above)}" if above else ""
         sentences.append(
-            f"With them, 8-bit formats end {_gaps(tested)} nats from undisturbed runs of their own"
-            f"{f', measurably above for {listing(above)}' if above else ''}."
+            f"With them, 8-bit formats end {_gaps(tested)} nats from their own undisturbed runs{measured}."
         )
-    if controls:
-        names = listing(effect.format for effect in controls)
-        dear = max(effect.on_to_clean.mean for effect in controls) > TRAINS_WITHIN
-        end = "but" if dear else "and"
-        rest = "." if dear else ", so a need for clipping or shifting is not shown."
-        sentences.append(f"With skipping and rollback alone {names} survive too, {end} end {_gaps(controls)}{rest}")
-    return sentences
+    return sentences + ([_skipping_alone(controls)] if controls else [])
+
+
+def _skipping_alone(controls: Sequence[Effect]) -> str:
+    """Controls can only skip and roll back: if that saves them, too, nothing shows a need for more."""
+    start = f"With skipping and rollback alone, {listing(effect.format for effect in controls)}"
+    ending = "s" if len(controls) == 1 else ""
+    failed = sum(len(effect.failed_on) for effect in controls)
+    if failed:
+        return f"{start} still fail{ending} in {failed} of {sum(len(effect.seeds) for effect in controls)} runs."
+    if max(effect.on_to_clean.mean for effect in controls) > TRAINS_WITHIN:
+        return f"{start} survive{ending} too, but end{ending} {_gaps(controls)}."
+    return f"{start} survive{ending} too and end{ending} {_gaps(controls)}: no need for clipping or shifting is shown."
 
 
 def _gaps(group: Sequence[Effect]) -> str:
@@ -371,7 +397,8 @@ def _clipper(group: Sequence[Effect]) -> list[str]:
     tested = [effect for effect in group if effect.format not in CONTROLS]
     shut = [effect.format for effect in tested if not effect.acted.get("gate")]
     idle = [effect.format for effect in tested if effect.idle_gates and effect.idle_gates == effect.acted.get("gate")]
-    sentences = [f"The clipper’s gate never opens for {listing(shut)}."] if shut else []
+    whom = f" for {listing(shut)}" if len(shut) < len(tested) else ""
+    sentences = [f"The clipper’s gate never opens{whom}."] if shut else []
     if idle:
         sentences.append(
             f"The clipper’s gate opens for {listing(idle)} but clips nothing: the threshold is above every norm seen."

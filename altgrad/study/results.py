@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from altgrad_core.errors import InputError
 from altgrad_core.events import Event, jsonable, unjsonable
 
 Scene = Literal["clean", "committed", "stress"]
@@ -50,7 +51,7 @@ SERIES_FILE = "series.npz"
 VERSION = 1
 
 
-class StudyError(ValueError):
+class StudyError(InputError):
     """A study that cannot be read, or that contradicts itself."""
 
 

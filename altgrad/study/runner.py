@@ -216,6 +216,7 @@ def _described(config: StudyConfig, corpus: Corpus, runs: int) -> dict[str, obje
         "width": config.width,
         "heads": config.heads,
         "learning_rate": config.learning_rate,
+        "base_clip": OptimizerConfig(config.steps).base_clip,
         "overflow_threshold": OptimizerConfig(config.steps).overflow_threshold,
         "unigram_loss": _unigram_loss(corpus),
         "runs": runs,

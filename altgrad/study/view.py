@@ -11,6 +11,7 @@ from altgrad.study.analysis import (
     CONTROLS,
     REFERENCE,
     TRAINS_WITHIN,
+    UNTRAINED_MARGIN,
     VARIANTS,
     Effect,
     FinalLoss,
@@ -39,12 +40,12 @@ _STAGES: Mapping[Stage, str] = {
     "forward": "forward",
     "gradient": "gradient",
     "update": "update",
-    "none": "within noise",
+    "none": "–",
     "unknown": "not known",
 }
 _KINDS: Mapping[FailureKind, str] = {
     "lost": "lost: not finite at the end",
-    "untrained": "never trained",
+    "untrained": "ended untrained",
     "behind": f"over {FAR_BEHIND:.1f} nats behind float32",
     "recovered": "recovered",
 }
@@ -237,10 +238,11 @@ def _duration(seconds: float) -> str:
 
 
 def _legend(facts: Facts) -> tuple[tuple[str, str, str], ...]:
+    start = "the entropy of character frequencies" if "unigram_loss" in facts.study.config else "its first loss"
     meanings = {
         "trains": f"at most {TRAINS_WITHIN:.2f} nats/char above undisturbed float32",
         "degraded": "further above it",
-        "failed": "a seed ended without a finite loss, or never trained",
+        "failed": f"a seed ended without a finite loss, or untrained: less than {UNTRAINED_MARGIN:.2f} below {start}",
         "unknown": "finite, but without float32 to compare to",
     }
     present = {final.outcome for final in facts.finals.values()}
@@ -290,7 +292,7 @@ def _final_row(final: FinalLoss, stress: bool) -> Row:
     if final.nonfinite:
         failed.append(f"diverged: {len(final.nonfinite)} of {len(final.losses)} seeds")
     if final.untrained:
-        failed.append(f"never trained: {len(final.untrained)} of {len(final.losses)} seeds")
+        failed.append(f"untrained: {len(final.untrained)} of {len(final.losses)} seeds")
     here = final.to_float32_here
     same_scene = "reference" if final.format == REFERENCE else delta(here, 3)
     if final.format != REFERENCE and not here.known and here.dropped and not final.nonfinite:

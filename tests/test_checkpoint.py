@@ -1,0 +1,195 @@
+"""Interrupted and resumed is never interrupted: the same bits in every file, whatever stopped the run and where."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
+
+from altgrad.train import RunError, TrainConfig, train
+from altgrad_jax.checkpoint import CheckpointError, Checkpoints
+from altgrad_jax.data import load_corpus
+from altgrad_jax.job import Job
+
+_ROOT = Path(__file__).parents[1]
+_SMALL = {"batch": 2, "context": 8, "layers": 1, "width": 16, "heads": 2, "steps": 40, "checkpoint_every": 12}
+# NaN batches around the checkpoints at 12 and 24, so that a count of two and metrics in flight have to survive.
+_RUN = {**_SMALL, "format": "E7M0", "clip": True, "shift": True, "inject": ("nan@10:2", "nan@22:4", "spike@30:1e4")}
+_FILES = ("metrics.jsonl", "events.jsonl", "result.json")
+
+
+def _quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, cache) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert train(TrainConfig(out=out, **_RUN), _quiet()) is not None
+    return out
+
+
+def _arguments(out: Path, *more: str) -> list[str]:
+    options: list[str] = []
+    for name, value in _RUN.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            options.append(flag)
+        else:
+            options += [flag, *(value if isinstance(value, tuple) else (str(value),))]
+    return [sys.executable, "-c", "from altgrad.cli import main; main()", "train", "--out", str(out), *options, *more]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory) -> Iterator[Path]:
+    """Compile once for all processes of this file."""
+    folder = tmp_path_factory.mktemp("cache")
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def _environment(cache: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(_ROOT),
+        # One device, as in this process: the bits of a run may depend on how its devices share the threads.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
+
+def _interrupt(out: Path, number: signal.Signals, after_step: int, cache: Path) -> int:
+    """Start the run, wait until it has logged a step, send a signal, and return the exit code."""
+    with subprocess.Popen(
+        _arguments(out), env=_environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        log = out / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (log.exists() and len(log.read_text().splitlines()) > after_step):
+            assert process.poll() is None, "the run ended before it could be interrupted"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(number)
+        return process.wait(120)
+
+
+@pytest.mark.parametrize(
+    ("number", "after_step", "code"),
+    [(signal.SIGINT, 10, 130), (signal.SIGTERM, 23, 130), (signal.SIGKILL, 26, -signal.SIGKILL)],
+)
+def test_interrupted_and_resumed_is_never_interrupted(tmp_path, undisturbed, cache, number, after_step, code):
+    out = tmp_path / "run"
+    assert _interrupt(out, number, after_step, cache) == code
+    assert not (out / "result.json").exists()
+    train(TrainConfig(out=out, resume=True, **_RUN), _quiet())
+    for name in _FILES:
+        assert (out / name).read_text() == (undisturbed / name).read_text(), name
+    last = max(int(path.name) for path in (out / "checkpoints").iterdir())
+    assert last == _RUN["steps"]
+
+
+def test_the_undisturbed_run_shows_what_the_test_needs(undisturbed):
+    events = [json.loads(line) for line in (undisturbed / "events.jsonl").read_text().splitlines()]
+    kinds = [(event["step"], event["kind"]) for event in events]
+    assert (24, "shift") in kinds
+    assert [step for step, kind in kinds if kind == "skip"] == [10, 11, 22, 23, 24, 25]
+    steps = [json.loads(line)["step"] for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(_RUN["steps"]))
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, undisturbed):
+    before = {name: (undisturbed / name).read_text() for name in _FILES}
+    train(TrainConfig(out=undisturbed, resume=True, **_RUN), _quiet())
+    assert {name: (undisturbed / name).read_text() for name in _FILES} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"format": "E5M2"}, "format is 'E7M0' there, 'E5M2' here"), ({"width": 32}, "width"), ({"seed": 1}, "seed")],
+)
+def test_another_run_is_refused(undisturbed, change, named):
+    before = (undisturbed / "metrics.jsonl").read_text()
+    with pytest.raises(CheckpointError, match=named):
+        train(TrainConfig(out=undisturbed, resume=True, **{**_RUN, **change}), _quiet())
+    assert (undisturbed / "metrics.jsonl").read_text() == before
+
+
+def test_other_data_is_refused(tmp_path, undisturbed):
+    text = tmp_path / "other.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 50)
+    with pytest.raises(CheckpointError, match="characters"):
+        train(TrainConfig(out=undisturbed, resume=True, data=text, **_RUN), _quiet())
+
+
+def _job(config: TrainConfig) -> Job:
+    corpus = load_corpus(None, config.context)
+    return Job(config.program(len(corpus.vocabulary)), [config.plan()], corpus, batch=config.batch)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_itself(tmp_path):
+    config = TrainConfig(out=tmp_path, **_SMALL)
+    job = _job(config)
+    with Checkpoints(tmp_path / "checkpoints", {"format": "E5M2"}) as checkpoints:
+        checkpoints.save(job)
+    with (
+        Checkpoints(tmp_path / "checkpoints", {"format": "E3M4"}) as checkpoints,
+        pytest.raises(CheckpointError, match="format is 'E5M2' there, 'E3M4' here"),
+    ):
+        checkpoints.restore(job)
+
+
+def test_no_checkpoint_is_an_error_of_restore(tmp_path):
+    with Checkpoints(tmp_path / "none", {}) as checkpoints, pytest.raises(CheckpointError, match="no checkpoint"):
+        checkpoints.restore(_job(TrainConfig(**_SMALL)))
+
+
+def test_nothing_is_unpickled_and_every_bit_comes_back(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("something was unpickled")
+
+    config = TrainConfig(out=tmp_path, **_SMALL)
+    job = _job(config)
+    for _ in range(3):
+        job.advance()
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    with Checkpoints(tmp_path / "checkpoints", {}) as checkpoints:
+        checkpoints.save(job)
+    other = _job(config)
+    with Checkpoints(tmp_path / "checkpoints", {}) as checkpoints:
+        assert checkpoints.restore(other) == 3
+    for ours, theirs in zip(
+        jax.tree.leaves((job.state, job.snapshots)), jax.tree.leaves((other.state, other.snapshots)), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs), strict=True)
+    assert other.saved() == job.saved()
+
+
+def test_a_resume_without_a_run_is_refused(tmp_path):
+    with pytest.raises(RunError, match="holds no run to resume"):
+        train(TrainConfig(out=tmp_path / "none", resume=True, **_SMALL), _quiet())

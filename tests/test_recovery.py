@@ -1,0 +1,303 @@
+"""Skipped steps, weights on the grid, snapshots: what keeps a run alive."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from altgrad_core import parse
+from altgrad_core.reference import quantize_reference
+from altgrad_jax import (
+    FormatParams,
+    Snapshots,
+    all_finite,
+    commit,
+    partition_relative_clip,
+    power_of_two_scale,
+    rollback,
+    select_if_finite,
+    skip_nonfinite,
+    snapshot,
+)
+
+EIGHT = ("E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")
+ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "stochastic")
+BAD = (np.nan, np.inf, -np.inf)
+PARAMS = {"w": jnp.array([1.0, -2.0, 3.0]), "b": jnp.array([0.5])}
+
+
+def bits(tree: Any) -> Any:
+    return jax.tree.map(lambda x: np.asarray(x).view(f"u{x.dtype.itemsize}"), tree)
+
+
+def assert_same_bits(left: Any, right: Any) -> None:
+    chex.assert_trees_all_equal(bits(left), bits(right))
+
+
+def gradients(count: int, bad_at: tuple[int, ...] = (), bad: float = np.nan) -> dict[str, jax.Array]:
+    draw = np.random.default_rng(0)
+    w, b = draw.normal(size=(count, 3)).astype(np.float32), draw.normal(size=(count, 1)).astype(np.float32)
+    w[list(bad_at), 1] = bad
+    return {"w": jnp.asarray(w), "b": jnp.asarray(b)}
+
+
+def trained(tx: Any, grads: dict[str, jax.Array]) -> tuple[Any, Any]:
+    def step(carry: Any, grads: Any) -> tuple[Any, None]:
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.jit(lambda: jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), grads)[0])()
+
+
+# ---- skip_nonfinite
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_skipped_steps_leave_no_trace(bad: float) -> None:
+    grads = gradients(8, bad_at=(0, 3, 4, 7), bad=bad)
+    good = jax.tree.map(lambda leaf: leaf[np.array([1, 2, 5, 6])], grads)
+    params, state = trained(skip_nonfinite(optax.adamw(0.1)), grads)
+    expected_params, expected_state = trained(optax.adamw(0.1), good)
+    assert_same_bits((params, state.inner_state), (expected_params, expected_state))
+    assert (int(state.skipped), int(state.consecutive), bool(state.finite)) == (4, 1, False)
+
+
+def test_finite_steps_are_those_of_the_inner_transformation() -> None:
+    params, state = trained(skip_nonfinite(optax.adamw(0.1)), gradients(5))
+    expected_params, expected_state = trained(optax.adamw(0.1), gradients(5))
+    assert_same_bits((params, state.inner_state), (expected_params, expected_state))
+    assert (int(state.skipped), int(state.consecutive), bool(state.finite)) == (0, 0, True)
+
+
+def test_same_as_optax_until_that_gives_in() -> None:
+    grads = gradients(9, bad_at=(1, 2, 3, 6))
+    ours, _ = trained(skip_nonfinite(optax.adam(0.1)), grads)
+    theirs, _ = trained(optax.apply_if_finite(optax.adam(0.1), max_consecutive_errors=5), grads)
+    assert_same_bits(ours, theirs)
+
+
+def test_never_gives_in() -> None:
+    grads = jax.tree.map(
+        lambda leaf: jnp.concatenate([leaf, jnp.ones_like(leaf[:1])]), gradients(1000, tuple(range(1000)))
+    )
+    tx = skip_nonfinite(optax.adam(0.1))
+    params, state = trained(tx, grads)
+    expected, _ = trained(optax.adam(0.1), jax.tree.map(lambda leaf: leaf[-1:], grads))
+    assert_same_bits(params, expected)
+    assert (int(state.skipped), int(state.consecutive)) == (1000, 0)
+    given_in, _ = trained(optax.apply_if_finite(optax.adam(0.1), max_consecutive_errors=5), grads)
+    assert not bool(all_finite(given_in))
+
+
+def test_counts_reset_when_finite() -> None:
+    tx = skip_nonfinite(optax.sgd(1.0))
+    state = tx.init(PARAMS)
+    seen = []
+    for bad in (True, True, False, True):
+        updates, state = tx.update(jax.tree.map(lambda leaf, bad=bad: leaf * jnp.where(bad, jnp.nan, 1), PARAMS), state)
+        seen.append((int(state.consecutive), int(state.skipped), bool(state.finite), float(updates["b"][0])))
+    assert seen == [(1, 1, False, 0.0), (2, 2, False, 0.0), (0, 2, True, -0.5), (1, 3, False, 0.0)]
+
+
+def test_extra_arguments_pass_through() -> None:
+    tx = skip_nonfinite(optax.chain(partition_relative_clip("E3M4"), optax.sgd(1.0)))
+    _, state = jax.jit(lambda rate: tx.update(PARAMS, tx.init(PARAMS), PARAMS, overflow_rate=rate))(0.5)
+    assert bool(optax.tree.get(state, "clipped"))
+
+
+def test_skip_under_vmap() -> None:
+    tx = skip_nonfinite(optax.sgd(0.1, momentum=0.9))
+    grads = {"w": jnp.array([[1.0, jnp.nan, 0.0], [1.0, 2.0, 3.0]]), "b": jnp.ones((2, 1))}
+    updates, state = jax.vmap(lambda g: tx.update(g, tx.init(PARAMS), PARAMS))(grads)
+    assert state.skipped.tolist() == [1, 0]
+    assert updates["w"][0].tolist() == [0.0, 0.0, 0.0]
+    alone, _ = tx.update(jax.tree.map(lambda leaf: leaf[1], grads), tx.init(PARAMS), PARAMS)
+    assert_same_bits(jax.tree.map(lambda leaf: leaf[1], updates), alone)
+
+
+def test_strict_promotion_and_x64() -> None:
+    tx = skip_nonfinite(optax.sgd(0.1, momentum=0.9))
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        updates, state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes((updates, state), (PARAMS, tx.init(PARAMS)))
+    with jax.enable_x64(True):
+        wide = {"w": jnp.ones(2, jnp.float64), "h": jnp.ones(2, jnp.bfloat16)}
+        updates, state = jax.jit(tx.update)(wide, tx.init(wide), wide)
+        chex.assert_trees_all_equal_shapes_and_dtypes((updates, state), (wide, tx.init(wide)))
+
+
+# ---- all_finite, select_if_finite
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_all_finite(bad: float, dtype: Any) -> None:
+    assert bool(all_finite({"w": jnp.ones(3, dtype), "n": jnp.arange(2), "none": jnp.zeros((0, 2))}))
+    assert not bool(all_finite([jnp.ones(3), jnp.array([1.0, bad], dtype)]))
+    assert bool(all_finite({"n": jnp.arange(2)}))
+
+
+def test_select_takes_all_or_nothing() -> None:
+    old = {"params": PARAMS, "count": jnp.int32(3), "flag": jnp.asarray(True)}
+    new = jax.tree.map(lambda leaf: leaf * jnp.asarray(jnp.nan if leaf.dtype == jnp.float32 else 0, leaf.dtype), old)
+    for ok, expected in ((True, new), (False, old)):
+        got = jax.jit(select_if_finite)(jnp.asarray(ok), new, old)
+        assert_same_bits(got, expected)
+        chex.assert_trees_all_equal_shapes_and_dtypes(got, old)
+
+
+# ---- commit
+
+
+def weights(seed: int = 0, size: int = 300) -> np.ndarray:
+    draw = np.random.default_rng(seed)
+    return (draw.normal(size=size) * 10.0 ** draw.uniform(-3, 0, size)).astype(np.float32)
+
+
+COMMIT = jax.jit(lambda params, grid, key: commit(params, grid, {"w": True, "b": False}, key))
+
+
+def committed(w: np.ndarray, name: str, rounding: Any, seed: int = 0) -> np.ndarray:
+    grid = FormatParams.from_format(name, rounding=rounding, overflow="saturate_finite", path="integer")
+    return np.asarray(COMMIT({"w": jnp.asarray(w), "b": jnp.ones(2)}, grid, jax.random.key(seed))["w"])
+
+
+@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 3e4])
+def test_committed_weights_are_on_the_grid(name: str, rounding: Any, scale: float) -> None:
+    w = weights() * np.float32(scale)
+    unit = float(power_of_two_scale(np.max(np.abs(w)), parse(name).max_representable_value))
+    got = committed(w, name, rounding)
+    grid = parse(name).code_book()
+    assert np.isin(got.astype(np.float64) / unit, grid[np.isfinite(grid)]).all()
+    assert len(np.unique(got)) > 3
+    if rounding == "nearest_even":
+        expected = quantize_reference(w.astype(np.float64) / unit, parse(name), overflow="saturate_finite") * unit
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_committing_again_changes_nothing(name: str, rounding: Any) -> None:
+    for seed in range(5):
+        once = committed(weights(seed), name, rounding, seed)
+        assert_same_bits(committed(once, name, rounding, seed + 100), once)
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_stochastic_rounding_is_unbiased(name: str) -> None:
+    w = weights(size=40)
+    grid = FormatParams.from_format(name, rounding="stochastic", overflow="saturate_finite")
+    keys = jax.random.split(jax.random.key(1), 2000)
+    drawn = np.asarray(jax.jit(jax.vmap(lambda key: commit(jnp.asarray(w), grid, True, key)))(keys), np.float64)
+    unit = float(power_of_two_scale(np.max(np.abs(w)), parse(name).max_representable_value))
+    down, up = (np.asarray(drawn.min(0)), np.asarray(drawn.max(0)))
+    moving = down < up  # the others sit on the grid, or so close to it that 2000 draws went one way
+    exponent = np.maximum(np.frexp(np.abs(w.astype(np.float64)) / unit)[1] - 1, parse(name).min_exponent)
+    quantum = np.exp2(exponent - parse(name).mantissa_bits) * unit
+    assert moving.sum() > 20
+    assert (np.abs(drawn - w) < quantum).all()
+    np.testing.assert_array_equal((up - down)[moving], quantum[moving])
+    share = (np.abs(w) % quantum) / quantum
+    deviation = quantum * np.sqrt(share * (1 - share) / len(keys))
+    assert (np.abs(drawn.mean(0) - w) <= 5 * deviation + quantum * 2.0**-23).all()
+
+
+def test_each_leaf_has_its_own_scale_and_randomness() -> None:
+    half = jnp.full(64, 1.125)  # between 1 and 1.25
+    tree = {"a": half, "b": half, "tiny": half * 2.0**-40}
+    got = commit(
+        tree,
+        FormatParams.from_format("E5M2", rounding="stochastic"),
+        {"a": True, "b": True, "tiny": True},
+        jax.random.key(0),
+    )
+    assert not np.array_equal(got["a"], got["b"])
+    assert set(np.unique(np.asarray(got["tiny"]) * 2.0**40)) == {1.0, 1.25}
+
+
+def test_the_mask_leaves_the_rest_alone() -> None:
+    params = {"w": jnp.array([1.1, 0.3]), "b": jnp.array([1.1, jnp.nan])}
+    got = commit(params, "E5M2", {"w": True, "b": False})
+    assert_same_bits(got["b"], params["b"])
+    assert got["w"].tolist() == [1.0, np.float32(0.3125)]
+
+
+def test_commit_hides_no_nan() -> None:
+    got = commit({"w": jnp.array([1.0, jnp.nan])}, "E4M3", {"w": True})["w"]
+    assert got[0] == 1.0
+    assert bool(jnp.isnan(got[1]))
+
+
+def test_float32_is_its_own_grid() -> None:
+    params = {"w": jnp.asarray(weights())}
+    assert_same_bits(commit(params, "float32", {"w": True}, jax.random.key(0)), params)
+
+
+def test_bad_commits() -> None:
+    with pytest.raises(ValueError, match="mask has the structure"):
+        commit(PARAMS, "E5M2", {"w": True})
+    with pytest.raises(ValueError, match="needs random_bits"):
+        commit(PARAMS, FormatParams.from_format("E5M2", rounding="stochastic"), {"w": True, "b": True})
+
+
+def test_commit_under_strict_promotion() -> None:
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        grid = FormatParams.from_format("E7M0", rounding="stochastic")
+        got = jax.jit(lambda p: commit(p, grid, {"w": True, "b": True}, jax.random.key(0)))(PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, PARAMS)
+
+
+# ---- snapshots
+
+
+def state_of(value: float) -> dict[str, jax.Array]:
+    return {"w": jnp.full(2, value, jnp.float32), "count": jnp.int32(value)}
+
+
+def values(snapshots: Snapshots[dict[str, jax.Array]]) -> tuple[int, int]:
+    return int(snapshots.older["count"]), int(snapshots.newer["count"])
+
+
+def test_one_goes_back_to_the_older() -> None:
+    snapshots = Snapshots.of(state_of(0))
+    assert values(snapshots) == (0, 0)
+    keep, back = jax.jit(snapshot), jax.jit(rollback)
+    seen = []
+    for value, good in ((1, True), (2, True), (3, False), (4, True)):
+        snapshots = keep(snapshots, state_of(value), jnp.asarray(good))
+        seen.append(values(snapshots))
+    assert seen == [(0, 1), (1, 2), (1, 2), (2, 4)]
+    state, same = back(snapshots, state_of(9), jnp.asarray(False))
+    assert (int(state["count"]), values(same)) == (9, (2, 4))
+    state, left = back(snapshots, {**state_of(9), "w": jnp.full(2, jnp.nan)}, jnp.asarray(True))
+    assert_same_bits(state, state_of(2))
+    assert values(left) == (2, 2)
+    assert values(keep(left, state_of(5), jnp.asarray(True))) == (2, 5)
+
+
+def test_nan_in_the_newer_does_not_come_through() -> None:
+    poisoned = Snapshots(older=state_of(1), newer={**state_of(7), "w": jnp.full(2, jnp.nan)})
+    state, left = rollback(poisoned, state_of(3), jnp.asarray(True))
+    assert_same_bits((state, left.newer), (state_of(1), state_of(1)))
+
+
+def test_snapshots_are_copies() -> None:
+    state = state_of(1)
+    snapshots = Snapshots.of(state)
+    donated = jax.jit(lambda s: jax.tree.map(lambda leaf: leaf + 1, s), donate_argnums=0)(state)
+    assert int(donated["count"]) == 2
+    assert values(snapshots) == (1, 1)
+
+
+def test_rollback_of_some_runs_of_many() -> None:
+    runs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state_of(value) for value in (1, 2, 3)))
+    later = jax.tree.map(lambda leaf: leaf + 10, runs)
+    state, _ = jax.vmap(rollback)(Snapshots.of(runs), later, jnp.array([False, True, False]))
+    assert state["count"].tolist() == [11, 2, 13]
