@@ -60,8 +60,8 @@ def _run_jax(current: str, sequence: Sequence) -> _Trace:
             weights, state = step(weights, state, 0.0)
         seen = Observation(index, float("nan") if has_nan else 1.0, finite=not has_nan, stall_rate=stall_rate)
         if controller.observe(seen).acts:
-            state = set_format(state, controller.current)
-        trace.formats.append(controller.current)
+            state = set_format(state, controller.format)
+        trace.formats.append(controller.format)
         trace.weights.append(np.asarray(weights).tobytes())
     assert step._cache_size() <= 1
     return trace
