@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -104,9 +105,9 @@ class TrainConfig:
         for name in ("steps", "batch", "context", "snapshot_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
-        if self.seed < 0:
-            raise RunError(f"--seed is {self.seed}; expected at least 0")
-        if not self.learning_rate > 0:
+        if not 0 <= self.seed < 2**32:
+            raise RunError(f"--seed is {self.seed}; expected 0 to {2**32 - 1}")
+        if not 0 < self.learning_rate < math.inf:
             raise RunError(f"--learning-rate is {self.learning_rate}; expected a positive number")
         if self.storage_rounding is not None and self.storage == "master":
             raise RunError("--storage-rounding has no effect on float32 masters; expected it with --storage committed")
@@ -242,7 +243,10 @@ def _prepare_folder(config: TrainConfig, identity: Mapping[str, Any]) -> None:
 
 
 def _require_same_run(folder: Path, identity: Mapping[str, Any]) -> None:
-    found = json.loads((folder / "config.json").read_text())
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except ValueError:
+        raise RunError(f"{folder / 'config.json'} is damaged: it is not JSON; start the run anew with --out") from None
     differing = [name for name in {**identity, **found} if identity.get(name) != found.get(name)]
     if differing:
         told = "; ".join(f"{name} is {found.get(name)!r} there, {identity.get(name)!r} here" for name in differing)

@@ -123,6 +123,10 @@ class FormatParams:
             native_overflow=self.native_overflow * widened,
         )
 
+    def at(self, *index: int) -> FormatParams:
+        """One of batched params; scalars among them belong to all."""
+        return jax.tree.map(lambda leaf: leaf[index] if leaf.ndim else leaf, self)
+
     @classmethod
     def stack(cls, params: Sequence[FormatParams]) -> FormatParams:
         """Params of n formats of one path, with a leading axis of n to ``vmap`` or map over.

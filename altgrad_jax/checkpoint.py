@@ -74,19 +74,30 @@ class Checkpoints:
             The step that it goes on with.
 
         Raises:
-            CheckpointError: if there is no checkpoint, or it is one of another run; the message names what differs.
+            CheckpointError: if there is no checkpoint, it is damaged, or it is one of another run; the message names
+                what differs.
         """
         step = self._manager.latest_step()
         if step is None:
             raise CheckpointError(f"no checkpoint in {self._manager.directory}")
-        host = self._manager.restore(step, args=ocp.args.Composite(host=ocp.args.JsonRestore()))["host"]
+        host = self._read(step, "host", ocp.args.JsonRestore())
         self._check_identity(host["identity"])
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _leaves(job))
-        arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract)))
+        arrays = self._read(step, "arrays", ocp.args.StandardRestore(abstract))
         structure = jax.tree.structure((job.state, job.snapshots))
-        leaves = [arrays["arrays"][name] for name in _names(len(abstract))]
+        leaves = [arrays[name] for name in _names(len(abstract))]
         job.restore(host["job"], *jax.tree.unflatten(structure, leaves))
         return step
+
+    def _read(self, step: int, item: str, how: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+        except (ValueError, KeyError, OSError) as error:
+            folder = self._manager.directory / str(step)
+            raise CheckpointError(
+                f"the checkpoint {folder} is damaged: its {item} cannot be read; remove that folder to go on from the "
+                "checkpoint before it, or from the start"
+            ) from error
 
     def _check_identity(self, found: Mapping[str, Any]) -> None:
         expected = self._identity

@@ -403,7 +403,8 @@ class FormatController:
         self._memory = _Memory(
             nans=0 if decision.rollback else memory.nans,
             runaway=0 if decision.rollback else memory.runaway,
-            mean_loss=memory.mean_loss,
+            # The loss of the snapshot may lie well above the mean since then: that would send the run back for ever.
+            mean_loss=None if decision.rollback else memory.mean_loss,
             cooldown_until=step + self.policy.cooldown,
             ignore_through=step if in_flight is None else in_flight,
         )

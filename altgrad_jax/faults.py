@@ -54,7 +54,7 @@ class Injection:
             raise FaultError(f"cannot read the fault {spec!r}; expected {_EXAMPLES}")
         step, argument = int(match["step"]), match["argument"]
         if match["kind"] == "nan":
-            if argument is not None and not (argument.isdigit() and int(argument) > 0):
+            if argument is not None and not (argument.isdecimal() and int(argument) > 0):
                 raise FaultError(f"fault {spec!r}: {argument!r} is not a number of batches; expected {_EXAMPLES}")
             return cls("nan", step, int(argument or 1), math.nan)
         try:

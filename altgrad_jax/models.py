@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from altgrad_core.errors import InputError
-from altgrad_jax.casting import FormatParams
-from altgrad_jax.nn import Record, quantized_dot_general
+from altgrad_jax.nn import LHS, RHS, Grid, Record, dot_general_on
 
 SITES_PER_BLOCK = 6
 _NORM_EPSILON = 1e-5
@@ -50,6 +49,17 @@ class GPTConfig:
         """Number of matrix products, each with three casts: six in a block and the one to the logits."""
         return SITES_PER_BLOCK * self.layers + 1
 
+    @property
+    def weight_sites(self) -> dict[int, tuple[str | int, ...]]:
+        """The sites whose rhs is a weight, with the path of the module that holds it."""
+        inside = {"qkv": 0, "proj": 3, "up": 4, "down": 5}
+        paths: dict[int, tuple[str | int, ...]] = {
+            SITES_PER_BLOCK * layer + offset: ("blocks", layer, name)
+            for layer in range(self.layers)
+            for name, offset in inside.items()
+        }
+        return paths | {self.sites - 1: ("logits",)}
+
     def site_names(self) -> list[str]:
         """What the sites are called, in their order."""
         names = ("qkv", "scores", "values", "proj", "up", "down")
@@ -62,18 +72,22 @@ class Casts:
     """How the products of one forward pass are cast.
 
     Attributes:
-        operand: format of operands.
-        gradient: format of the gradients that flow back.
-        scales: float32 of shape ``(sites, 3)``, delayed scales of lhs, rhs and gradient.
+        operands: grids of shape ``(sites, 2)``, of lhs and rhs.
+        gradients: grids of shape ``(sites,)``, of the gradients that flow back.
         record: where to write what was seen, or None.
         operand_dtype: dtype in which operands enter the products (static); None for their own.
     """
 
-    operand: FormatParams
-    gradient: FormatParams
-    scales: jax.Array
+    operands: Grid
+    gradients: Grid
     record: Record | None
     operand_dtype: jnp.dtype | None = field(default=None, metadata={"static": True})
+
+    def dot_general(self, site: int) -> Callable[..., jax.Array]:
+        """The product of a site."""
+        grids = (self.operands.at(site, LHS), self.operands.at(site, RHS), self.gradients.at(site))
+        refs = (None, None, None) if self.record is None else self.record[site]
+        return dot_general_on(grids, refs, self.operand_dtype)
 
 
 class Linear(nnx.Module):
@@ -86,7 +100,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array, casts: Casts) -> jax.Array:
         """Multiply ``x`` of shape ``(..., inputs)``."""
-        return _dot(self.site, casts, True)(x, self.weight[...], (((x.ndim - 1,), (0,)), ((), ())))
+        return casts.dot_general(self.site)(x, self.weight[...], (((x.ndim - 1,), (0,)), ((), ())))
 
 
 class Block(nnx.Module):
@@ -114,10 +128,10 @@ class Block(nnx.Module):
         size = width // self.heads
         query, key, value = jnp.moveaxis(qkv.reshape(batch, time, 3, self.heads, size), (2, 3), (0, 2))
         batched = ((0, 1), (0, 1))
-        scores = _dot(self.first_site + 1, casts, False)(query * size**-0.5, key, (((3,), (3,)), batched))
+        scores = casts.dot_general(self.first_site + 1)(query * size**-0.5, key, (((3,), (3,)), batched))
         causal = jnp.tril(jnp.ones((time, time), bool))
         weights = jax.nn.softmax(jnp.where(causal, scores, -1e9))
-        mixed = _dot(self.first_site + 2, casts, False)(weights, value, (((3,), (2,)), batched))
+        mixed = casts.dot_general(self.first_site + 2)(weights, value, (((3,), (2,)), batched))
         return jnp.moveaxis(mixed, 1, 2).reshape(batch, time, width)
 
 
@@ -144,18 +158,6 @@ def next_token_loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Mean cross-entropy, in nats, of ``(batch, time)`` targets under ``(batch, time, vocabulary)`` logits."""
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)
     return -jnp.mean(chosen)
-
-
-def _dot(site: int, casts: Casts, rhs_is_weight: bool) -> Callable[..., jax.Array]:
-    return quantized_dot_general(
-        casts.operand,
-        casts.gradient,
-        scales=casts.scales[site],
-        rhs_is_weight=rhs_is_weight,
-        record=casts.record,
-        site=site,
-        operand_dtype=casts.operand_dtype,
-    )
 
 
 def _normed(x: jax.Array, gain: jax.Array) -> jax.Array:

@@ -1,13 +1,13 @@
 """Matrix products whose operands, and the gradients that flow back into them, are cast to a format.
 
-The casts' formats and scales are data. What the casts did is written to a :class:`Record` of array references while the
-step runs, the backward pass included, so no gradient is bent to carry statistics.
+The casts' formats and scales are data. What the casts did is written to array references while the step runs, the
+backward pass included, so no gradient is bent to carry statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import jax
@@ -16,8 +16,7 @@ from jax import lax
 
 from altgrad_core.formats import Format
 from altgrad_jax.casting import FormatParams, as_params, cast
-from altgrad_jax.scaling import power_of_two_scale
-from altgrad_jax.statistics import observe
+from altgrad_jax.statistics import Edges, edges, tally
 
 DotDimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 """``((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))``, as ``lax.dot_general`` takes it."""
@@ -28,23 +27,55 @@ LHS, RHS, GRADIENT = range(3)
 """The three casts of a product: its operands and the gradient that comes back. Columns of amax, scales and counts."""
 
 
+Refs = tuple[jax.Ref | None, jax.Ref | None, jax.Ref | None]
+"""Where the three casts of a product write what they saw; see :func:`empty_record`."""
+
+Record = tuple[Refs, ...]
+"""The references of all products of a model."""
+
+
+def empty_record(sites: int) -> Record:
+    """Fresh references for the casts of ``sites`` products, to be made and read inside the jitted function."""
+    return tuple(
+        (jax.new_ref(_nothing_seen()), jax.new_ref(_nothing_seen()), jax.new_ref(_nothing_seen())) for _ in range(sites)
+    )
+
+
+def read_record(record: Record) -> jax.Array:
+    """int32 of shape ``(sites, 3, 6)``: the :func:`~altgrad_jax.statistics.tally` of every cast."""
+    return jnp.stack([jnp.stack([ref[...] for ref in refs if ref is not None]) for refs in record])
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Record:
-    """Where the casts of one or many products write what they saw: references made by ``jax.new_ref``.
+class Grid:
+    """A format under a scale, and where its grid ends: one, or one out of many that were worked out together.
 
     Attributes:
-        amax: float32 of shape ``(sites, 3)``: largest magnitudes, in the order lhs, rhs, gradient.
-        counts: int32 of shape ``(sites, 3, 5, 2)``: limbs of :class:`~altgrad_jax.statistics.CastCounts`.
+        params: the format, scaled; batched if there are many.
+        limits: from which magnitude it overflows, and up to which it has only zero; batched likewise.
+        index: which of many this is (static). It is looked up where the grid is used, within the loop over elements,
+            since some two hundred scalar slices would cost as much as all casts of a small model.
     """
 
-    amax: jax.Ref
-    counts: jax.Ref
+    params: FormatParams
+    limits: Edges
+    index: tuple[int, ...] = field(default=(), metadata={"static": True})
 
     @classmethod
-    def empty(cls, sites: int) -> Record:
-        """Fresh references, all zero. Make them inside the jitted function and read them there with ``ref[...]``."""
-        return cls(jax.new_ref(jnp.zeros((sites, 3))), jax.new_ref(jnp.zeros((sites, 3, 5, 2), jnp.int32)))
+    def of(cls, params: FormatParams, scales: jax.Array) -> Grid:
+        """The grids of a format under many scales at once, of the shape of ``scales``."""
+        scaled = params.scaled(scales)
+        return cls(scaled, edges(scaled))
+
+    def at(self, *index: int) -> Grid:
+        """One of many."""
+        return replace(self, index=index)
+
+    def looked_up(self) -> tuple[FormatParams, Edges]:
+        """Params and limits of this grid alone, as scalars."""
+        limits = jax.tree.map(lambda leaf: leaf[self.index] if leaf.ndim else leaf, self.limits)
+        return self.params.at(*self.index), limits
 
 
 def quantized_dot_general(
@@ -52,9 +83,7 @@ def quantized_dot_general(
     backward: str | Format | FormatParams | None = None,
     *,
     scales: jax.Array | None = None,
-    rhs_is_weight: bool = False,
-    record: Record | None = None,
-    site: int = 0,
+    record: Refs = (None, None, None),
     operand_dtype: jnp.dtype | None = None,
 ) -> Callable[..., jax.Array]:
     """A stand-in for ``lax.dot_general`` that casts both operands, and the incoming gradient, before it multiplies.
@@ -65,9 +94,7 @@ def quantized_dot_general(
         forward: format of the operands.
         backward: format of the gradient; that of the operands by default.
         scales: float32 of shape ``(3,)``, powers of two for lhs, rhs and gradient; 1 by default.
-        rhs_is_weight: scale rhs by its own amax, which is known before the product, instead of ``scales[1]``.
-        record: where to write amax and counts; nothing is measured without it.
-        site: row of the record that is this product's.
+        record: where to write what the casts saw; nothing is measured without it.
         operand_dtype: dtype in which the cast operands are handed to the product, which accumulates in float32; to
             be one that holds the format exactly, such as bfloat16 for bf16.
 
@@ -84,6 +111,15 @@ def quantized_dot_general(
     """
     forward_params = as_params(forward)
     backward_params = forward_params if backward is None else as_params(backward)
+    unit = jnp.ones(3) if scales is None else scales
+    operands, gradients = Grid.of(forward_params, unit), Grid.of(backward_params, unit)
+    return dot_general_on((operands.at(LHS), operands.at(RHS), gradients.at(GRADIENT)), record, operand_dtype)
+
+
+def dot_general_on(
+    grids: tuple[Grid, Grid, Grid], record: Refs, operand_dtype: jnp.dtype | None = None
+) -> Callable[..., jax.Array]:
+    """:func:`quantized_dot_general` on grids that were worked out before, for many products at once."""
 
     def dot_general(
         lhs: jax.Array,
@@ -92,13 +128,8 @@ def quantized_dot_general(
         precision: lax.PrecisionLike = None,
         preferred_element_type: jnp.dtype | None = None,
     ) -> jax.Array:
-        unit = jnp.ones(3) if scales is None else scales
-        if rhs_is_weight:
-            amax = jnp.max(jnp.abs(lax.stop_gradient(rhs)))
-            unit = unit.at[RHS].set(power_of_two_scale(amax, forward_params.max_value))
         lhs, rhs = (
-            _cast_operand(operand, forward_params, unit[column], record, site, column)
-            for operand, column in ((lhs, LHS), (rhs, RHS))
+            _cast_operand(operand, grids[column], record[column]) for operand, column in ((lhs, LHS), (rhs, RHS))
         )
         dtype = operand_dtype or lhs.dtype
         product = lax.dot_general(
@@ -108,70 +139,64 @@ def quantized_dot_general(
             precision=precision,
             preferred_element_type=preferred_element_type or jnp.float32,
         )
-        return _cast_gradient(product, backward_params, unit[GRADIENT], record, site)
+        return _cast_gradient(product, grids[GRADIENT], record[GRADIENT])
 
     return dot_general
 
 
-def _cast_operand(
-    x: jax.Array, params: FormatParams, scale: jax.Array, record: Record | None, site: int, column: int
-) -> jax.Array:
+@jax.custom_vjp
+def _cast_operand(x: jax.Array, grid: Grid, ref: jax.Ref | None) -> jax.Array:
     """Cast and record; the gradient passes straight through."""
-
-    @jax.custom_vjp
-    def straight_through(x: jax.Array, params: FormatParams, scale: jax.Array, record: Record | None) -> jax.Array:
-        return _cast_and_record(x, params, scale, record, site, column)
-
-    def forward(x: jax.Array, params: FormatParams, scale: jax.Array, record: Record | None) -> tuple[jax.Array, None]:
-        return _cast_and_record(x, params, scale, record, site, column), None
-
-    def backward(_: None, gradient: jax.Array) -> tuple[jax.Array, None, None, None]:
-        return gradient, None, None, None
-
-    straight_through.defvjp(forward, backward)
-    return straight_through(x, params, scale, record)
+    return _cast_and_record(x, grid, ref)
 
 
-def _cast_gradient(x: jax.Array, params: FormatParams, scale: jax.Array, record: Record | None, site: int) -> jax.Array:
-    """The identity, whose gradient is cast on its way back."""
-
-    @jax.custom_vjp
-    def identity(x: jax.Array, params: FormatParams, scale: jax.Array, record: Record | None) -> jax.Array:
-        return x
-
-    def forward(
-        x: jax.Array, params: FormatParams, scale: jax.Array, record: Record | None
-    ) -> tuple[jax.Array, tuple[FormatParams, jax.Array, Record | None]]:
-        return x, (params, scale, record)
-
-    def backward(
-        residuals: tuple[FormatParams, jax.Array, Record | None], gradient: jax.Array
-    ) -> tuple[jax.Array, None, None, None]:
-        params, scale, record = residuals
-        return _cast_and_record(gradient, params, scale, record, site, GRADIENT), None, None, None
-
-    identity.defvjp(forward, backward)
-    return identity(x, params, scale, record)
+def _cast_operand_forward(x: jax.Array, grid: Grid, ref: jax.Ref | None) -> tuple[jax.Array, None]:
+    return _cast_and_record(x, grid, ref), None
 
 
-def _cast_and_record(
-    x: jax.Array, params: FormatParams, scale: jax.Array, record: Record | None, site: int, column: int
-) -> jax.Array:
-    grid = params.scaled(scale)
+def _cast_operand_backward(_: None, gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    return gradient, None, None
 
-    def measured(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        counts, amax = observe(x, grid)
-        return cast(x, grid), counts.limbs, amax
 
-    if record is None:
-        return _as_one_value(lambda x: cast(x, grid), x, params)
-    quantized, limbs, amax = _as_one_value(measured, x, params)
-    record.counts[site, column] = limbs
-    record.amax[site, column] = amax
+_cast_operand.defvjp(_cast_operand_forward, _cast_operand_backward)
+
+
+@jax.custom_vjp
+def _cast_gradient(x: jax.Array, grid: Grid, ref: jax.Ref | None) -> jax.Array:
+    """The identity, whose gradient is cast, and recorded, on its way back."""
+    return x
+
+
+def _cast_gradient_forward(
+    x: jax.Array, grid: Grid, ref: jax.Ref | None
+) -> tuple[jax.Array, tuple[Grid, jax.Ref | None]]:
+    return x, (grid, ref)
+
+
+def _cast_gradient_backward(
+    residuals: tuple[Grid, jax.Ref | None], gradient: jax.Array
+) -> tuple[jax.Array, None, None]:
+    return _cast_and_record(gradient, *residuals), None, None
+
+
+_cast_gradient.defvjp(_cast_gradient_forward, _cast_gradient_backward)
+
+
+def _cast_and_record(x: jax.Array, grid: Grid, ref: jax.Ref | None) -> jax.Array:
+    def cast_only(x: jax.Array) -> jax.Array:
+        return cast(x, grid.looked_up()[0])
+
+    def cast_and_tally(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        params, limits = grid.looked_up()
+        return cast(x, params), tally(x, limits)
+
+    if ref is None:
+        return _as_one_value(cast_only, x, grid)
+    quantized, ref[...] = _as_one_value(cast_and_tally, x, grid)
     return quantized
 
 
-def _as_one_value(function: Callable[[jax.Array], Result], x: jax.Array, params: FormatParams) -> Result:
+def _as_one_value(function: Callable[[jax.Array], Result], x: jax.Array, grid: Grid) -> Result:
     """Call a function so that XLA's CPU backend computes its argument and its result once each.
 
     Left alone it fuses the cast into every consumer and what makes ``x`` into every cast, and so computes both up to
@@ -180,4 +205,8 @@ def _as_one_value(function: Callable[[jax.Array], Result], x: jax.Array, params:
     """
     shapes = jax.eval_shape(function, x)
     never = jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), shapes)
-    return lax.cond(params.mantissa_bits >= 0, function, lambda _: never, x)
+    return lax.cond(grid.params.mantissa_bits >= 0, function, lambda _: never, x)
+
+
+def _nothing_seen() -> jax.Array:
+    return jnp.zeros(6, jnp.int32)

@@ -12,7 +12,7 @@ from altgrad_core.formats import Overflow
 from altgrad_jax.casting import FormatParams
 
 Params = dict[str, Any]
-"""The parameters of a model: a nested dict of float32 arrays, as ``nnx.to_pure_dict`` gives it."""
+"""The parameters of a model: nested dicts of float32 arrays, as ``nnx.to_pure_dict`` gives them."""
 
 Storage = Literal["master", "committed"]
 StorageRounding = Literal["nearest_even", "stochastic"]

@@ -45,16 +45,18 @@ class CastCounts:
         """Counts of nothing, for ``shape`` tensors apart."""
         return cls(jnp.zeros((*shape, 5, 2), jnp.int32))
 
+    @classmethod
+    def of_tallies(cls, tallies: jax.Array) -> Self:
+        """Counts of shape ``(...)`` from int32 tallies of shape ``(..., 6)``; see :func:`tally`."""
+        return cls(_limbs(tallies[..., :5]))
+
     def __add__(self, other: Self) -> Self:
         """Add counts of the same shape."""
         return type(self)(_carry(self.limbs + other.limbs))
 
     def pooled(self) -> Self:
         """Counts of all tensors together, of shape ``()``; up to 2^15 of them."""
-        limbs = self.limbs.reshape(-1, 5, 2)
-        low, middle = _sum(limbs[..., 1] & 0x7FFF), _sum(limbs[..., 1] >> 15)
-        high = _sum(limbs[..., 0]) + (middle >> 15)
-        return type(self)(_carry(jnp.stack([high, low + ((middle & 0x7FFF) << 15)], -1)))
+        return type(self)(_pooled(self.limbs.reshape(-1, 5, 2)))
 
     @property
     def overflow_rate(self) -> jax.Array:
@@ -99,6 +101,10 @@ class StallCounts:
     def __add__(self, other: Self) -> Self:
         """Add counts of the same shape."""
         return type(self)(_carry(self.limbs + other.limbs))
+
+    def pooled(self) -> Self:
+        """Counts of all tensors together, of shape ``()``; up to 2^15 of them."""
+        return type(self)(_pooled(self.limbs.reshape(-1, 4, 2)))
 
     @property
     def stall_rate(self) -> jax.Array:
@@ -160,43 +166,75 @@ def observe(
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise TypeError(f"counts are made of float32, bfloat16 and float16 arrays; got {x.dtype}")
     params = as_params(format)
-    flat = x.reshape(-1)
+    limits, flat = edges(params), x.reshape(-1)
     counts, amax_bits = CastCounts.zeros(), jnp.int32(0)
     for start in range(0, flat.size, _MOST_AT_ONCE):
-        chunk = flat if flat.size <= _MOST_AT_ONCE else flat[start : start + _MOST_AT_ONCE]
-        chunk_counts, chunk_amax = _observe_chunk(chunk.astype(jnp.float32), params, scale)
-        counts, amax_bits = counts + chunk_counts, jnp.maximum(amax_bits, chunk_amax)
-    return counts, lax.bitcast_convert_type(amax_bits, jnp.float32)
+        chunk = (flat if flat.size <= _MOST_AT_ONCE else flat[start : start + _MOST_AT_ONCE]).astype(jnp.float32)
+        scaled = chunk if scale is None else divide_by_scale(chunk, jnp.asarray(scale, jnp.float32))
+        seen = _tally(_bits(chunk) & _MAGNITUDE, _bits(scaled) & _MAGNITUDE, limits)
+        counts, amax_bits = counts + CastCounts.of_tallies(seen), jnp.maximum(amax_bits, seen[-1])
+    return counts, _float(amax_bits)
 
 
-def _observe_chunk(
-    x: jax.Array, params: FormatParams, scale: jax.typing.ArrayLike | None
-) -> tuple[CastCounts, jax.Array]:
+class Edges(NamedTuple):
+    """Where a grid ends, as bits of magnitudes: int32, of the shape of the params.
+
+    Attributes:
+        overflows_from: the smallest magnitude that overflows.
+        vanishes_to: the largest that becomes zero.
+    """
+
+    overflows_from: jax.Array
+    vanishes_to: jax.Array
+
+
+def tally(x: jax.Array, limits: Edges) -> jax.Array:
+    """What :func:`observe` sees of up to 2^30 float32 elements, as it comes out of its one pass.
+
+    Args:
+        x: float32, any shape.
+        limits: where the grid ends, from :func:`edges`.
+
+    Returns:
+        int32 of shape ``(6,)``: elements, overflow, nonzero, underflow, nan, and the bits of amax. Many of them,
+        stacked, become counts by :meth:`CastCounts.of_tallies` and amaxes by :func:`amax_of_tallies`.
+
+    >>> tally(jnp.array([1e6, 0.5]), edges(FormatParams.from_format("E5M2")))[:-1].tolist()
+    [2, 1, 2, 0, 0]
+    """
+    magnitude = _bits(x.reshape(-1)) & _MAGNITUDE
+    return _tally(magnitude, magnitude, limits)
+
+
+def amax_of_tallies(tallies: jax.Array) -> jax.Array:
+    """float32 of shape ``(...)``: the largest magnitudes in tallies of shape ``(..., 6)``."""
+    return _float(tallies[..., -1])
+
+
+def _tally(magnitude: jax.Array, scaled: jax.Array, limits: Edges) -> jax.Array:
     """One variadic reduction over integer flags, which XLA fuses into one loop; separate sums are ten times slower."""
-    magnitude = _bits(x) & _MAGNITUDE
-    scaled = magnitude if scale is None else _bits(divide_by_scale(x, jnp.asarray(scale, jnp.float32))) & _MAGNITUDE
-    overflows_from, vanishes_to = _thresholds(params)
-    nonzero = (magnitude != 0) & (magnitude <= _INF)
+    is_number = magnitude <= _INF
+    nonzero = (magnitude != 0) & is_number
     flags = (
-        (scaled >= overflows_from) & (magnitude <= _INF),
+        (scaled >= limits.overflows_from) & is_number,
         nonzero,
-        nonzero & (scaled <= vanishes_to),
-        magnitude > _INF,
+        nonzero & (scaled <= limits.vanishes_to),
+        ~is_number,
     )
     zero = jnp.int32(0)
-    *sums, amax_bits = lax.reduce(
+    seen = lax.reduce(
         (*(flag.astype(jnp.int32) for flag in flags), magnitude),
         (zero,) * 5,
-        lambda left, right: (*(a + b for a, b in zip(left[:4], right[:4], strict=True)), lax.max(left[4], right[4])),
+        lambda left, right: (*_add_each(left[:4], right[:4]), lax.max(left[4], right[4])),
         (0,),
     )
-    return CastCounts(_limbs(jnp.stack([jnp.full_like(sums[0], x.size), *sums]))), amax_bits
+    return jnp.stack([jnp.full_like(seen[0], magnitude.size), *seen])
 
 
-def _thresholds(params: FormatParams) -> tuple[jax.Array, jax.Array]:
-    """Bits of the smallest magnitude that overflows and of the largest that becomes zero."""
+def edges(params: FormatParams) -> Edges:
+    """Where the grid of a format ends, for casts to nearest even."""
     if params.path == "identity":
-        return jnp.int32(_INF), jnp.int32(0)
+        return Edges(jnp.int32(_INF), jnp.int32(0))
     maximum = _bits(params.max_value)
     max_exponent = (maximum >> 23) - 127
     half = jnp.int32(1) << (22 - params.mantissa_bits + jnp.maximum(params.min_exponent - max_exponent, 0))
@@ -212,7 +250,7 @@ def _thresholds(params: FormatParams) -> tuple[jax.Array, jax.Array]:
     odd = jnp.where(params.mantissa_bits == 0, params.min_exponent + 1, 0) & 1
     last_flushed = (1 << 23) - (jnp.int32(1) << jnp.clip(lowest - 1 + 149, 0, 22)) - 1 + odd
     vanishes = jnp.where(lowest > -126, half_smallest, jnp.where(lowest == -126, 1 << 22, last_flushed))
-    return maximum + half + 1 - (last_bit & 1), vanishes
+    return Edges(maximum + half + 1 - (last_bit & 1), vanishes)
 
 
 def stall_counts(
@@ -248,6 +286,11 @@ def stall_counts(
         raise ValueError(f"weight has shape {weight.shape} but update {update.shape}; expected the same")
     params = as_params(format)
     grid = params if scale is None else params.scaled(jnp.asarray(scale, jnp.float32))
+    return StallCounts(_limbs(_stall_tally(weight, update, grid, gradient)))
+
+
+def _stall_tally(weight: jax.Array, update: jax.Array, grid: FormatParams, gradient: jax.Array | None) -> jax.Array:
+    """int32 of shape ``(4,)``: nonzero, stalled by precision, stalled by saturation, vanished."""
     weight, update = weight.astype(jnp.float32), update.astype(jnp.float32)
     before, after = _nearest(weight, grid), _nearest(weight + update, grid)
     nonzero = (_bits(update) & _MAGNITUDE) != 0
@@ -255,8 +298,7 @@ def stall_counts(
     at_max = stalled & (jnp.abs(before) >= grid.max_value) & ((before > 0) == (update > 0))
     vanished = jnp.zeros_like(nonzero) if gradient is None else ~nonzero & ((_bits(gradient) & _MAGNITUDE) != 0)
     flags = tuple(flag.reshape(-1).astype(jnp.int32) for flag in (nonzero, stalled & ~at_max, at_max, vanished))
-    sums = lax.reduce(flags, (jnp.int32(0),) * 4, _add_each, (0,))
-    return StallCounts(_limbs(jnp.stack(sums)))
+    return jnp.stack(lax.reduce(flags, (jnp.int32(0),) * 4, _add_each, (0,)))
 
 
 class StallMonitorState(NamedTuple):
@@ -310,11 +352,16 @@ def stall_monitor(
         if params is None:
             raise ValueError("stall_monitor needs the parameters: call update(updates, state, params)")
         chosen = [True] * len(jax.tree.leaves(params)) if mask is None else jax.tree.leaves(mask)
-        counts = StallCounts.zeros()
-        for weight, change, counted in zip(jax.tree.leaves(params), jax.tree.leaves(updates), chosen, strict=True):
-            if counted:
-                scale = power_of_two_scale(jnp.max(jnp.abs(weight)), state.format.max_value)
-                counts = counts + stall_counts(weight, change, state.format, scale=scale)
+        pairs = [
+            (weight, change)
+            for weight, change, counted in zip(jax.tree.leaves(params), jax.tree.leaves(updates), chosen, strict=True)
+            if counted
+        ]
+        # All scales at once: one by one, these few scalars would cost more than the passes over small weights.
+        amaxes = jnp.stack([jnp.max(jnp.abs(weight)) for weight, _ in pairs]).astype(jnp.float32)
+        grids = state.format.scaled(power_of_two_scale(amaxes, state.format.max_value))
+        tallies = [_stall_tally(weight, change, grids.at(k), None) for k, (weight, change) in enumerate(pairs)]
+        counts = StallCounts(_limbs(jnp.stack(tallies))).pooled()
         return updates, StallMonitorState(state.format, counts.stall_rate, counts.saturation_rate)
 
     # optax types every state as any pytree, its own states included.
@@ -339,6 +386,13 @@ def _nearest(x: jax.Array, params: FormatParams) -> jax.Array:
 
 def _add_each(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     return tuple(a + b for a, b in zip(left, right, strict=True))
+
+
+def _pooled(limbs: jax.Array) -> jax.Array:
+    """Sum over the first axis of up to 2^15, in parts that cannot wrap."""
+    low, middle = _sum(limbs[..., 1] & 0x7FFF), _sum(limbs[..., 1] >> 15)
+    high = _sum(limbs[..., 0]) + (middle >> 15)
+    return _carry(jnp.stack([high, low + ((middle & 0x7FFF) << 15)], -1))
 
 
 def _sum(counts: jax.Array) -> jax.Array:
@@ -369,3 +423,7 @@ def _as_float64(limbs: jax.Array) -> jax.Array:
 
 def _bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,11 @@ from altgrad_core.formats import CastPath, parse
 from altgrad_jax.casting import FormatParams
 from altgrad_jax.clipping import global_norm, partition_relative_clip
 from altgrad_jax.models import GPT, Casts, GPTConfig, next_token_loss
-from altgrad_jax.nn import GRADIENT, LHS, RHS, Record
+from altgrad_jax.nn import GRADIENT, RHS, Grid, Record, empty_record, read_record
 from altgrad_jax.recovery import all_finite, commit, select_if_finite
-from altgrad_jax.scaling import delayed_scale, empty_history, push_amax
+from altgrad_jax.scaling import empty_history, power_of_two_scale, push_amax
 from altgrad_jax.state import Fault, Params, RunData, RunSpec, StepMetrics, Switches, TrainState
-from altgrad_jax.statistics import CastCounts, stall_monitor
+from altgrad_jax.statistics import CastCounts, amax_of_tallies, stall_monitor
 
 _NORM_WINDOW = 32
 _NORMS_NEEDED = 8
@@ -129,7 +129,7 @@ class Program:
             The new state, and the metrics, which do not alias it.
         """
         state = replace(state, params=_poisoned(state.params, fault))
-        record = Record.empty(self.model.sites)
+        record = empty_record(self.model.sites)
         casts = self._casts(state, record)
 
         def loss_of(params: Params) -> jax.Array:
@@ -167,7 +167,7 @@ class Program:
         """
 
         def measure(history: jax.Array, _: None) -> tuple[jax.Array, None]:
-            record = Record.empty(self.model.sites)
+            record = empty_record(self.model.sites)
             casts = self._casts(replace(state, amax_history=history), record)
             jax.grad(lambda params: self.loss(params, tokens, casts))(state.params)
             amax = _Seen.of(record).amax
@@ -201,10 +201,16 @@ class Program:
         return next_token_loss(nnx.merge(graph, filled)(tokens[:, :-1], casts), tokens[:, 1:])
 
     def _casts(self, state: TrainState, record: Record | None) -> Casts:
+        """Delayed scales for activations and gradients; weights, known by now, have that of their own amax."""
+        amaxes = jnp.max(state.amax_history, axis=0)
+        sites = jnp.array(list(self.model.weight_sites))
+        of_weights = [
+            jnp.max(jnp.abs(_module(state.params, path)["weight"])) for path in self.model.weight_sites.values()
+        ]
+        scales = power_of_two_scale(amaxes.at[sites, RHS].set(jnp.stack(of_weights)), state.run.operand.max_value)
         return Casts(
-            operand=state.run.operand,
-            gradient=state.run.gradient,
-            scales=delayed_scale(state.amax_history, state.run.operand.max_value),
+            operands=Grid.of(state.run.operand, scales[:, :GRADIENT]),
+            gradients=Grid.of(state.run.gradient, scales[:, GRADIENT]),
             record=record,
             operand_dtype=jnp.dtype(jnp.bfloat16) if self.bf16_operands else None,
         )
@@ -281,10 +287,17 @@ class _Seen(NamedTuple):
 
     @classmethod
     def of(cls, record: Record) -> _Seen:
-        limbs = record.counts[...]
-        per_gradient = CastCounts(limbs[:, GRADIENT])
-        operands = CastCounts(limbs[:, jnp.array([LHS, RHS])])
-        return cls(record.amax[...], per_gradient.pooled(), operands.pooled(), per_gradient)
+        tallies = read_record(record)
+        counts = CastCounts.of_tallies(tallies)
+        per_gradient, operands = CastCounts(counts.limbs[:, GRADIENT]), CastCounts(counts.limbs[:, :GRADIENT])
+        return cls(amax_of_tallies(tallies), per_gradient.pooled(), operands.pooled(), per_gradient)
+
+
+def _module(params: Params, path: tuple[str | int, ...]) -> Params:
+    found: Any = params
+    for key in path:  # an NNX list has integer keys
+        found = found[key]
+    return found
 
 
 def _poisoned(params: Params, fault: Fault) -> Params:

@@ -93,6 +93,10 @@ class StallCounts:
         """Add counts of the same shape."""
         return type(self)(self.totals + other.totals)
 
+    def pooled(self) -> Self:
+        """Counts of all tensors together, of shape ``()``."""
+        return type(self)(self.totals.reshape(-1, 4).sum(0))
+
     @property
     def stall_rate(self) -> Tensor:
         """float32: non-zero updates that leave the quantised weight as it was over non-zero updates; 0 without any."""
@@ -290,7 +294,7 @@ class BitStallDetector:
         yield
         counted = [self._count(*snapshot).totals for snapshot in snapshots]
         if counted:
-            self.counts = StallCounts(torch.stack([totals.to(counted[0].device) for totals in counted]).sum(0))
+            self.counts = StallCounts(torch.stack([totals.to(counted[0].device) for totals in counted])).pooled()
 
     def _count(self, parameter: Tensor, before: Tensor, gradient: Tensor | None) -> StallCounts:
         before, after = before.to(torch.float32), parameter.detach().to(torch.float32)

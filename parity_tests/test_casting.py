@@ -126,7 +126,7 @@ def jax_scaled(x: jax.Array, params: FormatParams, scale: jax.Array) -> jax.Arra
 
 @eight_formats
 @pytest.mark.parametrize("exponent", [-100, -17, 3, 100])
-@pytest.mark.parametrize("overflow", ["native", "saturate"])
+@pytest.mark.parametrize("overflow", ["native", "saturate_finite"])
 def test_power_of_two_scales(format: Format, exponent: int, overflow: Overflow) -> None:
     scale = 2.0**exponent
     x = boundaries_at(format, scale)
@@ -135,6 +135,28 @@ def test_power_of_two_scales(format: Format, exponent: int, overflow: Overflow) 
     assert_same_bits(jax_scaled(jnp.asarray(x), params, jnp.float32(scale)), expected, x, "jax")
     actual = in_torch.quantize(torch.from_numpy(x), format, scale=scale, overflow=overflow)
     assert_same_bits(actual, expected, x, "torch")
+
+
+@formats("E4M3", "bf16", "E8M4b130")
+@pytest.mark.parametrize("scale", [0.3, 7.7, 2.0**-100, 2.0**100])
+def test_other_scales_and_wide_formats(format: Format, scale: float) -> None:
+    """A scale that is no power of two rounds twice more, the same way in both; near 2^-126 it makes no promise."""
+    x = many_inputs()[::7]
+    x = x if math.frexp(scale)[0] == 0.5 else x[~(np.abs(x) < MIN_NORMAL * max(scale, 1) * 2)]
+    from_jax = jax_scaled(jnp.asarray(x), FormatParams.from_format(format), jnp.float32(scale))
+    assert_same_bits(from_jax, in_torch.quantize(torch.from_numpy(x), format, scale=scale), x)
+
+
+@pytest.mark.parametrize("exponent", [-100, -20, 0, 20, 100])
+def test_division_by_a_scale(exponent: int) -> None:
+    """Exact, but zero below 2^-126, and float32's maximum where a finite value leaves its range."""
+    x, scale = many_inputs()[::3], np.float32(2.0**exponent)
+    x = x[~np.isnan(x)]
+    exact = widened(x) / float(scale)
+    bounded = np.where(np.isinf(x), exact, np.clip(exact, -np.finfo(np.float32).max, np.finfo(np.float32).max))
+    expected = np.where(np.abs(exact) < MIN_NORMAL, np.copysign(0.0, exact), bounded).astype(np.float32)
+    assert_same_bits(jax.jit(in_jax.divide_by_scale)(jnp.asarray(x), scale), expected, x, "jax")
+    assert_same_bits(in_torch.divide_by_scale(torch.from_numpy(x), torch.tensor(scale)), expected, x, "torch")
 
 
 @eight_formats
@@ -384,10 +406,14 @@ def test_gradients_pass_straight_through(dtype: str) -> None:
     assert_same_bits(tensor.grad, expected, x, "torch")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func.jvp makes one of its own
 def test_torch_transforms() -> None:
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     gradient = torch.func.vmap(torch.func.grad(lambda row: in_torch.quantize(row, "E4M3").square().sum()))(x)
     assert_same_bits(gradient, 2 * in_torch.quantize(x, "E4M3"))
+    value, tangent = torch.func.jvp(lambda x: in_torch.quantize(x, "E4M3"), (x,), (x,))
+    assert_same_bits(value, in_torch.quantize(x, "E4M3"))
+    assert_same_bits(tangent, x)
 
 
 def test_no_graph_without_requires_grad() -> None:

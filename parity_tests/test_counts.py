@@ -297,7 +297,10 @@ def test_nothing_needs_scaling_to_float32(max_value: float) -> None:
     assert (np.asarray(from_jax) == 1).all() == (max_value >= 2.0**100)
 
 
-@given(st.lists(st.tuples(MAGNITUDE, MAGNITUDE), min_size=1, max_size=6))
+AMAX = MAGNITUDE | st.sampled_from([math.inf, math.nan])
+
+
+@given(st.lists(st.tuples(AMAX, AMAX), min_size=1, max_size=6))
 def test_amax_history(steps: list[tuple[float, float]]) -> None:
     """The same history and scale after any steps; what is not finite repeats the step before."""
     from_jax, from_torch = scaling_in_jax.empty_history(3, (2,)), scaling_in_torch.empty_history(3, (2,))

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,32 @@ def test_another_run_is_refused(undisturbed, change, named):
     with pytest.raises(CheckpointError, match=named):
         train(TrainConfig(out=undisturbed, resume=True, **{**_RUN, **change}), _quiet())
     assert (undisturbed / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("damaged", ["host/metadata", "arrays/manifest.ocdbt", "arrays", "host"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_serves(tmp_path, undisturbed, damaged):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    newest = out / "checkpoints" / str(_RUN["steps"])
+    for path in [newest / damaged, *(newest / damaged).rglob("*")]:
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if damaged in ("arrays", "host"):
+        shutil.rmtree(newest / damaged)
+    with pytest.raises(CheckpointError, match=rf"{newest} is damaged.*remove that folder"):
+        train(TrainConfig(out=out, resume=True, **_RUN), _quiet())
+    if damaged != "host":
+        return  # going on once is enough
+    shutil.rmtree(newest)
+    train(TrainConfig(out=out, resume=True, **_RUN), _quiet())
+    for name in _FILES:
+        assert (out / name).read_text() == (undisturbed / name).read_text(), name
+
+
+def test_a_damaged_config_is_told(tmp_path):
+    (tmp_path / "config.json").write_text('{"format": "E7')
+    with pytest.raises(RunError, match=r"config\.json is damaged"):
+        train(TrainConfig(out=tmp_path, resume=True, **_RUN), _quiet())
 
 
 def test_other_data_is_refused(tmp_path, undisturbed):

@@ -16,6 +16,12 @@ from altgrad.train import TrainConfig
 _SMALL = ["--steps", "3", "--batch", "1", "--context", "8", "--layers", "1", "--width", "8", "--heads", "1"]
 
 
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command asks for a device for each core: not in the process of the other tests."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+
+
 def _fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """Run the command, expect it to refuse, and return what it said, on one line."""
     monkeypatch.setattr(sys, "argv", ["altgrad", *arguments])
@@ -55,7 +61,20 @@ def _fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         (["--inject", "nan@3"], "would never happen: the run has steps 0 to 2"),
         (["--steps", "0"], "--steps is 0; expected at least 1"),
         (["--seed", "-1"], "--seed is -1"),
+        (["--seed", "4294967296"], "--seed is 4294967296; expected 0 to 4294967295"),
         (["--learning-rate", "nan"], "--learning-rate is nan; expected a positive number"),
+        (["--learning-rate", "inf"], "--learning-rate is inf; expected a positive number"),
+        (["--learning-rate", "0"], "--learning-rate is 0.0; expected a positive number"),
+        (["--clip", "--base-clip", "1e-50"], "base_clip is 1e-50; expected a positive finite number"),
+        (["--inject", "nan@1:²"], "'²' is not a number of batches"),
+        (["--inject", ""], "cannot read the fault ''"),
+        (["--inject", "nan@-1"], "cannot read the fault 'nan@-1'"),
+        (["--inject", "nan@1", "spike@1:"], "cannot read the fault 'spike@1:'"),
+        (["--batch", "0"], "--batch is 0; expected at least 1"),
+        (["--context", "0"], "--context is 0; expected at least 1"),
+        (["--checkpoint-every", "0"], "--checkpoint-every is 0; expected at least 1"),
+        (["--stall-rule", "literal"], "--stall-rule has no effect without --shift"),
+        (["--format", "E4M4b3", "--shift"], "E4M4b3 run cannot shift"),
         (["--heads", "3"], "does not divide width 8; nearest is 2"),
         (["--layers", "0"], "layers is 0; expected at least 1"),
         (["--storage", "elsewhere"], "master"),

@@ -62,7 +62,7 @@ def _plots(groups: Iterable[PanelGroup]) -> dict[str, Markup]:
                 include_plotlyjs=index == 0,
                 div_id=panel.id,
                 config=_PLOT_CONFIG,
-                default_height=f"{panel.figure.layout.height}px",
+                default_height=f"{panel.figure.layout['height']}px",
             )
         )
         for index, panel in enumerate(panels)

@@ -1,0 +1,440 @@
+"""The controller's rules on observations made by hand, and formats written into states without a new trace."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from altgrad_core import FORMAT_FALLBACK, EmergencyMantissaShift, UnknownFormatError, parse
+from altgrad_jax import (
+    Decision,
+    FormatController,
+    FormatParams,
+    Observation,
+    Policy,
+    partition_relative_clip,
+    quantize,
+    set_format,
+    skip_nonfinite,
+    stall_monitor,
+)
+from altgrad_jax.control import get_format
+
+OFF = Policy(stall_rule="off")
+LITERAL = Policy(stall_rule="literal", window=4, warmup=0, cooldown=10)
+RELATIVE = Policy(stall_rule="relative", window=4, warmup=0, cooldown=8, moving_share=0.75, plateau=0.01)
+PARAMS = {"w": jnp.array([1.0, -2.0, 3.0]), "b": jnp.array([0.5])}
+
+
+def good(loss: float = 1.0, stall: float = 0.0) -> Observation:
+    return Observation(0, loss, finite=True, stall_rate=stall)
+
+
+def nan(params_finite: bool = True) -> Observation:
+    return Observation(0, math.nan, finite=False, params_finite=params_finite)
+
+
+def shifting(format: str, policy: Policy = OFF, patience: int = 3, **more: Any) -> FormatController:
+    return FormatController(format, policy=policy, shifter=EmergencyMantissaShift(patience), **more)
+
+
+def feed(controller: FormatController, seen: Iterable[Observation], lag: int = 0, start: int = 0) -> list[Decision]:
+    """One observation for each step; with a lag of 1, as in training, a decision lands when the next step runs."""
+    return [controller.observe(replace(each, step=step), in_flight=step + lag) for step, each in enumerate(seen, start)]
+
+
+def kinds(controller: FormatController) -> list[tuple[int, str, str]]:
+    return [(event.step, event.kind, event.cause) for event in controller.events]
+
+
+# ---- NaN
+
+
+@pytest.mark.parametrize("patience", [1, 3, 5])
+def test_shift_after_nan_batches(patience: int) -> None:
+    controller = shifting("E7M0", patience=patience)
+    decisions = feed(controller, [good(), *[nan()] * patience])
+    assert [each.format for each in decisions] == [None] * patience + ["E5M2"]
+    assert controller.format == "E5M2"
+    assert kinds(controller) == [(patience, "shift", "nan")]
+    assert decisions[-1].events[0].numbers == {"consecutive_nans": patience, "from": "E7M0", "to": "E5M2"}
+
+
+def test_a_valid_batch_starts_the_count_anew() -> None:
+    controller = shifting("E7M0")
+    assert not any(each.acts for each in feed(controller, [nan(), nan(), good()] * 5))
+    assert controller.format == "E7M0"
+
+
+@pytest.mark.parametrize(("start", "target"), FORMAT_FALLBACK.items())
+def test_every_arrow_of_the_fallback(start: str, target: str | None) -> None:
+    controller = shifting(start)
+    last = feed(controller, [nan()] * 3)[-1]
+    assert last.format == target
+    assert kinds(controller) == [(2, "shift" if target else "exhausted", "nan")]
+
+
+def test_exhausted_does_nothing_and_says_so() -> None:
+    controller = shifting("E5M2")
+    decisions = feed(controller, [nan()] * 7)
+    assert not any(each.acts for each in decisions)
+    assert kinds(controller) == [(2, "exhausted", "nan"), (5, "exhausted", "nan")]
+
+
+def test_no_cascade_in_consecutive_steps() -> None:
+    controller = shifting("E0M7")
+    decisions = feed(controller, [nan()] * 12, lag=1)
+    assert [(step, each.format) for step, each in enumerate(decisions) if each.format] == [(2, "E3M4"), (6, "E5M2")]
+    assert kinds(controller)[-1] == (10, "exhausted", "nan")
+
+
+def test_what_was_in_flight_is_not_judged() -> None:
+    controller = shifting("E1M6")
+    feed(controller, [nan()] * 3, lag=1)
+    assert controller.observe(replace(nan(False), step=3)) == Decision()
+    assert not any(each.acts for each in feed(controller, [nan(), nan(), good()], start=4))
+
+
+def test_without_a_shifter_the_format_stays() -> None:
+    for name in ("float32", "bf16", "E7M0", "E4M4b3"):
+        controller = FormatController(name)
+        assert not any(each.acts for each in feed(controller, [nan()] * 20))
+
+
+@pytest.mark.parametrize("name", ["float32", "bf16", "fp16", "E4M4b3"])
+def test_formats_that_cannot_shift(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"a {name} run cannot shift.*E7M0"):
+        shifting(name)
+
+
+def test_unknown_format() -> None:
+    with pytest.raises(UnknownFormatError, match="E5M2"):
+        FormatController("E5M22x")
+
+
+# ---- going back
+
+
+def test_poisoned_weights_go_back_at_once() -> None:
+    controller = FormatController("E5M2", can_roll_back=True)
+    decisions = feed(controller, [good(), nan(params_finite=False), good()], lag=0)
+    assert [each.rollback for each in decisions] == [False, True, False]
+    assert kinds(controller) == [(1, "rollback", "poisoned weights")]
+
+
+def test_nan_steps_go_back_after_a_while() -> None:
+    controller = FormatController("E5M2", can_roll_back=True)
+    decisions = feed(controller, [nan()] * 13)
+    assert [step for step, each in enumerate(decisions) if each.rollback] == [5, 11]
+
+
+def test_shift_first_and_back_if_that_does_not_help() -> None:
+    controller = shifting("E7M0", can_roll_back=True)
+    decisions = feed(controller, [nan()] * 8, lag=1)
+    assert [(step, each.format, each.rollback) for step, each in enumerate(decisions) if each.acts] == [
+        (2, "E5M2", False),
+        (6, None, True),
+    ]
+
+
+def test_runaway_loss_goes_back() -> None:
+    controller = FormatController("E5M2", can_roll_back=True)
+    calm = [good(2.0 - 0.01 * k) for k in range(20)]
+    assert not any(each.acts for each in feed(controller, [*calm, good(9.0), good(9.0), good(1.8), good(9.0)]))
+    decisions = feed(controller, [good(9.0), good(9.0)], start=24)
+    assert [each.rollback for each in decisions] == [False, True]
+    assert kinds(controller) == [(25, "rollback", "runaway loss")]
+    assert controller.events[0].numbers["mean"] == pytest.approx(1.9, abs=0.05)  # what ran away is not in the mean
+
+
+@pytest.mark.parametrize("rise", [0.29, 0.31])
+def test_runaway_margin(rise: float) -> None:
+    controller = FormatController("E5M2", can_roll_back=True)
+    decisions = feed(controller, [*[good(2.0)] * 30, *[good(2.0 + rise)] * 3])
+    assert decisions[-1].rollback is (rise > 0.3)
+
+
+def test_going_back_to_a_higher_loss_is_not_running_away() -> None:
+    controller = FormatController("E5M2", can_roll_back=True)
+    falling = [good(4.0 - 0.1 * k) for k in range(25)]
+    decisions = feed(controller, [*falling, *[good(9.0)] * 3, *falling], lag=1)
+    assert [step for step, each in enumerate(decisions) if each.rollback] == [27]
+
+
+def test_no_snapshots_no_way_back() -> None:
+    controller = FormatController("E5M2")
+    assert not any(each.acts for each in feed(controller, [good(), *[nan(False)] * 9, *[good(99.0)] * 9]))
+
+
+def test_calm() -> None:
+    controller = FormatController("E5M2", can_roll_back=True)
+    seen = []
+    for step, each in enumerate([good(), nan(), good(), good(9.0), good()]):
+        controller.observe(replace(each, step=step))
+        seen.append(controller.calm)
+    assert seen == [True, False, True, False, True]
+
+
+# ---- stalls
+
+
+@pytest.mark.parametrize(("rate", "shifts"), [(0.5, False), (0.51, True), (1.0, True)])
+def test_literal_rule(rate: float, shifts: bool) -> None:
+    controller = shifting("E3M4", LITERAL)
+    decisions = feed(controller, [good(stall=rate)] * 4)
+    assert [each.format for each in decisions] == [None, None, None, "E5M2" if shifts else None]
+    assert kinds(controller) == ([(3, "shift", "stall")] if shifts else [])
+
+
+def test_literal_rule_slides_its_window() -> None:
+    controller = shifting("E3M4", LITERAL)
+    rates = [0.0, 0.0, 0.0, 0.9, 0.9, 0.9]  # means of four: 0.225, 0.45, 0.675
+    assert [each.format for each in feed(controller, [good(stall=rate) for rate in rates])][-2:] == [None, "E5M2"]
+
+
+def test_literal_rule_waits_for_warm_up_and_cooldown() -> None:
+    controller = shifting("E1M6", replace(LITERAL, warmup=7))
+    decisions = feed(controller, [good(stall=0.9)] * 40, lag=1)
+    acted = [(step, each.format) for step, each in enumerate(decisions) if each.acts]
+    assert acted == [(7, "E3M4"), (17, "E5M2")]
+    assert kinds(controller)[2] == (27, "exhausted", "stall")
+
+
+def test_nan_steps_are_no_stalls() -> None:
+    controller = shifting("E3M4", LITERAL)
+    seen = [good(stall=0.9), nan(), good(stall=0.9), nan(), good(stall=0.9), nan(), good(stall=0.9)]
+    decisions = feed(controller, seen)
+    assert [each.format for each in decisions] == [None] * 6 + ["E5M2"]
+
+
+def test_rule_off() -> None:
+    controller = shifting("E3M4", replace(LITERAL, stall_rule="off"))
+    assert not any(each.acts for each in feed(controller, [good(stall=1.0)] * 50))
+
+
+RISING = [*[good(stall=0.6)] * 4, *[good(stall=0.9)] * 4]
+
+
+def test_relative_rule_leaves_masters_alone() -> None:
+    controller = shifting("E3M4", RELATIVE)
+    assert not any(each.acts for each in feed(controller, RISING * 5))
+
+
+def test_relative_rule_rounds_stochastically_first() -> None:
+    controller = shifting("E3M4", RELATIVE, rounding="nearest_even")
+    first = feed(controller, RISING, lag=1)
+    assert [each.rounding for each in first] == [None] * 7 + ["stochastic"]
+    assert controller.rounding == "stochastic"
+    second = feed(controller, [good(), *RISING], lag=1, start=8)  # step 8 was in flight
+    assert [each.format for each in second] == [None] * 8 + ["E5M2"]
+    assert kinds(controller) == [(7, "rounding", "stall"), (16, "shift", "stall")]
+
+
+def test_remedy_needs_no_shifter() -> None:
+    controller = FormatController("E5M2", policy=RELATIVE, rounding="nearest_even")
+    assert [each.rounding for each in feed(controller, RISING)][-1] == "stochastic"
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        [good(0.9, stall=0.9)] * 4,  # the loss still falls
+        [good(1.0, stall=0.69)] * 4,  # 0.31 of the updates move, 0.40 did: not below three quarters of that
+        [good(1.0, stall=0.6)] * 4,
+    ],
+    ids=["no plateau", "hardly risen", "not risen"],
+)
+def test_relative_rule_needs_a_rise_and_a_plateau(later: Sequence[Observation]) -> None:
+    controller = shifting("E3M4", RELATIVE, rounding="nearest_even")
+    assert not any(each.acts for each in feed(controller, [*[good(1.0, stall=0.6)] * 4, *later]))
+
+
+def test_relative_rule_needs_a_stall_above_the_threshold() -> None:
+    controller = shifting("E3M4", RELATIVE, rounding="nearest_even")
+    assert not any(each.acts for each in feed(controller, [*[good(stall=0.1)] * 4, *[good(stall=0.5)] * 4]))
+
+
+# ---- saved and restored
+
+
+observations = st.lists(
+    st.builds(
+        Observation,
+        step=st.just(0),
+        loss=st.sampled_from([1.0, 1.2, 1.6, 5.0]),
+        finite=st.booleans(),
+        params_finite=st.sampled_from([True, True, True, False]),
+        stall_rate=st.sampled_from([0.0, 0.4, 0.6, 0.95]),
+    ),
+    max_size=60,
+)
+
+
+@given(
+    observations,
+    st.integers(0, 60),
+    st.sampled_from([OFF, LITERAL, RELATIVE]),
+    st.sampled_from(["E0M7", "E7M0", "E5M2"]),
+    st.sampled_from([None, "nearest_even", "stochastic"]),
+)
+def test_saved_and_restored_decides_the_same(
+    seen: list[Observation], cut: int, policy: Policy, name: str, rounding: Any
+) -> None:
+    def fresh() -> FormatController:
+        return shifting(name, policy, rounding=rounding, can_roll_back=True)
+
+    whole, first, second = fresh(), fresh(), fresh()
+    expected = feed(whole, seen, lag=1)
+    before = feed(first, seen[:cut], lag=1)
+    second.restore(json.loads(json.dumps(first.saved(), allow_nan=False)))
+    after = feed(second, seen[cut:], lag=1, start=cut)
+    # As text, since the loss of a rolled-back step may be NaN, which equals nothing.
+    assert repr(before + after) == repr(expected)
+    assert second.saved() == whole.saved()
+
+
+# ---- set_format
+
+
+def states() -> dict[str, Any]:
+    tx = skip_nonfinite(optax.chain(partition_relative_clip("E7M0"), optax.adamw(1e-3), stall_monitor("E7M0")))
+    optimizer = tx.init(PARAMS)
+    stacked = jax.vmap(tx.init)(jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), PARAMS))
+    mesh = Mesh(np.array(jax.devices()[:1]), ("runs",))
+    return {
+        "optax": optimizer,
+        "stacked": stacked,
+        "sharded": jax.device_put(stacked, NamedSharding(mesh, PartitionSpec("runs"))),
+        "replicated": jax.device_put(optimizer, NamedSharding(mesh, PartitionSpec())),
+        "integer": FormatParams.from_format("E7M0", rounding="stochastic", overflow="saturate"),
+    }
+
+
+def looks(state: Any) -> list[Any]:
+    return [(leaf.shape, leaf.dtype, leaf.weak_type, leaf.committed, leaf.sharding) for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.parametrize("kind", states())
+def test_set_format_keeps_all_but_the_format(kind: str) -> None:
+    state = states()[kind]
+    changed = set_format(state, "E5M2")
+    assert jax.tree.structure(changed) == jax.tree.structure(state)
+    assert looks(changed) == looks(state)
+    before, after = get_format(state), get_format(changed)
+    assert np.all(np.asarray(after.max_value) == 57344)
+    assert np.all(np.asarray(after.native_overflow) == np.inf)
+    assert np.all(np.asarray(before.max_value) == 2.0**64)
+    np.testing.assert_array_equal(after.rounding, before.rounding)
+    np.testing.assert_array_equal(after.overflow, before.overflow)
+    there_and_back = set_format(changed, "E7M0")
+    chex.assert_trees_all_equal(there_and_back, state)
+
+
+@pytest.mark.parametrize("kind", states())
+def test_set_format_neither_traces_nor_compiles(kind: str) -> None:
+    chex.clear_trace_counter()
+    step = jax.jit(
+        chex.assert_max_traces(lambda state: jax.tree.map(lambda leaf: leaf + leaf.dtype.type(0), state), n=1)
+    )
+    state = states()[kind]
+    step(state)
+    for name in ("E5M2", "E0M7", "E3M4", "E7M0"):
+        state = set_format(state, name)
+        assert np.all(np.asarray(get_format(step(state)).max_value) == parse(name).max_representable_value)
+        assert step._cache_size() == 1
+
+
+def test_every_format_in_a_state_changes() -> None:
+    state = set_format(states()["optax"], "E3M4")
+    found = [leaf for path, leaf in jax.tree.leaves_with_path(state) if "max_value" in jax.tree_util.keystr(path)]
+    assert [float(leaf) for leaf in found] == [124.0, 124.0]
+
+
+def test_a_format_for_each_run() -> None:
+    state = set_format(states()["stacked"], ["E3M4", "E5M2", "E0M7"])
+    assert get_format(state).max_value.tolist() == [124.0, 57344.0, 127 / 128]
+    with pytest.raises(ValueError, match=r"2 formats for params of shape \(3,\)"):
+        set_format(state, ["E3M4", "E5M2"])
+    with pytest.raises(ValueError, match=r"2 formats for params of shape \(\)"):
+        set_format(states()["optax"], ["E3M4", "E5M2"])
+
+
+@pytest.mark.parametrize("name", ["bf16", "float32", "E8M2b140"])
+def test_another_path_would_have_to_compile(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is cast on the .* path; this state was compiled for the fast path"):
+        set_format(states()["optax"], name)
+
+
+def test_integer_path_takes_the_fast_formats() -> None:
+    params = set_format(states()["integer"], "bf16")
+    assert float(set_format(params, "E3M4").max_value) == 124.0
+
+
+def test_bad_set_format() -> None:
+    with pytest.raises(UnknownFormatError, match="E5M2"):
+        set_format(states()["optax"], "E5m2")
+    for function in (lambda: set_format({"w": jnp.ones(2)}, "E5M2"), lambda: get_format({"w": jnp.ones(2)})):
+        with pytest.raises(ValueError, match="holds no FormatParams"):
+            function()
+
+
+# ---- in a loop of one's own
+
+
+def test_a_loop_of_ones_own() -> None:
+    tx = skip_nonfinite(optax.chain(partition_relative_clip("E7M0"), optax.adam(0.1)))
+
+    def train_step(state: Any, batch: jax.Array) -> Any:
+        params, opt_state = state
+        grid = get_format(opt_state)
+
+        def loss_of(params: Any) -> jax.Array:
+            return jnp.sum((quantize(params["w"], grid) - 1.1) ** 2) * batch
+
+        loss, grads = jax.value_and_grad(loss_of)(params)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        metrics = {"loss": loss, "finite": jnp.isfinite(loss), "max": grid.max_value}
+        return (optax.apply_updates(params, updates), opt_state), metrics
+
+    chex.clear_trace_counter()
+    jitted = jax.jit(chex.assert_max_traces(train_step, n=1), donate_argnums=0)
+    controller = shifting("E7M0")
+    state, maxima = (PARAMS, tx.init(PARAMS)), []
+    state = jax.tree.map(jnp.copy, state)
+    for step in range(10):
+        state, metrics = jitted(state, jnp.float32(math.nan if step in (3, 4, 5) else 1.0))
+        maxima.append(metrics["max"])
+        state = controller.step(step, metrics, state)
+    # Seen at step 5, decided while 6 ran, in force from 7 on.
+    assert kinds(controller) == [(5, "shift", "nan")]
+    assert [float(value) for value in maxima] == [2.0**64] * 7 + [57344.0] * 3
+    assert jitted._cache_size() == 1
+    assert int(optax.tree.get(state[1], "skipped")) == 3
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0]))
+
+
+def test_step_rolls_back() -> None:
+    controller = FormatController("E5M2", can_roll_back=True)
+    state = get_format(partition_relative_clip("E5M2").init(PARAMS))
+    marked, calls = replace(state, overflow=jnp.int32(2)), []
+
+    def roll_back(state: FormatParams) -> FormatParams:
+        calls.append(state)
+        return marked
+
+    for step, fine in enumerate((True, False, True, True)):
+        metrics = {"loss": jnp.float32(1), "finite": jnp.asarray(fine), "params_finite": jnp.asarray(fine)}
+        state = controller.step(step, metrics, state, roll_back)
+    assert len(calls) == 1
+    assert int(state.overflow) == 2

@@ -1,0 +1,352 @@
+"""Counts and rates: against the exact grid, beyond 2^31, under JAX's transformations, and stalls by cause."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from altgrad_core import UnknownFormatError, parse
+from altgrad_core.reference import quantize_reference, round_to_format
+from altgrad_jax import (
+    CastCounts,
+    FormatParams,
+    StallCounts,
+    cast_counts,
+    observe,
+    set_format,
+    stall_counts,
+    stall_monitor,
+    statistics,
+)
+
+EIGHT = ("E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")
+WIDE = ("bf16", "fp16", "E5M6", "E4M0", "E8M2b140", "E8M0b128", "E8M0b129", "E8M0b130")
+LIMB = 2**30
+COUNT = st.integers(0, 2**60 - 1)
+
+
+def by_hand(x: np.ndarray, name: str) -> dict[str, int]:
+    """What happens to float64 values, from the code book alone."""
+    known = parse(name)
+    top, below = known.max_representable_value, known.to_real(known.max_code - 1)
+    limit = 1.5 * top if known.mantissa_bits == 0 else top + (top - below) / 2
+    magnitude = np.abs(x)
+    overflow = (magnitude > limit) | ((magnitude == limit) & (known.max_code % 2 == 1))
+    nonzero = (x != 0) & ~np.isnan(x)
+    result = np.abs(quantize_reference(x, known, overflow="saturate"))
+    return {
+        "elements": x.size,
+        "overflow": int(overflow.sum()),
+        "nonzero": int(nonzero.sum()),
+        "underflow": int((nonzero & (result < 2.0**-126)).sum()),
+        "nan": int(np.isnan(x).sum()),
+    }
+
+
+def inputs(name: str) -> np.ndarray:
+    """All values of a format, the midpoints, the float32 neighbours of both, and what is special."""
+    book = parse(name).code_book()
+    grid = np.unique(np.abs(book[np.isfinite(book)]))
+    top = grid[-1]
+    exact = np.concatenate([grid, (grid[1:] + grid[:-1]) / 2, [top + (top - grid[-2]) / 2, 1.5 * top, 2 * top]])
+    close = np.minimum(exact, 3e38).astype(np.float32)
+    around = [close, np.nextafter(close, np.float32(0)), np.nextafter(close, np.float32(3.1e38))]
+    special = np.array([0, 1e-45, 1e-39, 2.0**-126, 1e38, np.inf, np.nan], np.float32)
+    values = np.concatenate([*around, special])
+    return np.concatenate([values, -values])
+
+
+def limbs(*counts: int) -> jax.Array:
+    return jnp.array([divmod(count, LIMB) for count in counts], jnp.int32)
+
+
+# ---- counts of casts
+
+
+@pytest.mark.parametrize("name", [*EIGHT, *WIDE])
+def test_counts_are_those_of_the_grid(name: str) -> None:
+    x = inputs(name)
+    assert cast_counts(jnp.asarray(x), name).as_integers() == by_hand(x.astype(np.float64), name)
+    for one in x[:: max(1, x.size // 40)]:  # one by one, lest errors cancel
+        assert ONE(jnp.asarray(one[None]), FormatParams.from_format(name)).as_integers() == by_hand(
+            one[None].astype(np.float64), name
+        )
+
+
+ONE = jax.jit(cast_counts)
+
+
+@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bf16", "fp16"])
+def test_every_half_precision_input(name: str, dtype: Any) -> None:
+    x = np.arange(2**16, dtype=np.uint16).view(dtype)
+    with np.errstate(invalid="ignore"):  # the NaNs
+        exact = x.astype(np.float64)
+    assert ONE(jnp.asarray(x), FormatParams.from_format(name)).as_integers() == by_hand(exact, name)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-7, 1.0, 2.0**31])
+@pytest.mark.parametrize("name", ["E0M7", "E4M3", "E7M0"])
+def test_counts_under_a_scale(name: str, scale: float) -> None:
+    exact = inputs(name).astype(np.float64) * scale
+    x = np.clip(exact, -3e38, 3e38).astype(np.float32)
+    expected = by_hand(x.astype(np.float64) / scale, name)
+    assert cast_counts(jnp.asarray(x), name, scale=scale).as_integers() == expected
+
+
+@pytest.mark.parametrize("rounding", ["toward_zero", "stochastic"])
+def test_counted_is_the_cast_to_nearest(rounding: Any) -> None:
+    x = jnp.asarray(inputs("E4M3"))
+    other = FormatParams.from_format("E4M3", rounding=rounding, overflow="saturate")
+    assert cast_counts(x, other).as_integers() == cast_counts(x, "E4M3").as_integers()
+
+
+def test_identity_counts_infinities_and_nothing_else() -> None:
+    x = jnp.asarray(np.array([1e-45, 3e38, np.inf, -np.inf, np.nan, 0], np.float32))
+    expected = {"elements": 6, "overflow": 2, "nonzero": 4, "underflow": 0, "nan": 1}
+    assert cast_counts(x, "float32").as_integers() == expected
+
+
+def test_no_elements() -> None:
+    counts, amax = observe(jnp.zeros((0, 3)), "E5M2")
+    assert set(counts.as_integers().values()) == {0}
+    assert [float(rate) for rate in (counts.overflow_rate, counts.underflow_rate, counts.nan_rate, amax)] == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1.0, -3.0], 3.0), ([1e-45], 1e-45), ([1.0, -math.inf], math.inf), ([math.nan, math.inf, 1.0], math.nan)],
+)
+def test_amax(values: list[float], expected: float) -> None:
+    _, amax = observe(jnp.asarray(np.array(values, np.float32)), "E5M2")
+    np.testing.assert_array_equal(np.asarray(amax), np.float32(expected))
+
+
+def test_tensors_too_large_for_one_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = jnp.asarray(inputs("E5M2"))
+    whole = observe(x[:-2], "E5M2")[0].as_integers()
+    monkeypatch.setattr(statistics, "_MOST_AT_ONCE", 100)
+    parts, amax = observe(x[:-2], "E5M2")
+    assert parts.as_integers() == whole
+    assert math.isnan(float(amax))
+
+
+def test_jit_and_vmap() -> None:
+    x = jnp.asarray(np.stack([inputs("E5M2")[:60]] * 3))
+    params = FormatParams.stack([FormatParams.from_format(name) for name in ("E7M0", "E4M3", "E0M7")])
+    scales = jnp.array([1.0, 2.0**-3, 4.0])
+    together = jax.jit(jax.vmap(lambda x, p, s: cast_counts(x, p, scale=s)))(x, params, scales)
+    for k, name in enumerate(("E7M0", "E4M3", "E0M7")):
+        alone = cast_counts(x[k], name, scale=float(scales[k]))
+        np.testing.assert_array_equal(together.limbs[k], alone.limbs)
+    merged = {name: sum(counts) for name, counts in together.as_integers().items()}
+    assert together.pooled().as_integers() == merged
+
+
+@pytest.mark.parametrize("bad", [jnp.arange(3), jnp.ones(2, jnp.complex64), jnp.ones(2, bool)])
+def test_counts_are_of_floats(bad: jax.Array) -> None:
+    with pytest.raises(TypeError, match=bad.dtype.name):
+        cast_counts(bad, "E5M2")
+    with pytest.raises(UnknownFormatError, match="E5M2"):
+        cast_counts(jnp.ones(2), "E5M3x")
+
+
+# ---- sums that do not wrap, and rates
+
+
+@given(st.lists(COUNT, min_size=5, max_size=5), st.lists(COUNT, min_size=5, max_size=5))
+def test_sums_beyond_2_31(left: list[int], right: list[int]) -> None:
+    total = CastCounts(limbs(*left)) + CastCounts(limbs(*right))
+    assert list(total.as_integers().values()) == [a + b for a, b in zip(left, right, strict=True)]
+    assert int(jnp.max(total.limbs[:, 1])) < LIMB
+
+
+@given(st.integers(1, 2**53), st.data())
+def test_rates_are_the_quotients(elements: int, data: st.DataObject) -> None:
+    part = data.draw(st.integers(0, elements))
+    counts = CastCounts(limbs(elements, part, elements, elements - part, part))
+    expected = [np.float32(part / elements), np.float32((elements - part) / elements), np.float32(part / elements)]
+    assert [counts.overflow_rate, counts.underflow_rate, counts.nan_rate] == expected
+    stalls = StallCounts(limbs(elements, part // 2, part - part // 2, 0))
+    assert stalls.stall_rate == expected[0]
+    assert stalls.saturation_rate == np.float32((part - part // 2) / elements)
+
+
+def test_one_in_2_40_is_not_zero() -> None:
+    assert float(CastCounts(limbs(2**40, 1, 0, 0, 0)).overflow_rate) == 2.0**-40
+
+
+@pytest.mark.parametrize("entries", [1, 3, 2**15])
+def test_pooled_carries(entries: int) -> None:
+    each = [2**45 + 2**30 - 1, 2**30 - 1, 2**15, 2**31, 12345678901]
+    pooled = jax.jit(CastCounts.pooled)(CastCounts(jnp.broadcast_to(limbs(*each), (entries, 5, 2))))
+    assert list(pooled.as_integers().values()) == [entries * count for count in each]
+    assert pooled.limbs.shape == (5, 2)
+
+
+def test_sums_in_a_scan() -> None:
+    first = CastCounts(limbs(LIMB - 2, LIMB - 1, 0, 0, 0))
+    step = cast_counts(jnp.array([1e9, 1.0, 0.0]), "E5M2")
+    total, _ = jax.lax.scan(lambda total, _: (total + step, None), first, length=4)
+    assert total.as_integers()["elements"] == LIMB + 10
+    assert total.as_integers()["overflow"] == LIMB + 3
+
+
+def test_x64_changes_no_dtype() -> None:
+    with jax.enable_x64(True):
+        x = jnp.ones((2, 3), jnp.float32)
+        counts = CastCounts(jnp.stack([cast_counts(x, "E5M2").limbs] * 2))
+        assert counts.pooled().limbs.dtype == jnp.int32
+        assert (counts + counts).limbs.dtype == jnp.int32
+        assert counts.overflow_rate.dtype == jnp.float32
+        assert stall_counts(x, x, "E5M2").limbs.dtype == jnp.int32
+
+
+def test_strict_promotion() -> None:
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        x = jnp.ones((2, 3), jnp.bfloat16)
+        counts = cast_counts(x, "E4M3", scale=2.0) + cast_counts(x, "bf16")
+        stalls = stall_counts(jnp.ones(3), jnp.ones(3), "E7M0", scale=2.0, gradient=jnp.ones(3))
+        assert (counts.as_integers()["elements"], stalls.as_integers()["nonzero"]) == (12, 3)
+
+
+# ---- stalls
+
+
+@pytest.mark.parametrize("name", [*EIGHT, "bf16"])
+@pytest.mark.parametrize("committed", [False, True], ids=["master", "committed"])
+def test_stalls_are_those_of_the_grid(name: str, committed: bool) -> None:
+    draw = np.random.default_rng(0)
+    known = parse(name)
+    spread = min(known.max_representable_value, 1e4)
+    weight = (draw.normal(size=200) * spread / 2).astype(np.float32)
+    weight[:20] = np.clip(weight[:20] * 1e3, -spread, spread)
+    if committed:
+        weight = np.array([round_to_format(float(w), known, overflow="saturate") for w in weight], np.float32)
+    update = (draw.normal(size=200) * spread * 10.0 ** draw.uniform(-6, 1, 200)).astype(np.float32)
+    update[::17] = 0
+    before, after = (
+        np.array([round_to_format(float(v), known, overflow="saturate") for v in values])
+        for values in (weight, weight + update)
+    )
+    stalled = (update != 0) & (before == after)
+    at_max = stalled & (np.abs(before) == known.max_representable_value) & (np.sign(before) == np.sign(update))
+    gradient = np.ones(200, np.float32)
+    expected = {
+        "nonzero": int((update != 0).sum()),
+        "precision": int((stalled & ~at_max).sum()),
+        "saturation": int(at_max.sum()),
+        "vanished": int((update == 0).sum()),
+    }
+    counts = STALLS(*map(jnp.asarray, (weight, update)), FormatParams.from_format(name), gradient=jnp.asarray(gradient))
+    assert counts.as_integers() == expected
+    assert float(counts.stall_rate) == np.float32(stalled.sum() / (update != 0).sum())
+
+
+STALLS = jax.jit(stall_counts)
+
+
+@pytest.mark.parametrize(
+    ("weight", "update", "cause"),
+    [
+        (1.0, 0.25, None),
+        (1.0, 0.125, "precision"),  # a tie goes back to the even code
+        (1.25, 0.125, None),
+        (1.0, 1e-40, "precision"),
+        (57344.0, 1.0, "saturation"),
+        (57344.0, 1e9, "saturation"),
+        (57344.0, -1.0, "precision"),
+        (57344.0, -8192.0, None),
+        (-57344.0, -1e30, "saturation"),
+        (-57344.0, 1.0, "precision"),
+        (60000.0, 1.0, "saturation"),
+        (0.0, 1e-9, "precision"),
+        (1.0, math.nan, None),
+        (1.0, 0.0, "zero"),
+    ],
+)
+def test_cause_of_a_stall(weight: float, update: float, cause: str | None) -> None:
+    counts = STALLS(*(jnp.asarray(np.array([v], np.float32)) for v in (weight, update)), FORMAT).as_integers()
+    expected = {"nonzero": [int(cause != "zero")], "precision": [0], "saturation": [0], "vanished": [0]}
+    if cause in ("precision", "saturation"):
+        expected[cause] = [1]
+    assert {name: [count] for name, count in counts.items()} == expected
+
+
+FORMAT = FormatParams.from_format("E5M2")
+
+
+def test_vanished_updates_are_apart() -> None:
+    gradient = jnp.asarray(np.array([1.0, 1e-45, 0.0, -0.0], np.float32))
+    counts = stall_counts(jnp.ones(4), jnp.array([0.0, -0.0, 0.0, 0.0]), "E5M2", gradient=gradient)
+    assert counts.as_integers() == {"nonzero": 0, "precision": 0, "saturation": 0, "vanished": 2}
+    assert float(counts.stall_rate) == 0
+
+
+def test_stall_under_a_scale() -> None:
+    weight, update = jnp.array([4.0, 4.0, 496.0]), jnp.array([0.1, 0.2, 1.0])
+    counts = stall_counts(weight, update, "E3M4", scale=4.0)  # values 4, 4.25, ..., 496
+    assert counts.as_integers() == {"nonzero": 3, "precision": 1, "saturation": 1, "vanished": 0}
+
+
+def test_stall_rounds_to_nearest_whatever_the_params_round_like() -> None:
+    weight, update = jnp.array([1.0, 1.0]), jnp.array([0.2, 0.1])
+    stochastic = FormatParams.from_format("E5M2", rounding="stochastic")
+    assert stall_counts(weight, update, stochastic).as_integers()["precision"] == 1
+
+
+def test_shapes_of_a_stall() -> None:
+    with pytest.raises(ValueError, match=r"weight has shape \(2,\) but update \(3,\)"):
+        stall_counts(jnp.ones(2), jnp.ones(3), "E5M2")
+
+
+# ---- the monitor
+
+
+def test_monitor_sees_the_real_update() -> None:
+    params = {"w": jnp.array([1.0, 1.0, 1.5, 0.0]), "b": jnp.array([8.0])}
+    tx = optax.chain(optax.sgd(0.01), stall_monitor("E5M2"))
+    grads = {"w": jnp.array([-100.0, -1.0, -1.0, 0.0]), "b": jnp.array([-1.0])}
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    assert float(optax.tree.get(state, "stall_rate")) == 0.75  # the first alone moves; the zero does not count
+    plain, _ = optax.sgd(0.01).update(grads, optax.sgd(0.01).init(params))
+    np.testing.assert_array_equal(updates["w"], plain["w"])
+
+
+def test_monitor_scales_each_leaf_by_its_amax() -> None:
+    params = {"w": jnp.array([2.0**-20, 2.0**-21])}  # below every value of E3M4, whose scale must follow
+    tx = stall_monitor("E3M4")
+    for update, rate in ((2.0**-23, 0.0), (2.0**-30, 1.0)):
+        _, state = tx.update({"w": jnp.full(2, update)}, tx.init(params), params)
+        assert float(state.stall_rate) == rate
+
+
+def test_monitor_at_max() -> None:
+    params = {"w": jnp.array([448.0, 1.0])}
+    _, state = stall_monitor("E4M3").update({"w": jnp.array([1e-3, 1.0])}, stall_monitor("E4M3").init(params), params)
+    assert (float(state.stall_rate), float(state.saturation_rate)) == (0.5, 0.5)
+
+
+def test_monitor_mask() -> None:
+    params = {"w": jnp.ones(2), "b": jnp.ones(6)}
+    tx = stall_monitor("E5M2", mask={"w": True, "b": False})
+    _, state = tx.update({"w": jnp.array([1.0, 1e-6]), "b": jnp.full(6, 1e-6)}, tx.init(params), params)
+    assert float(state.stall_rate) == 0.5
+
+
+def test_monitor_follows_set_format_and_needs_params() -> None:
+    params = {"w": jnp.ones(1)}
+    tx = stall_monitor("E0M7")
+    state = tx.init(params)
+    update = {"w": jnp.array([0.06])}
+    rates = [float(tx.update(update, set_format(state, name), params)[1].stall_rate) for name in ("E0M7", "E5M2")]
+    assert rates == [0.0, 1.0]
+    with pytest.raises(ValueError, match="needs the parameters"):
+        tx.update(update, state)
