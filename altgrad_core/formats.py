@@ -159,13 +159,13 @@ class Format:
     def cast_path(self) -> CastPath:
         """Which cast serves the format.
 
-        ``identity`` for float32; ``fast`` (one float addition rounds) while its magic number ``2^(e + 23 - M)`` and
-        twice the maximum are finite float32 and half a quantum is normal float32; ``integer`` for the rest.
+        ``identity`` for float32; ``fast`` (one float addition rounds) while its magic number ``2^(e + 23 - M)``, up to
+        that of twice the maximum, is finite float32 and half a quantum is normal float32; ``integer`` for the rest.
         """
         if self.is_float32:
             return "identity"
-        fits = self.max_exponent <= 104 + self.mantissa_bits and self.min_exponent - self.mantissa_bits >= -125
-        return "fast" if fits and self.max_exponent <= 126 else "integer"
+        fits = self.max_exponent <= min(103 + self.mantissa_bits, 126) and self.mantissa_bits <= 22
+        return "fast" if fits and self.min_exponent - self.mantissa_bits >= -125 else "integer"
 
     @property
     def overflow_value(self) -> float:
@@ -241,7 +241,8 @@ class Format:
         """The code of a value that is on the grid already (or inf or NaN)."""
         sign = self.sign_mask if math.copysign(1.0, value) < 0 else 0
         if math.isnan(value):
-            return self.max_code + (2 if self.has_inf else 1) if self.has_nan else 0
+            quiet = 1 << (self.mantissa_bits - 1) if self.has_inf else 0
+            return self.max_code + 1 + quiet if self.has_nan else 0
         if math.isinf(value):
             return sign | (self.max_code + 1 if self.has_inf else self.max_code)
         if value == 0.0:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, CastPath, Format, Overflow, Rounding, parse
 from altgrad_core.reference import check_modes
 
@@ -80,6 +81,10 @@ class FormatParams:
         resolved = parse(format)
         check_modes(rounding, overflow)
         natural = resolved.cast_path
+        if natural == "identity" and rounding != "nearest_even":
+            raise InputError(
+                f"rounding={rounding!r} would have no effect: float32 values are on the grid of {resolved}"
+            )
         if natural == "fast" and rounding != "nearest_even":
             natural = "integer"
         chosen = natural if path is None else path
@@ -100,9 +105,8 @@ class FormatParams:
     def scaled(self, scale: jax.Array) -> FormatParams:
         """The params of the grid ``scale`` times as wide: a cast to it is ``Q(x / scale) * scale`` without the scaling.
 
-        Shifts exponents, so it costs nothing per element. The shifted grid keeps to what float32 casts well: its
-        quanta are at least 2^-125 and its maximum below 2^101, so that where the scale asks for finer quanta or a
-        larger maximum those are cut off.
+        Shifts exponents, so it costs nothing per element. The shifted grid keeps to what its path casts well (see
+        :attr:`altgrad_core.formats.Format.cast_path`): finer quanta or a larger maximum are cut off.
 
         Args:
             scale: float32, a power of two, of a shape that broadcasts against these params (and then against ``x``).
@@ -114,11 +118,12 @@ class FormatParams:
         if self.path == "identity":
             return self
         shift = (lax.shift_right_logical(_bits(scale), jnp.full_like(_bits(scale), 23)) & 0xFF) - 127
-        room = 100 - ((_bits(self.max_value) >> 23) - 127)
+        lowest, highest = (-125, jnp.minimum(103 + self.mantissa_bits, 126)) if self.path == "fast" else (-149, 127)
+        room = highest - ((_bits(self.max_value) >> 23) - 127)
         widened = _float((jnp.minimum(shift, room) + 127) << 23)
         return replace(
             self,
-            min_exponent=jnp.maximum(self.min_exponent + shift, self.mantissa_bits - 125),
+            min_exponent=jnp.maximum(self.min_exponent + shift, self.mantissa_bits + lowest),
             max_value=self.max_value * widened,
             native_overflow=self.native_overflow * widened,
         )
@@ -299,10 +304,10 @@ def _round_steps(
     shift = jnp.minimum(dropped, 25)
     whole = lax.shift_right_logical(significand, shift)
     rest = significand - lax.shift_left(whole, shift)
-    half = lax.shift_left(jnp.ones_like(shift), shift - 1)
+    one = lax.shift_left(jnp.ones_like(shift), shift)
     odd = jnp.where(params.mantissa_bits == 0, whole + binade, whole) & 1
     mode = params.rounding
-    up = jnp.where(mode == _NEAREST_EVEN, rest + odd > half, (mode == _NEAREST_AWAY) & (rest >= half))
+    up = jnp.where(mode == _NEAREST_EVEN, 2 * rest + odd > one, (mode == _NEAREST_AWAY) & (2 * rest >= one))
     if random_bits is not None:
         left, right = jnp.clip(STOCHASTIC_BITS - dropped, 0, 31), jnp.clip(dropped - STOCHASTIC_BITS, 0, 31)
         fraction = lax.shift_right_logical(lax.shift_left(rest, left), right)
@@ -353,7 +358,8 @@ def encode(
     exponent = jnp.maximum(stored - 127, resolved.min_exponent)
     shift = jnp.minimum((23 - resolved.mantissa_bits) + exponent - (stored - 127), 31)
     code = lax.shift_right_logical(significand, shift) + ((exponent - resolved.min_exponent) << resolved.mantissa_bits)
-    code = jnp.where(magnitude == _INF, resolved.to_bits(float("inf")), code)
+    code = jnp.where(magnitude == 0, 0, code)
+    code = jnp.where(magnitude == _INF, resolved.to_bits(float("inf"), overflow="saturate_finite"), code)
     code = jnp.where(on_grid < 0, code | resolved.sign_mask, code)
     code = jnp.where(magnitude > _INF, resolved.to_bits(float("nan")), code)
     return code.astype(jnp.uint8 if resolved.bits <= 8 else jnp.uint16)

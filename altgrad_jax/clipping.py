@@ -84,7 +84,7 @@ def clip_by_global_norm(max_norm: float, eps: float = CLIP_EPSILON) -> optax.Gra
         updates: optax.Updates, state: ClipByGlobalNormState, params: optax.Params | None = None, **extra_args: object
     ) -> tuple[optax.Updates, ClipByGlobalNormState]:
         del state, params, extra_args
-        clipped, norm = _clip(updates, jnp.float32(max_norm), eps)
+        clipped, norm = _clip(updates, max_norm, eps)
         return clipped, ClipByGlobalNormState(total_norm=norm)
 
     # optax types every state as any pytree, its own states included.
@@ -223,7 +223,7 @@ def _measure_overflow(leaves: list[jax.Array], params: FormatParams, history: ja
     return CastCounts(overflow_seen).pooled().overflow_rate, push_amax(history, jnp.stack(amaxes))
 
 
-def _clip(updates: optax.Updates, max_norm: jax.Array, eps: float) -> tuple[optax.Updates, jax.Array]:
+def _clip(updates: optax.Updates, max_norm: jax.Array | float, eps: float) -> tuple[optax.Updates, jax.Array]:
     norm = _norm_float64(_float_leaves(updates))
     rounded = _norm_as_float32(norm)
     with jax.enable_x64(True):

@@ -19,7 +19,7 @@ def power_of_two_scale(amax: jax.typing.ArrayLike, max_value: jax.typing.ArrayLi
     """The smallest power of two that brings ``amax`` to at most ``max_value``, within 2^-100 to 2^100.
 
     Args:
-        amax: float32, largest magnitude of a tensor; where it is zero or not finite the scale is 1.
+        amax: float32, largest magnitude of a tensor; where it is zero, subnormal or not finite the scale is 1.
         max_value: float32, largest value of the format; broadcast against ``amax``. Where it is float32's own
             maximum or close to it (2^100 and above) nothing needs scaling, and the scale is 1.
 
@@ -34,7 +34,7 @@ def power_of_two_scale(amax: jax.typing.ArrayLike, max_value: jax.typing.ArrayLi
     above = (amax_bits & _FRACTION) > (max_bits & _FRACTION)
     exponent = (amax_bits >> 23) - (max_bits >> 23) + above.astype(jnp.int32)
     scale = _power_of_two(jnp.clip(exponent, -_MOST, _MOST))
-    usable = (amax_bits > 0) & (amax_bits < 0x7F800000) & (max_bits < _bits(jnp.float32(2.0**100)))
+    usable = (amax_bits >= 1 << 23) & (amax_bits < 0x7F800000) & (max_bits < _bits(jnp.float32(2.0**100)))
     return jnp.where(usable, scale, jnp.float32(1))
 
 

@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from altgrad_core.formats import Format
-from altgrad_jax.casting import FormatParams, as_params, cast, divide_by_scale
+from altgrad_jax.casting import FormatParams, as_params, cast, divide_by_scale, flush_subnormals
 from altgrad_jax.scaling import power_of_two_scale
 
 _LIMB_BITS = 30
@@ -263,7 +263,8 @@ def stall_counts(
 ) -> StallCounts:
     """Count the non-zero updates that leave the quantised weight as it was, by cause.
 
-    An update stalls by saturation if the weight is at ±max and the update points outward, else by precision.
+    An update stalls by saturation if the weight is at ±max and the update points outward, else by precision. float32
+    subnormals count as zero, as in the arithmetic of XLA's CPU backend.
 
     Args:
         weight: float32 weights as stored, any shape.
@@ -291,12 +292,12 @@ def stall_counts(
 
 def _stall_tally(weight: jax.Array, update: jax.Array, grid: FormatParams, gradient: jax.Array | None) -> jax.Array:
     """int32 of shape ``(4,)``: nonzero, stalled by precision, stalled by saturation, vanished."""
-    weight, update = weight.astype(jnp.float32), update.astype(jnp.float32)
+    weight, update = flush_subnormals(weight.astype(jnp.float32)), flush_subnormals(update.astype(jnp.float32))
     before, after = _nearest(weight, grid), _nearest(weight + update, grid)
-    nonzero = (_bits(update) & _MAGNITUDE) != 0
+    nonzero = _is_normal(update)
     stalled = nonzero & (before == after)
-    at_max = stalled & (jnp.abs(before) >= grid.max_value) & ((before > 0) == (update > 0))
-    vanished = jnp.zeros_like(nonzero) if gradient is None else ~nonzero & ((_bits(gradient) & _MAGNITUDE) != 0)
+    at_max = stalled & (jnp.abs(before) >= grid.max_value) & ((_bits(before) ^ _bits(update)) >= 0)
+    vanished = jnp.zeros_like(nonzero) if gradient is None else ~nonzero & _is_normal(gradient)
     flags = tuple(flag.reshape(-1).astype(jnp.int32) for flag in (nonzero, stalled & ~at_max, at_max, vanished))
     return jnp.stack(lax.reduce(flags, (jnp.int32(0),) * 4, _add_each, (0,)))
 
@@ -382,6 +383,11 @@ def _nearest(x: jax.Array, params: FormatParams) -> jax.Array:
         path=params.path,
     )
     return cast(x, steady)
+
+
+def _is_normal(x: jax.Array) -> jax.Array:
+    """Whether ``x`` is neither zero nor subnormal. Not ``!= 0``, which LLVM may turn into a float comparison."""
+    return (_bits(x.astype(jnp.float32)) & _MAGNITUDE) >= 1 << 23
 
 
 def _add_each(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> tuple[jax.Array, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from altgrad_core.errors import InputError
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import check_modes
 
@@ -70,6 +71,10 @@ def quantize(
     check_modes(rounding, overflow)
     _check_random_bits(random_bits, x, rounding)
     if resolved.cast_path == "identity":
+        if rounding != "nearest_even":
+            raise InputError(
+                f"rounding={rounding!r} would have no effect: float32 values are on the grid of {resolved}"
+            )
         return x
     return _StraightThrough.apply(x, scale, resolved, rounding, overflow, random_bits)
 

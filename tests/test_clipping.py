@@ -62,7 +62,7 @@ def exact_norm(*leaves: Any) -> np.float32:
 
 def clipped_by_hand(leaf: Any, norm: np.float32, max_norm: float, eps: float = 1e-6) -> np.ndarray:
     """The documented rule in NumPy: float64 coefficient of the rounded norm, rounded once, one product."""
-    coefficient = np.float32(min(1.0, float(np.float32(max_norm)) / (float(norm) + eps)))
+    coefficient = np.float32(min(1.0, float(max_norm) / (float(norm) + eps)))
     leaf = np.asarray(leaf)
     product = leaf.astype(np.float32) * coefficient
     if leaf.dtype == np.float32:
