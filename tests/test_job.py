@@ -23,7 +23,7 @@ from altgrad_jax.faults import check_faults
 from altgrad_jax.fleet import Fleet
 from altgrad_jax.job import Job, RunPlan, StepReport
 from altgrad_jax.models import GPTConfig
-from altgrad_jax.state import RunSpec
+from altgrad_jax.state import RunSpec, TrainState
 from altgrad_jax.training import OptimizerConfig, Program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,8 +69,7 @@ class Trained:
     job: Job
     losses: dict[str, float]
     reports: list[StepReport]
-    finite: dict[str, bool]
-    roundings: dict[str, str]
+    states: dict[str, TrainState]
     compiled: list[str] = field(default_factory=list)
 
     def events(self, name: str, *kinds: str) -> list[Event]:
@@ -112,8 +111,7 @@ def trained() -> Trained:
         job,
         dict(zip(PLANS, losses.tolist(), strict=True)),
         reports,
-        {name: bool(all_finite(state.params)) for name, state in zip(PLANS, states, strict=True)},
-        {name: ROUNDINGS[int(state.run.storage.rounding)] for name, state in zip(PLANS, states, strict=True)},
+        dict(zip(PLANS, states, strict=True)),
         compilations.seen,
     )
 
@@ -126,13 +124,13 @@ def test_with_interventions_a_run_heals(trained: Trained, fault: str) -> None:
     healed, undisturbed = trained.losses[f"{fault}, on"], trained.losses["calm, on"]
     assert undisturbed < 3.3
     assert abs(healed - undisturbed) < MARGIN
-    assert trained.finite[f"{fault}, on"]
+    assert bool(all_finite(trained.states[f"{fault}, on"].params))
 
 
 @pytest.mark.parametrize("fault", ["nan", "weight"])
 def test_without_it_does_not(trained: Trained, fault: str) -> None:
     assert np.isnan(trained.losses[f"{fault}, off"])
-    assert not trained.finite[f"{fault}, off"]
+    assert not bool(all_finite(trained.states[f"{fault}, off"].params))
 
 
 def test_interventions_leave_a_calm_run_alone(trained: Trained) -> None:
@@ -178,7 +176,8 @@ def test_spike_opens_the_gate_and_stays_out_of_the_history(trained: Trained) -> 
 def test_stalled_committed_weights_are_rounded_stochastically(trained: Trained) -> None:
     events = trained.events("rounding", "rounding")
     assert [(event.cause, event.numbers["to"]) for event in events] == [("stall", "stochastic")]
-    assert trained.roundings == {name: "stochastic" if name == "rounding" else "nearest_even" for name in PLANS}
+    roundings = {name: ROUNDINGS[int(state.run.storage.rounding)] for name, state in trained.states.items()}
+    assert roundings == {name: "stochastic" if name == "rounding" else "nearest_even" for name in PLANS}
     assert {event.kind for event in trained.events("rounding")} <= {"rounding", "exhausted"}
 
 
@@ -252,14 +251,13 @@ specs = [
 ]
 faults = {(1, 10): Fault(np.nan), (2, 12): Fault(1e4), (0, 14): Fault(1.0, True, np.nan)}
 
-def trained(specs, devices):
+def trained(specs, devices=None):
     fleet = Fleet(program, specs, devices)
     tokens = lambda step: np.stack([corpus.batch(spec.seed, step, 2, 8) for spec in specs])
-    (state, snapshots), seen, shapes = fleet.start(tokens(0)), [], set()
+    (state, snapshots), seen = fleet.start(tokens(0)), []
     for step in range(24):
         state, metrics = fleet.step(state, tokens(step), [faults.get((spec.seed, step), Fault()) for spec in specs])
-        seen.append([np.asarray(value)[: len(specs)] for value in metrics])
-        shapes |= {value.shape for value in metrics}
+        seen.append(metrics)
         if step % 5 == 4:
             snapshots = fleet.keep_snapshot(snapshots, state, [True] * len(specs))
         if step == 15:
@@ -269,30 +267,29 @@ def trained(specs, devices):
             state = fleet.set_roundings(state, [spec.storage_rounding for spec in specs])
     losses = fleet.evaluate(state, corpus.validation_batches(2, 4, 8))
     assert fleet._step._cache_size() == fleet._roll_back._cache_size() == fleet._snapshot._cache_size() == 1
-    assert len(losses) == len(specs)
-    each = [jax.tree.map(lambda leaf: np.asarray(leaf)[run], (seen, state, losses)) for run in range(len(specs))]
-    return each, shapes, state
+    each = [jax.tree.map(lambda leaf: np.asarray(leaf)[run].tobytes(), (seen, state)) for run in range(len(specs))]
+    return each, losses, seen, state
 
 assert len(jax.devices()) == 2
-together, shapes, state = trained(specs, None)
-assert shapes == {(4,)}  # three runs on two devices: one place is filled up
+forward, losses, seen, state = trained(specs)
+assert {leaf.shape for leaf in jax.tree.leaves(seen)} == {(4,)}  # three runs on two devices: one place is filled up
 assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {2}
 maxima = [parse(name).max_representable_value for name in ("E5M2", "E7M0", "E0M7", "E0M7")]
 assert np.asarray(state.run.operand.max_value).tolist() == maxima
-# One device, a pair at a time: loops of the same length, for XLA fuses those of length one in another way.
-alone = [*trained(specs[:2], jax.devices()[:1])[0], trained([specs[2]] * 2, jax.devices()[:1])[0][0]]
-for left, right in zip(jax.tree.leaves_with_path(alone), jax.tree.leaves_with_path(together), strict=True):
-    assert left[0] == right[0]
-    assert left[1].dtype == right[1].dtype and left[1].tobytes() == right[1].tobytes(), left[0]
+assert np.asarray(state.run.seed).tolist() == [0, 1, 2, 2]
+assert losses.shape == (3,) and len(set(losses.tolist())) == 3 and np.isfinite(losses).all()
+backward, reversed_losses, _, _ = trained(specs[::-1])
+assert backward[::-1] == forward
+assert reversed_losses[::-1].tolist() == losses.tolist()
 print("same bits")
 """
 
 
-def test_devices_order_and_padding_change_no_run(tmp_path: Path) -> None:
+def test_places_in_a_fleet_on_two_devices(tmp_path: Path) -> None:
     settings = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),  # both pairs share their programs
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),  # both fleets share their programs
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
@@ -307,6 +304,21 @@ def test_devices_order_and_padding_change_no_run(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "same bits\n"
+
+
+def test_a_run_in_a_fleet_is_the_run_alone(trained: Trained) -> None:
+    """On as many devices, every bit."""
+    name = "nan, on"
+    place = list(PLANS).index(name)
+    corpus = load_corpus(None, 8)
+    alone = Job(program(len(corpus.vocabulary)), [PLANS[name]], corpus, batch=4, snapshot_every=10)
+    for ours, theirs in zip(alone.run(STEPS), trained.reports, strict=True):
+        assert (ours.formats[0], repr(ours.events[0])) == (theirs.formats[place], repr(theirs.events[place]))
+        for metric, values in ours.metrics.items():
+            assert values[0].tobytes() == theirs.metrics[metric][place].tobytes(), (ours.step, metric)
+    for left, right in zip(jax.tree.leaves(alone.state), jax.tree.leaves(trained.states[name]), strict=True):
+        assert np.asarray(left)[0].tobytes() == np.asarray(right).tobytes()
+    assert alone.evaluate(corpus.validation_batches(8, 32, 8)).tolist() == [trained.losses[name]]
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,7 @@ def _loss_range(study: Study, variants: Sequence[Variant]) -> tuple[float, float
 
 
 def _loss_panel(study: Study, variant: Variant, limits: tuple[float, float]) -> Panel:
-    figure = _figure("training loss [nats/char]", limits)
+    figure = _figure(study, "training loss [nats/char]", limits)
     for name in formats_of(study):
         curves = _curves(study, "loss", variant, name, smooth=True)
         _draw(figure, study, name, curves, "%{y:.3f} nats/char")
@@ -272,7 +272,7 @@ def _loss_panel(study: Study, variant: Variant, limits: tuple[float, float]) -> 
 
 
 def _gap_panel(study: Study, variant: Variant) -> Panel:
-    figure = _figure("loss − float32 [nats/char]", None)
+    figure = _figure(study, "loss − float32 [nats/char]", None)
     figure.add_hline(y=0, line={"color": _INK, "width": 1})
     control = runs_of(study, CLEAN, REFERENCE)
     window = smoothing_window(study)
@@ -293,7 +293,7 @@ def _gap_panel(study: Study, variant: Variant) -> Panel:
 def _rate_panel(study: Study, variant: Variant, series: str) -> Panel:
     title, whole = _RATES[series]
     logarithmic = "overflow" in series
-    figure = _figure(f"share of {whole}", None)
+    figure = _figure(study, f"share of {whole}", None)
     for name in formats_of(study):
         curves = _curves(study, series, variant, name, smooth=not logarithmic)
         if logarithmic:
@@ -327,7 +327,7 @@ def _gate(study: Study) -> float | None:
 
 def _timeline(study: Study) -> Panel:
     names = [name for name in formats_of(study) if runs_of(study, STRESS_ON, name)]
-    figure = _figure("", None)
+    figure = _figure(study, "", None)
     for kind, mark in MARKS.items():
         x, y, text = [], [], []
         for lane, name in enumerate(names):
@@ -530,7 +530,7 @@ def _outline(steps: npt.NDArray[np.int32], summary: _Summary) -> tuple[list[floa
     return x, y
 
 
-def _figure(y_title: str, limits: tuple[float, float] | None) -> go.Figure:
+def _figure(study: Study, y_title: str, limits: tuple[float, float] | None) -> go.Figure:
     axis = {
         "gridcolor": _GRID,
         "zeroline": False,
@@ -548,7 +548,8 @@ def _figure(y_title: str, limits: tuple[float, float] | None) -> go.Figure:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         hovermode="closest",
-        xaxis={**axis, "title": {"text": "step", "standoff": 6}},
+        # The same steps in every panel, also where all runs are lost halfway.
+        xaxis={**axis, "title": {"text": "step", "standoff": 6}, "range": [0, max(study.steps - 1, 1)]},
         yaxis={**axis, "title": {"text": y_title, "standoff": 6}, "range": limits},
         showlegend=False,
     )
