@@ -101,6 +101,8 @@ class Format:
                 f"bias {self.bias} puts values outside float32 (2^-149 to 2^127): "
                 f"quanta from 2^{self.min_exponent - self.mantissa_bits}, largest exponent {self.max_exponent}"
             )
+        if self.max_exponent < -126:
+            raise InputError(f"bias {self.bias} puts all values below 2^-126, where results are zero")
 
     def __str__(self) -> str:
         """The name."""
