@@ -165,7 +165,7 @@ class TrainConfig:
     def identity(self, corpus: Corpus) -> dict[str, Any]:
         """What a resumed run must agree in, JSON-ready: all but where it lives and how it is kept."""
         kept = {name: value for name, value in asdict(self).items() if name not in ("out", "resume", "data")}
-        return {**kept, "inject": list(self.inject), "characters": len(corpus.train) + len(corpus.validation)}
+        return {**kept, "inject": list(self.inject), "data_sha256": corpus.digest()}
 
 
 def train(config: TrainConfig, console: Console | None = None) -> float | None:

@@ -202,7 +202,7 @@ def quantize(
         raise TypeError(f"quantize takes floating-point arrays; got {x.dtype}")
     params = as_params(format, rounding, overflow)
     if random_bits is None:
-        _refuse_missing_random_bits(params)
+        refuse_missing_random_bits(params)
     else:
         _check_random_bits(random_bits, x, params, named=None if isinstance(format, FormatParams) else rounding)
     if params.path == "identity":
@@ -210,7 +210,7 @@ def quantize(
     return _straight_through(x, None if scale is None else jnp.asarray(scale), params, random_bits)
 
 
-def _refuse_missing_random_bits(params: FormatParams) -> None:
+def refuse_missing_random_bits(params: FormatParams) -> None:
     """Refuse what can be seen here; a traced rounding that turns out stochastic gives NaN (see ``_cast_integer``)."""
     if not isinstance(params.rounding, jax.core.Tracer) and np.any(np.asarray(params.rounding) == _STOCHASTIC):
         raise ValueError("rounding='stochastic' needs random_bits: integers of the shape of x")

@@ -54,7 +54,9 @@ def global_norm(tree: optax.Updates) -> jax.Array:
     return _norm_as_float32(_norm_float64(_float_leaves(tree)))
 
 
-def clip_by_global_norm(max_norm: float, eps: float = CLIP_EPSILON) -> optax.GradientTransformationExtraArgs:
+def clip_by_global_norm(
+    max_norm: float | jax.Array, eps: float | jax.Array = CLIP_EPSILON
+) -> optax.GradientTransformationExtraArgs:
     """Scale updates by ``min(1, max_norm / (norm + eps))``: the rule of ``torch.nn.utils.clip_grad_norm_``.
 
     The coefficient is formed in float64 from the norm rounded to float32, and rounded once. Results below 2^-126 are
@@ -73,7 +75,7 @@ def clip_by_global_norm(max_norm: float, eps: float = CLIP_EPSILON) -> optax.Gra
     (5.0, [0.6, 0.8])
     """
     for name, value in (("max_norm", max_norm), ("eps", eps)):
-        if not (math.isfinite(value) and value >= 0):
+        if not isinstance(value, jax.Array) and not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name} is {value!r}; expected a finite number of at least 0")
 
     def init(params: optax.Params) -> ClipByGlobalNormState:
@@ -122,8 +124,8 @@ class PartitionRelativeClipState(NamedTuple):
 
 def partition_relative_clip(
     format: str | Format | FormatParams,
-    base_clip: float = 1.0,
-    overflow_threshold: float = 0.01,
+    base_clip: float | jax.Array = 1.0,
+    overflow_threshold: float | jax.Array = 0.01,
     *,
     window: int = 16,
 ) -> optax.GradientTransformationExtraArgs:
@@ -157,8 +159,11 @@ def partition_relative_clip(
     >>> float(optax.tree.get(state, "total_norm")), bool(optax.tree.get(state, "clipped"))
     (5.0, True)
     """
-    check_base_clip(base_clip)
-    check_rate("overflow_threshold", overflow_threshold)
+    # optax.inject_hyperparams hands over arrays, which may be traced: those are taken as they are.
+    if not isinstance(base_clip, jax.Array):
+        check_base_clip(base_clip)
+    if not isinstance(overflow_threshold, jax.Array):
+        check_rate("overflow_threshold", overflow_threshold)
     initial = as_params(format)
 
     def init(params: optax.Params) -> PartitionRelativeClipState:
@@ -185,7 +190,7 @@ def partition_relative_clip(
         else:
             rate = _checked_rate(overflow_rate)
         # Not "rate >= threshold": a rate that is NaN must open the gate.
-        is_open = ~(rate < jnp.float32(overflow_threshold))
+        is_open = ~(rate < jnp.asarray(overflow_threshold, jnp.float32))
         clipped, norm = lax.cond(
             is_open,
             lambda tree: _clip(tree, _threshold(state.format, base_clip), CLIP_EPSILON),
@@ -198,13 +203,14 @@ def partition_relative_clip(
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
 
 
-def _threshold(params: FormatParams, base_clip: float) -> jax.Array:
+def _threshold(params: FormatParams, base_clip: float | jax.Array) -> jax.Array:
     """:func:`altgrad_core.stability.clip_threshold` on traced params: float64 inside, rounded once to float32."""
     with jax.enable_x64(True):
         maximum = lax.convert_element_type(params.max_value, jnp.float64)
         # A divisor that hangs on data: XLA turns division by a constant into a product with its reciprocal.
         reference = jnp.where(params.mantissa_bits >= 0, REFERENCE_MAX, 1.0)
-        return lax.convert_element_type(float(np.float32(base_clip)) * maximum / reference, jnp.float32)
+        base = lax.convert_element_type(jnp.asarray(base_clip, jnp.float32), jnp.float64)
+        return lax.convert_element_type(base * maximum / reference, jnp.float32)
 
 
 def _checked_rate(overflow_rate: jax.typing.ArrayLike) -> jax.Array:
@@ -223,7 +229,9 @@ def _measure_overflow(leaves: list[jax.Array], params: FormatParams, history: ja
     return CastCounts(overflow_seen).pooled().overflow_rate, push_amax(history, jnp.stack(amaxes))
 
 
-def _clip(updates: optax.Updates, max_norm: jax.Array | float, eps: float) -> tuple[optax.Updates, jax.Array]:
+def _clip(
+    updates: optax.Updates, max_norm: jax.Array | float, eps: float | jax.Array
+) -> tuple[optax.Updates, jax.Array]:
     norm = _norm_float64(_float_leaves(updates))
     rounded = _norm_as_float32(norm)
     with jax.enable_x64(True):

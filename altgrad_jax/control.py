@@ -204,7 +204,8 @@ class FormatController:
     """Keeps one run alive: shifts its format, changes its rounding, or sends it back to a snapshot.
 
     The rule of the shift is :class:`~altgrad_core.stability.EmergencyMantissaShift`; the policy decides what that rule
-    gets to see. For a loop of your own, :meth:`step` does it all; :meth:`observe` only decides.
+    gets to see. In a loop of your own :meth:`step` reads late, decides and writes formats, while :meth:`observe` only
+    decides.
 
     Args:
         format: the format that the run starts in.
@@ -284,16 +285,34 @@ class FormatController:
             step: its number.
             metrics: device scalars ``loss`` and ``finite``; ``stall_rate`` and ``params_finite`` if there are.
             state: the state after the step, not read.
-            roll_back: takes a state back to a snapshot.
+            roll_back: takes a state back to a snapshot; goes with ``can_roll_back``.
 
         Returns:
             The state to go on from, with another format in it if that was decided.
+
+        Raises:
+            InputError: if the controller may decide what this cannot carry out.
         """
+        self._check_can_carry_out(roll_back)
         for value in metrics.values():
             value.copy_to_host_async()
         self._pending.append((step, metrics))
-        if len(self._pending) < 2:
-            return state
+        return state if len(self._pending) < 2 else self._settle(state, roll_back, in_flight=step)
+
+    def drain(self, state: State, roll_back: Callable[[State], State] | None = None) -> State:
+        """Decide on the last step, whose metrics no further :meth:`step` would read."""
+        self._check_can_carry_out(roll_back)
+        return self._settle(state, roll_back, in_flight=None) if self._pending else state
+
+    def _check_can_carry_out(self, roll_back: Callable[[State], State] | None) -> None:
+        if self.rounding is not None:
+            raise InputError("step() cannot change how weights are rounded: use observe() and write what it decides")
+        if (roll_back is not None) != self.can_roll_back:
+            raise InputError(
+                f"can_roll_back is {self.can_roll_back} but roll_back is {roll_back!r}; give both or neither"
+            )
+
+    def _settle(self, state: State, roll_back: Callable[[State], State] | None, in_flight: int | None) -> State:
         earlier, values = self._pending.popleft()
         read = {name: float(value) for name, value in values.items()}
         seen = Observation(
@@ -303,7 +322,7 @@ class FormatController:
             params_finite=bool(read.get("params_finite", 1.0)),
             stall_rate=read.get("stall_rate", 0.0),
         )
-        decision = self.observe(seen, in_flight=step)
+        decision = self.observe(seen, in_flight=in_flight)
         if decision.rollback and roll_back is not None:
             state = roll_back(state)
         return set_format(state, self.format) if decision.acts else state

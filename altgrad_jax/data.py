@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -33,6 +34,13 @@ class Corpus:
     vocabulary: str
     train: npt.NDArray[np.int32]
     validation: npt.NDArray[np.int32]
+
+    def digest(self) -> str:
+        """SHA-256 of vocabulary and tokens, in hexadecimal."""
+        content = hashlib.sha256(self.vocabulary.encode())
+        content.update(self.train.tobytes())
+        content.update(self.validation.tobytes())
+        return content.hexdigest()
 
     def batch(self, seed: int, step: int, size: int, context: int) -> npt.NDArray[np.int32]:
         """Training windows of ``context + 1`` tokens: int32 of shape ``(size, context + 1)``.

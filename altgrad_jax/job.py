@@ -67,7 +67,7 @@ class StepReport:
 
     Attributes:
         step: which step.
-        metrics: arrays of shape ``(runs,)`` by the names of :class:`~altgrad_jax.training.StepMetrics`.
+        metrics: arrays of shape ``(runs,)`` by the names of :class:`~altgrad_jax.state.StepMetrics`.
         formats: the format each run computed the step in.
         events: what happened to each run.
     """

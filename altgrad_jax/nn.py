@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from altgrad_core.formats import Format
-from altgrad_jax.casting import FormatParams, as_params, cast
+from altgrad_jax.casting import FormatParams, as_params, cast, refuse_missing_random_bits
 from altgrad_jax.statistics import Edges, edges, tally
 
 DotDimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
@@ -99,11 +99,12 @@ def quantized_dot_general(
             be one that holds the format exactly, such as bfloat16 for bf16.
 
     Returns:
-        A function ``(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None)``. It fits Flax's
-        ``dot_general=`` hooks.
+        A function ``(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None)``,
+        as Flax's ``dot_general=`` hooks take it. It accumulates in float32 and keeps the dtype of its operands.
 
     Raises:
         UnknownFormatError: for an unknown format.
+        ValueError: for params that round stochastically: no random bits reach a product.
 
     >>> dot = quantized_dot_general("E5M2")
     >>> dot(jnp.array([[1.1]]), jnp.array([[2.0]]), (((1,), (0,)), ((), ()))).item()
@@ -111,6 +112,8 @@ def quantized_dot_general(
     """
     forward_params = as_params(forward)
     backward_params = forward_params if backward is None else as_params(backward)
+    for params in (forward_params, backward_params):
+        refuse_missing_random_bits(params)
     unit = jnp.ones(3) if scales is None else scales
     operands, gradients = Grid.of(forward_params, unit), Grid.of(backward_params, unit)
     return dot_general_on((operands.at(LHS), operands.at(RHS), gradients.at(GRADIENT)), record, operand_dtype)
@@ -127,9 +130,12 @@ def dot_general_on(
         dimension_numbers: DotDimensionNumbers,
         precision: lax.PrecisionLike = None,
         preferred_element_type: jnp.dtype | None = None,
+        out_sharding: jax.sharding.Sharding | None = None,
     ) -> jax.Array:
+        result_dtype = preferred_element_type or jnp.result_type(lhs, rhs)
         lhs, rhs = (
-            _cast_operand(operand, grids[column], record[column]) for operand, column in ((lhs, LHS), (rhs, RHS))
+            _cast_operand(operand.astype(jnp.float32), grids[column], record[column])
+            for operand, column in ((lhs, LHS), (rhs, RHS))
         )
         dtype = operand_dtype or lhs.dtype
         product = lax.dot_general(
@@ -137,9 +143,10 @@ def dot_general_on(
             rhs.astype(dtype),
             dimension_numbers,
             precision=precision,
-            preferred_element_type=preferred_element_type or jnp.float32,
+            preferred_element_type=jnp.float32,
+            out_sharding=out_sharding,
         )
-        return _cast_gradient(product, grids[GRADIENT], record[GRADIENT])
+        return _cast_gradient(product, grids[GRADIENT], record[GRADIENT]).astype(result_dtype)
 
     return dot_general
 

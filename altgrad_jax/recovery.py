@@ -24,12 +24,12 @@ State = TypeVar("State")
 
 
 def all_finite(tree: optax.Params) -> jax.Array:
-    """Whether no floating-point leaf holds an infinity or NaN: bool scalar, True for a tree without any.
+    """Whether no floating-point or complex leaf holds an infinity or NaN: bool scalar, True for a tree without any.
 
     >>> bool(all_finite({"w": jnp.array([1.0, jnp.nan])}))
     False
     """
-    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.all(jnp.stack(checks)) if checks else jnp.asarray(True)
 
 
@@ -130,7 +130,7 @@ def commit(
         raise ValueError(f"the mask has the structure {mask_structure}; expected that of the params, {structure}")
 
     def on_grid(index: int, leaf: jax.Array) -> jax.Array:
-        scaled = grid.scaled(power_of_two_scale(jnp.max(jnp.abs(leaf)), grid.max_value))
+        scaled = grid.scaled(power_of_two_scale(jnp.max(jnp.abs(leaf), initial=0), grid.max_value))
         if key is None or grid.path != "integer":
             return quantize(leaf, scaled)
         return quantize(leaf, scaled, random_bits=jax.random.bits(jax.random.fold_in(key, index), leaf.shape))

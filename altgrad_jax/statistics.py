@@ -359,7 +359,7 @@ def stall_monitor(
             if counted
         ]
         # All scales at once: one by one, these few scalars would cost more than the passes over small weights.
-        amaxes = jnp.stack([jnp.max(jnp.abs(weight)) for weight, _ in pairs]).astype(jnp.float32)
+        amaxes = jnp.stack([jnp.max(jnp.abs(weight), initial=0) for weight, _ in pairs]).astype(jnp.float32)
         grids = state.format.scaled(power_of_two_scale(amaxes, state.format.max_value))
         tallies = [_stall_tally(weight, change, grids.at(k), None) for k, (weight, change) in enumerate(pairs)]
         counts = StallCounts(_limbs(jnp.stack(tallies))).pooled()

@@ -143,7 +143,8 @@ class Program:
             gradients,
             state.opt_state,
             state.params,
-            overflow_rate=jnp.where(state.run.switches.clip, seen.gradient.overflow_rate, 0),
+            # A rate below every threshold keeps the gate shut, where the run does not clip.
+            overflow_rate=jnp.where(state.run.switches.clip, seen.gradient.overflow_rate, -1),
         )
         refused = state.run.switches.recover & _is_spike(norm, state.norm_history)
         moved = replace(

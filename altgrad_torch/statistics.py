@@ -246,9 +246,12 @@ def stall_counts(
 
 
 class BitStallDetector:
-    """Measures what became of the updates that an optimizer really made, on the grid of a format.
+    """Measures what became of the updates that an optimizer made, on the grid of a format.
 
-    Each parameter is looked at under its own power-of-two scale, from its amax before the step.
+    Each parameter is looked at under its own power-of-two scale, from its amax before the step. torch optimizers keep
+    their update to themselves, so it is read off the parameters: the difference that the step made. An element that did
+    not move at all although it had a gradient counts as stalled by precision: its update was lost in the addition
+    already. (``altgrad_jax.stall_monitor`` sees the update itself, and tells that from an update of zero.)
 
     Args:
         format: a name or a :class:`~altgrad_core.formats.Format`.
@@ -281,12 +284,12 @@ class BitStallDetector:
 
     @contextmanager
     def watch(self, model: torch.nn.Module | Iterable[Tensor]) -> Iterator[None]:
-        """Watch the parameters while the body updates them; an update is the difference that it made, in float32.
+        """Watch the parameters while the body updates them.
 
         If the body raises, nothing is measured and the counts are zeros.
 
         Args:
-            model: a module, or its parameters. Gradients that are there at the start tell which updates vanished.
+            model: a module, or its parameters. Gradients there at the start tell which elements should have moved.
         """
         self.counts = StallCounts.zeros()
         parameters = list(model.parameters() if isinstance(model, torch.nn.Module) else model)
@@ -300,7 +303,11 @@ class BitStallDetector:
         before, after = before.to(torch.float32), parameter.detach().to(torch.float32)
         amax = before.abs().amax() if before.numel() else before.new_zeros(())
         scale = power_of_two_scale(amax, self.format.max_representable_value)
-        return stall_counts(before, after - before, self.format, scale=scale, gradient=gradient)
+        counts = stall_counts(before, after - before, self.format, scale=scale)
+        if gradient is None:
+            return counts
+        absorbed = torch.count_nonzero((before == after) & (_normal(gradient) != 0))
+        return StallCounts(counts.totals + torch.stack([absorbed, absorbed, absorbed * 0, absorbed * 0]))
 
 
 def _normal(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Clipping: decision, norm, coefficient and gradients have the same bits in both packages, and are right.
 
-Against ``torch.nn.utils.clip_grad_norm_`` itself, in float32, agreement is bounded by *its* error (DESIGN section 5):
+Against ``torch.nn.utils.clip_grad_norm_`` itself, in float32, agreement is bounded by *its* error:
 about 200 ulp on normal data, thousands on constants, since it sums squares in float32. The tight reference is the same
 rule in float64, from which the promise is 3 ulp: half an ulp each for the norm, the coefficient and the product, of
 numbers whose ulp may be twice as large relative to them as that of the result.

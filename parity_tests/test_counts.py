@@ -343,13 +343,13 @@ def test_detector_measures_the_real_update() -> None:
         assert 0 < detector.stall_rate == float(total.stall_rate) < 1
 
 
-def test_detector_says_what_vanished() -> None:
+def test_an_update_lost_in_the_addition_is_a_stall_not_an_update_of_zero() -> None:
     weight = torch.nn.Parameter(torch.tensor([1.0, 1.0, 0.0]))
     weight.grad = torch.tensor([1e-9, 0.5, 0.0])
     detector = in_torch.BitStallDetector("E5M2")
     with detector.watch([weight]):
         torch.optim.SGD([weight], lr=1.0).step()
-    assert detector.counts.as_integers() == {"nonzero": 1, "precision": 0, "saturation": 0, "vanished": 1}
+    assert detector.counts.as_integers() == {"nonzero": 2, "precision": 1, "saturation": 0, "vanished": 0}
 
 
 def test_detector_is_never_stale() -> None:
@@ -374,3 +374,17 @@ def test_detector_of_nothing() -> None:
     with detector.watch([empty]):
         pass
     assert detector.counts.as_integers()["nonzero"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_updates_lost_in_the_addition_are_stalls_in_both(dtype: torch.dtype) -> None:
+    weight = torch.nn.Parameter(torch.ones(8, dtype=dtype))
+    weight.grad = torch.ones_like(weight)
+    detector = in_torch.BitStallDetector("E5M2")
+    with detector.watch([weight]):
+        torch.optim.SGD([weight], lr=1e-9).step()
+    monitor = in_jax.stall_monitor("E5M2")
+    params = jnp.ones(8)
+    _, state = monitor.update(jnp.full(8, -1e-9), monitor.init(params), params)
+    assert detector.stall_rate == float(state.stall_rate) == 1.0
+    assert detector.counts.as_integers() == {"nonzero": 8, "precision": 8, "saturation": 0, "vanished": 0}

@@ -268,6 +268,14 @@ def test_relative_rule_needs_a_stall_above_the_threshold() -> None:
 # ---- saved and restored
 
 
+@pytest.mark.parametrize("cut", [1, 2])
+def test_nan_batches_count_across_a_restart(cut: int) -> None:
+    before, after = shifting("E7M0"), shifting("E7M0")
+    feed(before, [nan()] * cut)
+    after.restore(json.loads(json.dumps(before.saved())))
+    assert [each.format for each in feed(after, [nan()] * (3 - cut), start=cut)][-1] == "E5M2"
+
+
 observations = st.lists(
     st.builds(
         Observation,
@@ -277,24 +285,26 @@ observations = st.lists(
         params_finite=st.sampled_from([True, True, True, False]),
         stall_rate=st.sampled_from([0.0, 0.4, 0.6, 0.95]),
     ),
+    min_size=6,
     max_size=60,
 )
 
 
 @given(
     observations,
-    st.integers(0, 60),
+    st.floats(0, 1),
     st.sampled_from([OFF, LITERAL, RELATIVE]),
     st.sampled_from(["E0M7", "E7M0", "E5M2"]),
     st.sampled_from([None, "nearest_even", "stochastic"]),
 )
 def test_saved_and_restored_decides_the_same(
-    seen: list[Observation], cut: int, policy: Policy, name: str, rounding: Any
+    seen: list[Observation], share: float, policy: Policy, name: str, rounding: Any
 ) -> None:
     def fresh() -> FormatController:
         return shifting(name, policy, rounding=rounding, can_roll_back=True)
 
     whole, first, second = fresh(), fresh(), fresh()
+    cut = round(share * len(seen))
     expected = feed(whole, seen, lag=1)
     before = feed(first, seen[:cut], lag=1)
     second.restore(json.loads(json.dumps(first.saved(), allow_nan=False)))
@@ -438,3 +448,27 @@ def test_step_rolls_back() -> None:
         state = controller.step(step, metrics, state, roll_back)
     assert len(calls) == 1
     assert int(state.overflow) == 2
+
+
+def test_step_refuses_what_it_cannot_carry_out():
+    metrics = {"loss": jnp.float32(1), "finite": jnp.asarray(True)}
+    state = partition_relative_clip("E7M0").init(jnp.zeros(2))
+    with pytest.raises(ValueError, match="can_roll_back is True"):
+        FormatController("E7M0", can_roll_back=True).step(0, metrics, state)
+    with pytest.raises(ValueError, match="can_roll_back is False"):
+        FormatController("E7M0").step(0, metrics, state, roll_back=lambda state: state)
+    with pytest.raises(ValueError, match="how weights are rounded"):
+        FormatController("E7M0", rounding="nearest_even").step(0, metrics, state)
+
+
+def test_drain_decides_on_the_last_step():
+    bad = {"loss": jnp.float32(jnp.nan), "finite": jnp.asarray(False)}
+    state = partition_relative_clip("E7M0").init(jnp.zeros(2))
+    controller = FormatController("E7M0", shifter=EmergencyMantissaShift(nan_patience=2))
+    for step in range(2):
+        state = controller.step(step, bad, state)
+    assert controller.format == "E7M0"
+    state = controller.drain(state)
+    assert controller.format == "E5M2"
+    assert float(state.format.max_value) == 57344.0
+    assert controller.drain(state) is state

@@ -1,4 +1,4 @@
-"""The registry and the codes of formats, against the table of the design and exact arithmetic."""
+"""The registry and the codes of formats, against a table and exact arithmetic."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_threshold_follows_the_base(base: float, name: str) -> None:
     assert abs(Fraction(threshold) - exact) <= exact * (Fraction(1, 2**24) + Fraction(1, 2**50))
 
 
-def test_numbers_of_the_design() -> None:
+def test_known_thresholds() -> None:
     assert round(clip_threshold("E3M4"), 5) == 0.00216
     assert clip_threshold("E7M0") == pytest.approx(3.2e14, rel=0.01)
     assert CLIP_EPSILON == 1e-6

@@ -199,22 +199,24 @@ def test_sums_in_a_scan() -> None:
     assert total.as_integers()["overflow"] == LIMB + 3
 
 
-def test_x64_changes_no_dtype() -> None:
-    with jax.enable_x64(True):
-        x = jnp.ones((2, 3), jnp.float32)
-        counts = CastCounts(jnp.stack([cast_counts(x, "E5M2").limbs] * 2))
-        assert counts.pooled().limbs.dtype == jnp.int32
-        assert (counts + counts).limbs.dtype == jnp.int32
-        assert counts.overflow_rate.dtype == jnp.float32
-        assert stall_counts(x, x, "E5M2").limbs.dtype == jnp.int32
+def everything(x: jax.Array) -> dict[str, Any]:
+    counts, stalls = cast_counts(x, "E4M3", scale=2.0) + cast_counts(x, "bf16"), stall_counts(x, x, "E7M0", scale=2.0)
+    several = CastCounts(jnp.stack([counts.limbs, counts.limbs]))
+    limbs = [counts.limbs, several.pooled().limbs, (stalls + stall_counts(x, x, "E5M2", gradient=x)).limbs]
+    return {"limbs": limbs, "rates": [several.overflow_rate, counts.underflow_rate, counts.nan_rate, stalls.stall_rate]}
 
 
-def test_strict_promotion() -> None:
+def dtypes(tree: Any) -> dict[str, set[str]]:
+    return {name: {leaf.dtype.name for leaf in leaves} for name, leaves in tree.items()}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_x64_and_strict_promotion_change_no_dtype(dtype: Any) -> None:
+    expected = {"limbs": {"int32"}, "rates": {"float32"}}
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        x = jnp.ones((2, 3), jnp.bfloat16)
-        counts = cast_counts(x, "E4M3", scale=2.0) + cast_counts(x, "bf16")
-        stalls = stall_counts(jnp.ones(3), jnp.ones(3), "E7M0", scale=2.0, gradient=jnp.ones(3))
-        assert (counts.as_integers()["elements"], stalls.as_integers()["nonzero"]) == (12, 3)
+        assert dtypes(jax.eval_shape(everything, jnp.ones((2, 3), dtype))) == expected
+    with jax.enable_x64(True):
+        assert dtypes(jax.eval_shape(everything, jnp.ones((2, 3), dtype))) == expected
 
 
 # ---- stalls

@@ -8,8 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from altgrad.study.report import write_report
-from altgrad.study.results import load, save
+from altgrad.study.results import Study, load, save
 from altgrad.study.runner import StudyConfig as StudyConfig
 from altgrad.study.runner import entries, run_study
 from altgrad_jax.job import StepReport
@@ -29,6 +28,8 @@ def study(config: StudyConfig, console: Console | None = None) -> Path:
     Returns:
         The report's path, which is also the last line printed.
     """
+    import altgrad.study.report  # noqa: F401  # what the report needs should be missed before the training, not after
+
     console = console or Console(stderr=True)
     runs = len(entries(config))
     console.print(f"{runs} runs of {config.steps} steps: {len(config.formats)} formats, {config.seeds} seeds")
@@ -48,7 +49,7 @@ def study(config: StudyConfig, console: Console | None = None) -> Path:
 
         result = run_study(config, on_step)
     save(result, config.out)
-    return _announce(write_report(result, config.out), console)
+    return _announce(_write_report(result, config.out), console)
 
 
 def report(config: ReportConfig, console: Console | None = None) -> Path:
@@ -57,7 +58,13 @@ def report(config: ReportConfig, console: Console | None = None) -> Path:
     Returns:
         The report's path, which is also the last line printed.
     """
-    return _announce(write_report(load(config.folder), config.folder), console or Console(stderr=True))
+    return _announce(_write_report(load(config.folder), config.folder), console or Console(stderr=True))
+
+
+def _write_report(result: Study, folder: Path) -> Path:
+    from altgrad.study.report import write_report  # late: training needs neither plotly nor jinja2
+
+    return write_report(result, folder)
 
 
 def _announce(path: Path, console: Console) -> Path:

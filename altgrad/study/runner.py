@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -67,6 +69,11 @@ class StudyConfig:
         for name in ("seeds", "steps", "batch", "context"):
             if getattr(self, name) < 1:
                 raise StudyError(f"--{name} is {getattr(self, name)}; expected at least 1")
+        if not 0 < self.learning_rate < math.inf:
+            raise StudyError(f"--learning-rate is {self.learning_rate}; expected a positive number")
+        for name, values in (("formats", self.formats), ("scenes", self.scenes)):
+            if len(set(values)) != len(values):
+                raise StudyError(f"--{name} names something twice: {' '.join(values)}")
         if not self.formats or not self.scenes:
             raise StudyError("a study needs at least one format and one scene")
         for name in self.formats:
@@ -76,6 +83,7 @@ class StudyConfig:
                 raise StudyError(f"the stress scene shifts formats, and {name} has no fallback; expected {known}")
         if self.faults and "stress" not in self.scenes:
             raise StudyError("--faults have no effect without the stress scene")
+        check_faults(self.faults, self.steps)
 
     def injected(self) -> tuple[str, ...]:
         """The faults of the stress scene as they are written."""
@@ -231,7 +239,7 @@ def _command(config: StudyConfig) -> str:
         if value != each.default and each.name != "out":
             values = value if isinstance(value, tuple) else (value,)
             words += [f"--{each.name.replace('_', '-')}", *map(str, values)]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def _unigram_loss(corpus: Corpus) -> float:

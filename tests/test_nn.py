@@ -1,0 +1,81 @@
+"""The quantised product as a stand-in for ``lax.dot_general``: in Flax's hooks, in dtypes, in gradients."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from altgrad_jax import FormatParams, quantize
+from altgrad_jax.nn import GRADIENT, LHS, RHS, empty_record, quantized_dot_general, read_record
+from altgrad_jax.statistics import CastCounts, amax_of_tallies
+
+_MATMUL = (((1,), (0,)), ((), ()))
+
+
+def _operands() -> tuple[jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(0))
+    return jax.random.normal(keys[0], (5, 7)), jax.random.normal(keys[1], (7, 3))
+
+
+def test_operands_and_gradient_are_cast_where_they_enter():
+    lhs, rhs = _operands()
+    scales = jnp.array([0.25, 2.0, 8.0])
+    dot = quantized_dot_general("E3M4", "E5M2", scales=scales)
+    out, pullback = jax.vjp(lambda a, b: dot(a, b, _MATMUL), lhs, rhs)
+    q_lhs, q_rhs = quantize(lhs, "E3M4", scale=0.25), quantize(rhs, "E3M4", scale=2.0)
+    np.testing.assert_array_equal(out, q_lhs @ q_rhs)
+    gradient = jax.random.normal(jax.random.key(1), out.shape) * 100
+    d_lhs, d_rhs = pullback(gradient)
+    q_gradient = quantize(gradient, "E5M2", scale=8.0)
+    np.testing.assert_allclose(d_lhs, q_gradient @ q_rhs.T, rtol=1e-6)
+    np.testing.assert_allclose(d_rhs, q_lhs.T @ q_gradient, rtol=1e-6)
+
+
+@jax.jit
+def _recorded(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    record = empty_record(1)
+    dot = quantized_dot_general("E3M4", scales=jnp.array([1.0, 1.0, 1.0]), record=record[0])
+    jax.grad(lambda a: jnp.sum(1000 * dot(a, rhs, _MATMUL)))(lhs)
+    return read_record(record)
+
+
+def test_the_record_holds_what_the_casts_saw():
+    lhs, rhs = _operands()
+    tallies = _recorded(lhs, rhs)
+    assert tallies.shape == (1, 3, 6)
+    np.testing.assert_array_equal(
+        amax_of_tallies(tallies)[0], jnp.stack([jnp.max(jnp.abs(lhs)), jnp.max(jnp.abs(rhs)), jnp.float32(1000)])
+    )
+    counts = CastCounts.of_tallies(tallies).as_integers()
+    assert counts["elements"] == [[lhs.size, rhs.size, 15]]
+    assert counts["overflow"][0][GRADIENT] == 15  # 1000 is beyond E3M4's 124
+    assert counts["overflow"][0][LHS] == counts["overflow"][0][RHS] == 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_dtypes_are_kept(dtype):
+    lhs, rhs = (operand.astype(dtype) for operand in _operands())
+    dot = quantized_dot_general("E4M3")
+    out, pullback = jax.vjp(lambda a, b: dot(a, b, _MATMUL), lhs, rhs)
+    assert out.dtype == dtype
+    assert [each.dtype for each in pullback(out)] == [dtype, dtype]
+    assert dot(lhs, rhs, _MATMUL, preferred_element_type=jnp.float32).dtype == jnp.float32
+
+
+def test_it_fits_the_hooks_of_flax():
+    x = _operands()[0]
+    dense = nn.Dense(4, use_bias=False, dot_general=quantized_dot_general("E5M2"))
+    variables = dense.init(jax.random.key(0), x)
+    expected = quantize(x, "E5M2") @ quantize(variables["params"]["kernel"], "E5M2")
+    np.testing.assert_array_equal(dense.apply(variables, x), expected)
+    linear = nnx.Linear(7, 4, use_bias=False, dot_general=quantized_dot_general("E5M2"), rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(linear(x), quantize(x, "E5M2") @ quantize(linear.kernel[...], "E5M2"))
+
+
+def test_stochastic_params_are_refused():
+    with pytest.raises(ValueError, match="random_bits"):
+        quantized_dot_general(FormatParams.from_format("E5M2", rounding="stochastic"))
