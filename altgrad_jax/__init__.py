@@ -30,6 +30,7 @@ from altgrad_jax.recovery import rollback as rollback
 from altgrad_jax.recovery import select_if_finite as select_if_finite
 from altgrad_jax.recovery import skip_nonfinite as skip_nonfinite
 from altgrad_jax.recovery import snapshot as snapshot
+from altgrad_jax.scaling import amax as amax
 from altgrad_jax.scaling import delayed_scale as delayed_scale
 from altgrad_jax.scaling import empty_history as empty_history
 from altgrad_jax.scaling import power_of_two_scale as power_of_two_scale

@@ -13,6 +13,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from altgrad_core.formats import Format
 from altgrad_jax.casting import FormatParams, as_params, cast, refuse_missing_random_bits
@@ -190,29 +191,39 @@ _cast_gradient.defvjp(_cast_gradient_forward, _cast_gradient_backward)
 
 
 def _cast_and_record(x: jax.Array, grid: Grid, ref: jax.Ref | None) -> jax.Array:
-    def cast_only(x: jax.Array) -> jax.Array:
-        return cast(x, grid.looked_up()[0])
-
-    def cast_and_tally(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        params, limits = grid.looked_up()
-        return cast(x, params), tally(x, limits)
-
     if ref is None:
-        return _as_one_value(cast_only, x, grid)
-    quantized, ref[...] = _as_one_value(cast_and_tally, x, grid)
+        return _as_one_value(_cast_on, x, grid)
+    quantized, ref[...] = _as_one_value(_cast_and_tally, x, grid)
     return quantized
 
 
-def _as_one_value(function: Callable[[jax.Array], Result], x: jax.Array, grid: Grid) -> Result:
+def _cast_on(x: jax.Array, grid: Grid) -> jax.Array:
+    return cast(x, grid.looked_up()[0])
+
+
+def _cast_and_tally(x: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
+    params, limits = grid.looked_up()
+    return cast(x, params), tally(x, limits)
+
+
+def _as_one_value(function: Callable[[jax.Array, Grid], Result], x: jax.Array, grid: Grid) -> Result:
     """Call a function so that XLA's CPU backend computes its argument and its result once each.
 
     Left alone it fuses the cast into every consumer and what makes ``x`` into every cast, and so computes both up to
-    three times, behind transposes; optimization barriers are gone before it fuses. A conditional is a border that it
-    respects. This one always takes the first branch, which XLA cannot know.
+    three times, behind transposes; optimization barriers are gone before it fuses. A call that must not be inlined is
+    a border that it respects. Other backends get the function as it is.
     """
-    shapes = jax.eval_shape(function, x)
-    never = jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), shapes)
-    return lax.cond(grid.params.mantissa_bits >= 0, function, lambda _: never, x)
+
+    def inside(x: jax.Array, grid: Grid) -> Result:
+        # Without this every jitted helper of jax.numpy in here would become a border as well.
+        with set_xla_metadata(inlineable=None):
+            return function(x, grid)
+
+    def apart(x: jax.Array, grid: Grid) -> Result:
+        with set_xla_metadata(inlineable="false"):
+            return jax.jit(inside)(x, grid)
+
+    return lax.platform_dependent(x, grid, cpu=apart, default=function)
 
 
 def _nothing_seen() -> jax.Array:

@@ -10,9 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+_MAGNITUDE = np.int32(0x7FFFFFFF)
 _FRACTION = np.int32(0x007FFFFF)
 _MOST = 100
 """Scales stay within 2^-100 to 2^100, so that neither they nor their reciprocals are subnormal."""
+
+
+def amax(x: jax.Array) -> jax.Array:
+    """The largest magnitude of an array: float32 scalar, NaN if it holds a NaN, inf if it holds an infinity.
+
+    Taken on the bits: XLA's CPU backend may lose the NaN in a maximum of floats.
+
+    Args:
+        x: float32, bfloat16 or float16, of any shape; 0 if it is empty.
+
+    >>> float(amax(jnp.array([1.0, -3.0]))), float(amax(jnp.array([1.0, jnp.nan, 2.0])))
+    (3.0, nan)
+    """
+    magnitudes = _bits(x.astype(jnp.float32)) & _MAGNITUDE
+    return lax.bitcast_convert_type(jnp.max(magnitudes, initial=0), jnp.float32)
 
 
 def power_of_two_scale(amax: jax.typing.ArrayLike, max_value: jax.typing.ArrayLike) -> jax.Array:

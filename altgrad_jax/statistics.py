@@ -18,13 +18,15 @@ from jax import lax
 
 from altgrad_core.formats import Format
 from altgrad_jax.casting import FormatParams, as_params, cast, divide_by_scale, flush_subnormals
-from altgrad_jax.scaling import power_of_two_scale
+from altgrad_jax.scaling import amax, power_of_two_scale
 
 _LIMB_BITS = 30
 _LIMB_MASK = (1 << _LIMB_BITS) - 1
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INF = np.int32(0x7F800000)
 _MOST_AT_ONCE = 2**30
+_ROWS = 8
+_WORTH_SPREADING = 2**19
 
 
 @jax.tree_util.register_dataclass
@@ -212,23 +214,33 @@ def amax_of_tallies(tallies: jax.Array) -> jax.Array:
 
 
 def _tally(magnitude: jax.Array, scaled: jax.Array, limits: Edges) -> jax.Array:
-    """One variadic reduction over integer flags, which XLA fuses into one loop; separate sums are ten times slower."""
-    is_number = magnitude <= _INF
-    nonzero = (magnitude != 0) & is_number
-    flags = (
-        (scaled >= limits.overflows_from) & is_number,
-        nonzero,
-        nonzero & (scaled <= limits.vanishes_to),
-        ~is_number,
+    """Counts of flat magnitudes. Large arrays go in rows, which XLA's CPU backend spreads over its threads."""
+    if magnitude.size < _WORTH_SPREADING:
+        seen = _seen(magnitude, scaled, limits)
+    else:
+        whole = magnitude.size // _ROWS * _ROWS
+        rows = _seen(magnitude[:whole].reshape(_ROWS, -1), scaled[:whole].reshape(_ROWS, -1), limits)
+        rest = _seen(magnitude[whole:], scaled[whole:], limits)
+        seen = _counts_and_max(tuple(jnp.append(*parts) for parts in zip(rows, rest, strict=True)))
+    nan, overflow_or_nan, zero, vanishing, amax = seen
+    size = jnp.full_like(nan, magnitude.size)
+    return jnp.stack([size, overflow_or_nan - nan, size - zero - nan, vanishing - zero, nan, amax])
+
+
+def _seen(magnitude: jax.Array, scaled: jax.Array, limits: Edges) -> tuple[jax.Array, ...]:
+    """Over the last axis: NaN, overflow or NaN, zero, what becomes zero, amax; each a single comparison."""
+    flags = (magnitude > _INF, scaled >= limits.overflows_from, magnitude == 0, scaled <= limits.vanishes_to)
+    return _counts_and_max((*(flag.astype(jnp.int32) for flag in flags), magnitude))
+
+
+def _counts_and_max(parts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """One variadic reduction of the last axis, which XLA fuses into one loop; separate sums are ten times slower."""
+    return lax.reduce(
+        parts,
+        (jnp.int32(0),) * len(parts),
+        lambda left, right: (*_add_each(left[:-1], right[:-1]), lax.max(left[-1], right[-1])),
+        (parts[0].ndim - 1,),
     )
-    zero = jnp.int32(0)
-    seen = lax.reduce(
-        (*(flag.astype(jnp.int32) for flag in flags), magnitude),
-        (zero,) * 5,
-        lambda left, right: (*_add_each(left[:4], right[:4]), lax.max(left[4], right[4])),
-        (0,),
-    )
-    return jnp.stack([jnp.full_like(seen[0], magnitude.size), *seen])
 
 
 def edges(params: FormatParams) -> Edges:
@@ -359,7 +371,7 @@ def stall_monitor(
             if counted
         ]
         # All scales at once: one by one, these few scalars would cost more than the passes over small weights.
-        amaxes = jnp.stack([jnp.max(jnp.abs(weight), initial=0) for weight, _ in pairs]).astype(jnp.float32)
+        amaxes = jnp.stack([amax(weight) for weight, _ in pairs])
         grids = state.format.scaled(power_of_two_scale(amaxes, state.format.max_value))
         tallies = [_stall_tally(weight, change, grids.at(k), None) for k, (weight, change) in enumerate(pairs)]
         counts = StallCounts(_limbs(jnp.stack(tallies))).pooled()

@@ -22,7 +22,7 @@ from altgrad_jax.clipping import global_norm, partition_relative_clip
 from altgrad_jax.models import GPT, Casts, GPTConfig, next_token_loss
 from altgrad_jax.nn import GRADIENT, RHS, Grid, Record, empty_record, read_record
 from altgrad_jax.recovery import all_finite, commit, select_if_finite
-from altgrad_jax.scaling import empty_history, power_of_two_scale, push_amax
+from altgrad_jax.scaling import amax, empty_history, power_of_two_scale, push_amax
 from altgrad_jax.state import Fault, Params, RunData, RunSpec, StepMetrics, Switches, TrainState
 from altgrad_jax.statistics import CastCounts, amax_of_tallies, stall_monitor
 
@@ -205,9 +205,7 @@ class Program:
         """Delayed scales for activations and gradients; weights, known by now, have that of their own amax."""
         amaxes = jnp.max(state.amax_history, axis=0)
         sites = jnp.array(list(self.model.weight_sites))
-        of_weights = [
-            jnp.max(jnp.abs(_module(state.params, path)["weight"])) for path in self.model.weight_sites.values()
-        ]
+        of_weights = [amax(_module(state.params, path)["weight"]) for path in self.model.weight_sites.values()]
         scales = power_of_two_scale(amaxes.at[sites, RHS].set(jnp.stack(of_weights)), state.run.operand.max_value)
         return Casts(
             operands=Grid.of(state.run.operand, scales[:, :GRADIENT]),

@@ -79,3 +79,16 @@ def test_it_fits_the_hooks_of_flax():
 def test_stochastic_params_are_refused():
     with pytest.raises(ValueError, match="random_bits"):
         quantized_dot_general(FormatParams.from_format("E5M2", rounding="stochastic"))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the border is for XLA's CPU backend")
+def test_each_cast_is_compiled_once_on_a_cpu() -> None:
+    """Both consumers of a cast operand read its result, instead of casting again behind their transposes."""
+
+    def both_products(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.grad(lambda a, b: jnp.sum(jnp.sin(dot(jnp.tanh(a), b, _MATMUL))), (0, 1))(lhs, rhs)
+
+    dot = quantized_dot_general("E3M4")
+    compiled = jax.jit(both_products).lower(jnp.ones((64, 32)), jnp.ones((32, 16))).compile().as_text()
+    assert compiled.count(" or(") == 3  # the last operation of a cast brings the sign back
+    assert compiled.count(" tanh(") == 1

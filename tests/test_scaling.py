@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from altgrad_core import FORMAT_REGISTRY
-from altgrad_jax import delayed_scale, empty_history, power_of_two_scale, push_amax, quantize
+from altgrad_jax import amax, delayed_scale, empty_history, power_of_two_scale, push_amax, quantize
 
 MAXIMA = sorted({known.max_representable_value for known in FORMAT_REGISTRY.values()})
 SCALE = jax.jit(power_of_two_scale)
@@ -112,3 +112,20 @@ def test_under_scan_strict_and_x64() -> None:
     with jax.enable_x64(True):
         assert push_amax(empty_history(2), jnp.float32(1)).dtype == jnp.float32
         assert power_of_two_scale(3.0, 1.0).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("shape", [(7,), (256, 64), (3, 5, 129), (2**19 + 3,)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("planted", [math.nan, -math.inf, -1000.0])
+def test_amax_loses_nothing(shape: tuple[int, ...], dtype: jnp.dtype, planted: float) -> None:
+    """A maximum of floats loses the NaN on XLA's CPU backend (jax 0.10.2, 256 x 64)."""
+    x = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    x.flat[x.size // 2] = planted
+    found = jax.jit(amax)(jnp.asarray(x, dtype))
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, abs(planted))
+
+
+def test_amax_of_little() -> None:
+    assert float(amax(jnp.zeros((0, 3)))) == 0.0
+    assert amax(jnp.float32(-(2.0**-130))).view(jnp.int32) == 1 << 19

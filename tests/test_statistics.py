@@ -25,6 +25,7 @@ from altgrad_jax import (
     stall_monitor,
     statistics,
 )
+from altgrad_jax.statistics import edges, tally
 
 EIGHT = ("E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")
 WIDE = ("bf16", "fp16", "E5M6", "E4M0", "E8M2b140", "E8M0b128", "E8M0b129", "E8M0b130")
@@ -127,6 +128,26 @@ def test_no_elements() -> None:
 def test_amax(values: list[float], expected: float) -> None:
     _, amax = observe(jnp.asarray(np.array(values, np.float32)), "E5M2")
     np.testing.assert_array_equal(np.asarray(amax), np.float32(expected))
+
+
+@pytest.mark.parametrize("size", [2**19 - 1, 2**19, 2**19 + 5])
+def test_large_tensors_are_counted_in_rows(size: int) -> None:
+    bits = np.random.default_rng(size).integers(0, 2**32, size, dtype=np.uint32)
+    bits[::3] &= 0x807FFFFF  # subnormals
+    bits[1::7] &= 0x80000000  # zeros
+    bits[2::5] |= 0x7F800000  # infinities and NaN
+    magnitude = (bits & 0x7FFFFFFF).astype(np.int64)
+    limits = edges(FormatParams.from_format("E5M2"))
+    number, nonzero = magnitude <= 0x7F800000, magnitude != 0
+    expected = (
+        size,
+        np.sum((magnitude >= int(limits.overflows_from)) & number),
+        np.sum(nonzero & number),
+        np.sum(nonzero & (magnitude <= int(limits.vanishes_to))),
+        np.sum(~number),
+        magnitude.max(),
+    )
+    np.testing.assert_array_equal(jax.jit(tally)(jnp.asarray(bits.view(np.float32)), limits), expected)
 
 
 def test_tensors_too_large_for_one_count(monkeypatch: pytest.MonkeyPatch) -> None:
