@@ -16,6 +16,7 @@ TORCH_READY := $(VENV)/.stamp-torch
 DEMO_READY := $(VENV)/.stamp-demo
 TEST_READY := $(VENV)/.stamp-test
 LINT_READY := $(VENV)/.stamp-lint
+BENCH_READY := $(VENV)/.stamp-bench
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # two pips must not write to one venv
@@ -39,7 +40,7 @@ lint: $(LINT_READY) ## check style, formatting, walls and types
 	$(BIN)/lint-imports --no-logo --no-cache
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
-bench: $(TEST_READY) ## run the benchmarks (BENCH_ARGS=...)
+bench: $(BENCH_READY) ## run the benchmarks (BENCH_ARGS=...)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean: ## remove the venv, caches and builds (not results)
@@ -65,6 +66,10 @@ $(TORCH_READY): $(VENV_READY)
 $(TEST_READY): pyproject.toml $(TORCH_READY)
 	$(PIP_INSTALL) -e ".[all,test]"
 	@touch $@ $(DEMO_READY)
+
+$(BENCH_READY): $(TEST_READY)
+	$(PIP_INSTALL) -e ".[bench]"
+	@touch $@
 
 # On top of the tests' packages: the type checker has to see both frameworks.
 $(LINT_READY): $(TEST_READY)

@@ -2,57 +2,90 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
-from typing import Annotated
+from dataclasses import dataclass
+from importlib import import_module
 
 from altgrad_core.errors import InputError
 
 _INTERRUPTED = 130
+_USAGE = 2
 _MOST_DEVICES = 16
-_TRAIN, _REPORT = "train", "report"
-_EXTRAS = dict.fromkeys(("tyro", "flax", "orbax", "rich", "jax", "optax"), _TRAIN) | dict.fromkeys(
-    ("plotly", "jinja2", "scipy"), _REPORT
+_TRAIN, _REPORT, _CLI = "train", "report", "cli"
+_EXTRAS = (
+    dict.fromkeys(("flax", "orbax", "jax", "optax"), _TRAIN)
+    | dict.fromkeys(("plotly", "jinja2", "scipy"), _REPORT)
+    | dict.fromkeys(("tyro", "rich", "ml_dtypes"), _CLI)
 )
+_TRAINING = ("train", "study", "report")
+_DESCRIPTION = "Train in any 8-bit floating-point format, and see why a format fails."
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A command, by names: what one command needs is imported when it runs, and not for another's sake."""
+
+    module: str
+    config: str
+    function: str
+    line: str
+
+
+_COMMANDS = {
+    "train": _Command("altgrad.train", "TrainConfig", "train", "train a character GPT in a format"),
+    "study": _Command("altgrad.study.cli", "StudyConfig", "study", "train in many formats and write a report"),
+    "report": _Command("altgrad.study.cli", "ReportConfig", "report", "write a study's report again"),
+    "formats": _Command("altgrad.show.cli", "FormatsConfig", "formats", "list the formats, or tell all about one"),
+    "explain": _Command("altgrad.show.cli", "ExplainConfig", "explain", "show what a cast makes of a value, and why"),
+    "vectors": _Command("altgrad.show.cli", "VectorsConfig", "vectors", "write golden vectors to test any cast with"),
+}
 
 
 def main() -> None:
     """Parse the command line and run what it asks for; user errors are one line, without a traceback."""
     _share_out_the_cores()
     try:
-        _run()
+        _run(sys.argv[1:])
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in _EXTRAS:
             raise
-        sys.exit(f"altgrad: {package} is not installed; this command needs the extra altgrad[{_EXTRAS[package]}]")
+        extra = _EXTRAS[package]
+        # Who trains needs more than a command line: name it all at once.
+        extra = _TRAIN if extra == _CLI and sys.argv[1:2] and sys.argv[1] in _TRAINING else extra
+        sys.exit(f"altgrad: {package} is not installed; this command needs the extra altgrad[{extra}]")
     except (InputError, OSError) as error:
         sys.exit(f"altgrad: {error}")
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
 
 
-def _run() -> None:
+def _run(arguments: list[str]) -> None:
+    name, *rest = arguments or [""]
+    if name in ("", "-h", "--help"):
+        print(_overview())
+        sys.exit(_USAGE if name == "" else 0)
+    if name not in _COMMANDS:
+        near = difflib.get_close_matches(name, _COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"unknown command {name!r}; {hint}Known: {', '.join(_COMMANDS)}")
     import tyro
 
-    from altgrad.study.cli import ReportConfig, StudyConfig, report, study
-    from altgrad.train import TrainConfig, train
-
+    command = _COMMANDS[name]
+    module = import_module(command.module)
     config = tyro.cli(
-        Annotated[TrainConfig, tyro.conf.subcommand("train")]
-        | Annotated[StudyConfig, tyro.conf.subcommand("study")]
-        | Annotated[ReportConfig, tyro.conf.subcommand("report")],
-        prog="altgrad",
-        description="Train in any 8-bit floating-point format, and see why a format fails.",
-        config=(tyro.conf.OmitArgPrefixes,),
+        getattr(module, command.config), prog=f"altgrad {name}", args=rest, config=(tyro.conf.OmitArgPrefixes,)
     )
-    if isinstance(config, TrainConfig):
-        if train(config) is None:
-            sys.exit(_INTERRUPTED)
-    elif isinstance(config, StudyConfig):
-        study(config)
-    else:
-        report(config)
+    if getattr(module, command.function)(config) is None and name == "train":
+        sys.exit(_INTERRUPTED)
+
+
+def _overview() -> str:
+    lines = [f"  {name:8} {command.line}" for name, command in _COMMANDS.items()]
+    more = "altgrad COMMAND --help says more."
+    return "\n".join(["usage: altgrad COMMAND ...", "", _DESCRIPTION, "", *lines, "", more])
 
 
 def _share_out_the_cores() -> None:

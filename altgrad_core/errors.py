@@ -1,5 +1,29 @@
 """The error for what a user gave and nobody could use, so that a command line can tell it from a defect."""
 
+import difflib
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """A value that cannot be used; the message names it, what was expected, and the nearest right one if there is."""
+
+
+def check_choice(what: str, name: object, known: Sequence[str]) -> None:
+    """Refuse what is not one of a few names.
+
+    Args:
+        what: what the name is of, for the message.
+        name: what was given.
+        known: what is allowed.
+
+    Raises:
+        InputError: naming the nearest one.
+
+    >>> check_choice("colour", "rad", ("red", "green"))
+    Traceback (most recent call last):
+    altgrad_core.errors.InputError: unknown colour 'rad'; did you mean 'red'? Expected one of red, green
+    """
+    if name not in known:
+        near = difflib.get_close_matches(str(name).casefold(), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"unknown {what} {name!r}; {hint}Expected one of {', '.join(known)}")

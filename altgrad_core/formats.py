@@ -1,8 +1,8 @@
-"""Floating-point formats of one sign, E exponent and M mantissa bits: what their codes mean, exactly.
+"""Floating-point formats of E exponent and M mantissa bits: what their codes mean, exactly.
 
-A :class:`Format` is a value: frozen, hashable, equal to any other that maps every code to the same real number (its
-name aside). Everything here is exact: integers, :class:`fractions.Fraction`, or float64 results that hold the real
-value without rounding.
+A :class:`Format` is a value: frozen, hashable, equal to any other with the same fields (the name aside), and so with
+the same real number for every code. Everything here is exact: integers, :class:`fractions.Fraction`, or float64 results
+that hold the real value without rounding.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Overflow = Literal["native", "saturate", "saturate_finite"]
 ``saturate_finite``: ±max for finite values, while ±inf in value space stays as it is.
 """
 
-CastPath = Literal["fast", "integer", "identity"]
+CastPath = Literal["fast", "wide", "integer", "unsigned", "identity"]
 """Which implementation of the cast serves a format: see :attr:`Format.cast_path`."""
 
 ROUNDINGS: tuple[Rounding, ...] = ("nearest_even", "nearest_away", "toward_zero", "stochastic")
 OVERFLOWS: tuple[Overflow, ...] = ("native", "saturate", "saturate_finite")
 
 STOCHASTIC_BITS = 24
-"""Random bits that stochastic rounding uses of each random integer: the lowest 24."""
+"""Random bits that stochastic rounding uses of each random integer, unless told to use fewer: the lowest 24."""
 
 _CODE_BOOK_BITS = 16
 
@@ -50,20 +50,34 @@ class UnknownFormatError(InputError):
 
 @dataclass(frozen=True)
 class Format:
-    """A binary floating-point format of ``1 + exponent_bits + mantissa_bits`` bits.
+    """A binary floating-point format of E exponent and M mantissa bits, with or without a sign.
 
     A code is ``s|e|m``. With ``e = 0`` it is worth ``(-1)^s * 2^(1-bias) * m / 2^M``, otherwise
-    ``(-1)^s * 2^(e-bias) * (1 + m / 2^M)``. Without exponent bits it is fixed point: ``(-1)^s * m / 2^M``.
-    ``has_inf`` and ``has_nan`` together reserve the topmost exponent as IEEE 754 does; ``has_nan`` alone takes the
-    single topmost code of each sign (as in ``float8_e4m3fn``).
+    ``(-1)^s * 2^(e-bias) * (1 + m / 2^M)``. Without exponent bits it is fixed point: ``(-1)^s * m / 2^M``. Without a
+    sign (the scales of MX blocks) it has neither mantissa nor zero: ``2^(e-bias)``.
+
+    Which codes are special follows from what the format has:
+
+    ========================  =====  =====  ==================  =================================================
+    family                    inf    NaN    -0                  special codes
+    ========================  =====  =====  ==================  =================================================
+    finite                    no     no     yes                 none
+    ``fn``                    no     yes    yes                 NaN: the topmost of each sign
+    ``ieee``                  yes    yes    yes                 the topmost exponent: inf, then NaN
+    ``fnuz``, P3109 finite    no     yes    no                  NaN: the code that -0 would have
+    ``nuz``, P3109 extended   yes    yes    no                  NaN likewise; inf: the topmost of each sign
+    ``fnu``                   no     yes    no (nor a sign)     NaN: the topmost
+    ========================  =====  =====  ==================  =================================================
 
     Args:
         name: what the format is called; not part of its identity.
         exponent_bits: E, 0 to 8.
         mantissa_bits: M, 0 to 23 (stored bits, the implicit one not counted).
         bias: what is subtracted from a stored exponent; 0 for E = 0.
-        has_inf: whether the format represents ±inf; needs ``has_nan``.
+        has_inf: whether the format represents infinities; needs ``has_nan``.
         has_nan: whether the format represents NaN.
+        has_negative_zero: whether it tells -0 from 0; without, its code is the only NaN.
+        is_signed: whether there is a sign; without, M is 0, and the format has NaN but neither zero nor infinity.
 
     Raises:
         ValueError: for a combination that no code could have.
@@ -79,23 +93,26 @@ class Format:
     bias: int
     has_inf: bool = False
     has_nan: bool = False
+    has_negative_zero: bool = True
+    is_signed: bool = True
 
     def __post_init__(self) -> None:
         """Check that the fields describe a format."""
+        for name in ("exponent_bits", "mantissa_bits", "bias"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InputError(f"{name} is {value!r}; expected an integer")
         if not 0 <= self.exponent_bits <= 8:
             raise InputError(f"exponent_bits is {self.exponent_bits}; expected 0 to 8")
         if not 0 <= self.mantissa_bits <= 23:
             raise InputError(f"mantissa_bits is {self.mantissa_bits}; expected 0 to 23")
-        if self.bits < 2:
+        if self.exponent_bits + self.mantissa_bits < 1:
             raise InputError("a format needs at least one exponent or mantissa bit; both are 0")
-        if self.exponent_bits == 0 and self.bias != 0:
-            raise InputError(f"bias is {self.bias}; a fixed-point format (exponent_bits=0) has bias 0")
-        if self.exponent_bits == 0 and (self.has_inf or self.has_nan):
-            raise InputError("a fixed-point format (exponent_bits=0) has neither inf nor NaN")
-        if self.has_inf and not self.has_nan:
-            raise InputError("has_inf without has_nan: a format with infinities has NaN as well")
-        if self.has_inf and (self.exponent_bits == 0 or self.mantissa_bits == 0):
-            raise InputError("infinities and NaN share one exponent: that needs exponent_bits and mantissa_bits >= 1")
+        self._check_specials()
+        if self.max_code < 1:
+            raise InputError(
+                "inf or NaN takes the only code that is not zero; that needs another exponent or mantissa bit"
+            )
         if self.min_exponent - self.mantissa_bits < -149 or self.max_exponent > 127:
             raise InputError(
                 f"bias {self.bias} puts values outside float32 (2^-149 to 2^127): "
@@ -104,48 +121,125 @@ class Format:
         if self.max_exponent < -126:
             raise InputError(f"bias {self.bias} puts all values below 2^-126, where results are zero")
 
+    def _check_specials(self) -> None:
+        if self.exponent_bits == 0 and self.bias != 0:
+            raise InputError(f"bias is {self.bias}; a fixed-point format (exponent_bits=0) has bias 0")
+        if self.exponent_bits == 0 and (self.has_inf or self.has_nan):
+            raise InputError("a fixed-point format (exponent_bits=0) has neither inf nor NaN")
+        if self.has_inf and not self.has_nan:
+            raise InputError("has_inf without has_nan: a format with infinities has NaN as well")
+        if self.has_inf and self.has_negative_zero and self.mantissa_bits == 0:
+            raise InputError("infinities and NaN share one exponent: that needs exponent_bits and mantissa_bits >= 1")
+        if not self.has_negative_zero and not self.has_nan:
+            raise InputError("has_negative_zero=False without has_nan: the code that -0 would have is the NaN")
+        if not self.is_signed and (
+            self.mantissa_bits or self.has_inf or not self.has_nan or self.has_negative_zero or self.exponent_bits < 2
+        ):
+            raise InputError(
+                "a format without a sign has exponent bits (at least 2) and NaN, no mantissa, infinity or zero: "
+                "mantissa_bits=0, has_nan=True, has_negative_zero=False"
+            )
+
     def __str__(self) -> str:
-        """The name."""
-        return self.name
+        """A name that :func:`parse` takes for this format: its own if that one does, else its spelling."""
+        return self.name if _names(self.name, self) else self.spelling
+
+    @property
+    def spelling(self) -> str:
+        """The name by the grammar of :func:`parse`, such as ``E4M3b11fnuz``; the own name beyond 16 bits.
+
+        >>> Format("mine", 4, 3, 11, has_nan=True, has_negative_zero=False).spelling
+        'E4M3b11fnuz'
+        """
+        bare, suffix = f"E{self.exponent_bits}M{self.mantissa_bits}", _suffix_of(self)
+        candidates = (bare + suffix, f"{bare}b{self.bias}{suffix}")
+        return next((spelled for spelled in candidates if _names(spelled, self)), self.name)
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """The NumPy dtype of the same codes and values, from ``ml_dtypes`` where NumPy has none; None without one.
+
+        >>> parse("E4M3").dtype, parse("E3M4").dtype
+        (dtype(float8_e4m3fn), None)
+        """
+        return next((_numpy_dtype(name) for name in _DTYPE_NAMES if FORMAT_REGISTRY[name] == self), None)
+
+    @classmethod
+    def from_dtype(cls, dtype: object) -> Format:
+        """The format of a floating-point dtype of NumPy, ml_dtypes, JAX or torch, or of its name.
+
+        Raises:
+            UnknownFormatError: for a dtype that is no floating-point format of at most 32 bits.
+
+        >>> Format.from_dtype("bfloat16").max_exponent, Format.from_dtype(np.float16).mantissa_bits
+        (127, 10)
+        """
+        named = dtype if isinstance(dtype, str) else str(getattr(dtype, "__name__", dtype))
+        name = named.removeprefix("torch.")
+        if name not in _DTYPE_NAMES:
+            raise UnknownFormatError(f"no format for dtype {dtype!r}; expected one of {', '.join(_DTYPE_NAMES)}")
+        return FORMAT_REGISTRY[name]
 
     @property
     def bits(self) -> int:
         """Width of a code, the sign included."""
-        return 1 + self.exponent_bits + self.mantissa_bits
+        return self.is_signed + self.exponent_bits + self.mantissa_bits
 
     @property
     def sign_mask(self) -> int:
-        """The code with only the sign bit set: the code of -0."""
-        return 1 << (self.bits - 1)
+        """The code with only the sign bit set: of -0, or of NaN where there is no -0; 0 without a sign."""
+        return 1 << (self.bits - 1) if self.is_signed else 0
+
+    @property
+    def magnitude_mask(self) -> int:
+        """The code with all bits set but the sign's."""
+        return (1 << (self.exponent_bits + self.mantissa_bits)) - 1
 
     @property
     def min_exponent(self) -> int:
         """Exponent of the smallest normal number, which subnormals share (0 for fixed point, which has only those)."""
+        if not self.is_signed:
+            return -self.bias
         return 1 - self.bias if self.exponent_bits else 0
 
     @property
     def max_code(self) -> int:
         """The code of the largest finite value."""
-        top = self.sign_mask - 1
-        if self.has_inf:
-            return top - (1 << self.mantissa_bits)
-        return top - 1 if self.has_nan else top
+        if self.has_inf and self.has_negative_zero:
+            return self.magnitude_mask - (1 << self.mantissa_bits)
+        topmost_is_special = self.has_inf or (self.has_nan and (self.has_negative_zero or not self.is_signed))
+        return self.magnitude_mask - 1 if topmost_is_special else self.magnitude_mask
+
+    @property
+    def inf_code(self) -> int | None:
+        """The code of +inf; None without one."""
+        return self.max_code + 1 if self.has_inf else None
+
+    @property
+    def nan_code(self) -> int | None:
+        """The code of the canonical NaN (quiet, positive where NaN has a sign); None without one."""
+        if not self.has_nan:
+            return None
+        if not self.has_negative_zero:
+            return self.sign_mask if self.is_signed else self.magnitude_mask
+        return self.magnitude_mask - (1 << (self.mantissa_bits - 1)) + 1 if self.has_inf else self.magnitude_mask
 
     @property
     def max_exponent(self) -> int:
         """Exponent of the largest finite value: floor(log2(max))."""
-        significand, exponent = self._decode(self.max_code)
+        significand, exponent = self.finite_parts(self.max_code)
         return significand.bit_length() - 1 + exponent
 
     @property
     def max_representable_value(self) -> float:
         """The largest finite value, exact."""
-        return math.ldexp(*self._decode(self.max_code))
+        return math.ldexp(*self.finite_parts(self.max_code))
 
     @property
     def min_normal(self) -> float | None:
-        """The smallest normal value, 2^min_exponent; None for fixed point, which has none."""
-        return math.ldexp(1.0, self.min_exponent) if self.exponent_bits else None
+        """The smallest normal value, 2^min_exponent; None where all values are subnormal, as in fixed point."""
+        smallest_normal_code = 1 << self.mantissa_bits if self.is_signed else 0
+        return math.ldexp(1.0, self.min_exponent) if smallest_normal_code <= self.max_code else None
 
     @property
     def smallest_subnormal(self) -> float | None:
@@ -155,19 +249,24 @@ class Format:
     @property
     def is_float32(self) -> bool:
         """Whether this is IEEE binary32, in which float32 values are what they are."""
-        return (self.exponent_bits, self.mantissa_bits, self.bias, self.has_inf) == (8, 23, 127, True)
+        return self == _FLOAT32
 
     @property
     def cast_path(self) -> CastPath:
         """Which cast serves the format.
 
         ``identity`` for float32; ``fast`` (one float addition rounds) while its magic number ``2^(e + 23 - M)``, up to
-        that of twice the maximum, is finite float32 and half a quantum is normal float32; ``integer`` for the rest.
+        that of twice the maximum, is finite float32 and half a quantum is normal float32; ``unsigned`` for powers of
+        two without a sign; ``integer`` where float32 has no bit to spare (M = 23); ``wide`` for the rest.
         """
         if self.is_float32:
             return "identity"
-        fits = self.max_exponent <= min(103 + self.mantissa_bits, 126) and self.mantissa_bits <= 22
-        return "fast" if fits and self.min_exponent - self.mantissa_bits >= -125 else "integer"
+        if not self.is_signed:
+            return "unsigned"
+        if self.mantissa_bits == 23:
+            return "integer"
+        fits = self.max_exponent <= min(103 + self.mantissa_bits, 126)
+        return "fast" if fits and self.min_exponent - self.mantissa_bits >= -125 else "wide"
 
     @property
     def overflow_value(self) -> float:
@@ -188,14 +287,16 @@ class Format:
         >>> parse("E5M2").to_real(0b0_01111_01)
         1.25
         """
-        if not 0 <= code < 2 * self.sign_mask:
-            raise InputError(f"code {code} is not one of {self.name}; expected 0 to {2 * self.sign_mask - 1}")
-        magnitude = code & (self.sign_mask - 1)
+        if not 0 <= code < 1 << self.bits:
+            raise InputError(f"code {code} is not one of {self}; expected 0 to {(1 << self.bits) - 1}")
+        magnitude, negative = code & self.magnitude_mask, bool(code & self.sign_mask)
+        if negative and magnitude == 0 and not self.has_negative_zero:
+            return math.nan
         if magnitude > self.max_code:
-            value = math.inf if self.has_inf and magnitude == self.max_code + 1 else math.nan
+            value = math.inf if magnitude == self.inf_code else math.nan
         else:
-            value = math.ldexp(*self._decode(magnitude))
-        return -value if code & self.sign_mask else value
+            value = math.ldexp(*self.finite_parts(magnitude))
+        return -value if negative else value
 
     def to_bits(
         self, value: float | Fraction, rounding: Rounding = "nearest_even", overflow: Overflow = "native"
@@ -228,12 +329,14 @@ class Format:
             ValueError: for formats of more than 16 bits.
         """
         if self.bits > _CODE_BOOK_BITS:
-            raise InputError(f"{self.name} has {self.bits} bits; a code book is made up to {_CODE_BOOK_BITS}")
+            raise InputError(f"{self} has {self.bits} bits; a code book is made up to {_CODE_BOOK_BITS}")
         return _code_book(self)
 
-    def _decode(self, magnitude: int) -> tuple[int, int]:
-        """Significand and exponent of a finite code without its sign: its value is significand * 2^exponent."""
+    def finite_parts(self, magnitude: int) -> tuple[int, int]:
+        """Significand and exponent (its value is significand * 2^exponent) of a code without its sign, if finite."""
         stored, fraction = divmod(magnitude, 1 << self.mantissa_bits)
+        if not self.is_signed:
+            return 1, stored - self.bias
         if self.exponent_bits == 0:
             return magnitude, -self.mantissa_bits
         implicit = 0 if stored == 0 else 1 << self.mantissa_bits
@@ -241,29 +344,45 @@ class Format:
 
     def _encode_on_grid(self, value: float) -> int:
         """The code of a value that is on the grid already (or inf or NaN)."""
-        sign = self.sign_mask if math.copysign(1.0, value) < 0 else 0
         if math.isnan(value):
-            quiet = 1 << (self.mantissa_bits - 1) if self.has_inf else 0
-            return self.max_code + 1 + quiet if self.has_nan else 0
+            return self.nan_code or 0
+        sign = self.sign_mask if math.copysign(1.0, value) < 0 else 0
         if math.isinf(value):
-            return sign | (self.max_code + 1 if self.has_inf else self.max_code)
+            return sign | (self.inf_code or self.max_code)
         if value == 0.0:
-            return sign
+            return sign if self.has_negative_zero else 0
         significand, power = abs(value).as_integer_ratio()
         exponent = max(significand.bit_length() - power.bit_length(), self.min_exponent)
+        if not self.is_signed:
+            return exponent - self.min_exponent
         steps = abs(Fraction(value)) / Fraction(2) ** (exponent - self.mantissa_bits)
         return sign | (int(steps) + ((exponent - self.min_exponent) << self.mantissa_bits))
 
 
 @lru_cache(maxsize=256)
 def _code_book(format: Format) -> npt.NDArray[np.float64]:
-    book = np.array([format.to_real(code) for code in range(2 * format.sign_mask)], dtype=np.float64)
+    book = np.array([format.to_real(code) for code in range(1 << format.bits)], dtype=np.float64)
     book.setflags(write=False)
     return book
 
 
-_FLOAT32 = Format("float32", 8, 23, 127, has_inf=True, has_nan=True)
-_BFLOAT16 = Format("bf16", 8, 7, 127, has_inf=True, has_nan=True)
+def _ieee(name: str, exponent_bits: int, mantissa_bits: int) -> Format:
+    bias = 2 ** (exponent_bits - 1) - 1
+    return Format(name, exponent_bits, mantissa_bits, bias, has_inf=True, has_nan=True)
+
+
+def _fnuz(name: str, exponent_bits: int, mantissa_bits: int, bias: int) -> Format:
+    return Format(name, exponent_bits, mantissa_bits, bias, has_nan=True, has_negative_zero=False)
+
+
+def _p3109(precision: int, infinite: bool) -> Format:
+    """``binary8p{precision}``, signed, of IEEE P3109: precision counts the implicit bit, the bias is half the codes."""
+    exponent_bits, name = 8 - precision, f"binary8p{precision}s{'e' if infinite else 'f'}"
+    bias = 2 ** (exponent_bits - 1)
+    return Format(name, exponent_bits, precision - 1, bias, has_inf=infinite, has_nan=True, has_negative_zero=False)
+
+
+_FLOAT32 = _ieee("float32", 8, 23)
 
 FORMAT_REGISTRY: Mapping[str, Format] = MappingProxyType(
     {
@@ -277,26 +396,89 @@ FORMAT_REGISTRY: Mapping[str, Format] = MappingProxyType(
             Format("E5M2", 5, 2, 15, has_inf=True, has_nan=True),
             Format("E6M1", 6, 1, 31),
             Format("E7M0", 7, 0, 63),
-            _BFLOAT16,
-            Format("fp16", 5, 10, 15, has_inf=True, has_nan=True),
+            _ieee("bf16", 8, 7),
+            _ieee("fp16", 5, 10),
             _FLOAT32,
+            _ieee("bfloat16", 8, 7),
+            _ieee("float16", 5, 10),
+            _ieee("float8_e3m4", 3, 4),
+            _ieee("float8_e4m3", 4, 3),
+            Format("float8_e4m3fn", 4, 3, 7, has_nan=True),
+            _fnuz("float8_e4m3fnuz", 4, 3, 8),
+            _fnuz("float8_e4m3b11fnuz", 4, 3, 11),
+            _ieee("float8_e5m2", 5, 2),
+            _fnuz("float8_e5m2fnuz", 5, 2, 16),
+            Format("float8_e8m0fnu", 8, 0, 127, has_nan=True, has_negative_zero=False, is_signed=False),
+            Format("float6_e2m3fn", 2, 3, 1),
+            Format("float6_e3m2fn", 3, 2, 3),
+            Format("float4_e2m1fn", 2, 1, 1),
+            *(_p3109(precision, infinite=True) for precision in range(1, 8)),
+            *(_p3109(precision, infinite=False) for precision in range(1, 8)),
         )
     }
 )
-"""Formats by name: the eight splits of 8 bits, and bf16, fp16 and float32 as controls.
+"""Formats by name: the eight splits of 8 bits, controls, the floats of NumPy and ml_dtypes, and P3109's 8-bit family.
 
-E4M3 is ``float8_e4m3fn`` and E5M2 is ``float8_e5m2``. E3M4 has bias 1 and max 124: it is not
-``ml_dtypes.float8_e3m4`` (bias 3, with inf and NaN). E1M6 is 4 x E0M7 on every code.
+E4M3 is ``float8_e4m3fn`` and E5M2 is ``float8_e5m2``. E3M4 has bias 1 and max 124: it is not ``float8_e3m4`` (bias 3,
+with inf and NaN). E1M6 is 4 x E0M7 on every code. ``binary8p{P}se`` has infinities, ``binary8p{P}sf`` has none
+(IEEE P3109, interim report); ``binary8p4sf`` is ``float8_e4m3fnuz``.
 """
 
-_GRAMMAR = re.compile(r"E(?P<exponent>\d+)M(?P<mantissa>\d+)(?:b(?P<bias>-?\d+))?")
+EIGHT = ("E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")
+"""The eight ways to split the 7 bits beside the sign, by name: what :data:`FORMAT_REGISTRY` begins with."""
+
+_DTYPE_NAMES = tuple(name for name in FORMAT_REGISTRY if name.startswith(("float", "bfloat")))
+
+
+def _numpy_dtype(name: str) -> np.dtype:
+    if name in ("float16", "float32"):
+        return np.dtype(name)
+    import ml_dtypes  # late: reading formats needs no more than NumPy
+
+    return np.dtype(getattr(ml_dtypes, name))
+
+
+@dataclass(frozen=True)
+class _Specials:
+    """What a suffix of a format's name says."""
+
+    has_inf: bool = False
+    has_nan: bool = True
+    has_negative_zero: bool = True
+    is_signed: bool = True
+
+    @classmethod
+    def of(cls, format: Format) -> _Specials:
+        return cls(format.has_inf, format.has_nan, format.has_negative_zero, format.is_signed)
+
+
+_SUFFIXES: Mapping[str, _Specials] = MappingProxyType(
+    {
+        "": _Specials(has_nan=False),
+        "fn": _Specials(),
+        "fnuz": _Specials(has_negative_zero=False),
+        "nuz": _Specials(has_inf=True, has_negative_zero=False),
+        "ieee": _Specials(has_inf=True),
+        "fnu": _Specials(has_negative_zero=False, is_signed=False),
+    }
+)
+"""By LLVM's letters: finite, one NaN, unsigned zero; ``fnu`` is unsigned altogether, as in ml_dtypes."""
+
+_COUNT, _BIAS = (
+    "0|[1-9][0-9]{0,3}",
+    "0|-?[1-9][0-9]{0,3}",
+)  # one spelling for each number: E04M3 would not be the registry's E4M3
+_GRAMMAR = re.compile(
+    rf"E(?P<exponent>{_COUNT})M(?P<mantissa>{_COUNT})(?:b(?P<bias>{_BIAS}))?(?P<suffix>{'|'.join(_SUFFIXES)})"
+)
 
 
 def parse(name: str | Format) -> Format:
-    """The format of a name: of the registry, or ``E<bits>M<bits>`` with an optional ``b<bias>``, of 3 to 16 bits.
+    """The format of a name: of the registry, or ``E<bits>M<bits>[b<bias>][suffix]``, of 3 to 16 bits.
 
-    A bare name that is in the registry means the registry's format. Any other has no specials and, unless it names
-    one, the bias ``2^(E-1) - 1``.
+    A bare name that is in the registry means the registry's format. Any other has, unless it names one, the bias
+    ``2^(E-1) - 1``, or ``2^(E-1)`` with ``fnuz`` and ``nuz``, as ml_dtypes and P3109 have it. The suffix says what is
+    special: nothing without one, ``fn``, ``fnuz``, ``nuz``, ``ieee`` or ``fnu``; see :class:`Format`.
 
     Args:
         name: the name; a :class:`Format` is returned as it is.
@@ -306,8 +488,8 @@ def parse(name: str | Format) -> Format:
 
     >>> parse("E4M3").max_representable_value, parse("E2M3").max_representable_value
     (448.0, 7.5)
-    >>> parse("E4M4b3").bias
-    3
+    >>> parse("E4M4b3").bias, parse("E4M3b11fnuz") == parse("float8_e4m3b11fnuz")
+    (3, True)
     """
     if isinstance(name, Format):
         return name
@@ -318,24 +500,37 @@ def parse(name: str | Format) -> Format:
     match = _GRAMMAR.fullmatch(name)
     if match is None:
         raise UnknownFormatError(f"unknown format {name!r}; {_suggestion(name)}")
+    specials = _SUFFIXES[match["suffix"]]
     exponent_bits, mantissa_bits = int(match["exponent"]), int(match["mantissa"])
-    if not 3 <= 1 + exponent_bits + mantissa_bits <= 16 or exponent_bits > 8:
+    bits = specials.is_signed + exponent_bits + mantissa_bits
+    if not 3 <= bits <= 16 or exponent_bits > 8:
         raise UnknownFormatError(
-            f"format {name!r} has {1 + exponent_bits + mantissa_bits} bits, {exponent_bits} of them exponent; expected "
+            f"format {name!r} has {bits} bits, {exponent_bits} of them exponent; expected "
             f"3 to 16 bits with at most 8 of exponent; {_suggestion(name)}"
         )
-    default_bias = 2 ** (exponent_bits - 1) - 1 if exponent_bits else 0
+    half = 2 ** (exponent_bits - 1) if exponent_bits else 1
+    default_bias = half if specials.is_signed and not specials.has_negative_zero else half - 1
     bias = default_bias if match["bias"] is None else int(match["bias"])
     try:
-        return Format(name, exponent_bits, mantissa_bits, bias)
+        return Format(name, exponent_bits, mantissa_bits, bias, **vars(specials))
     except ValueError as error:
         raise UnknownFormatError(f"format {name!r}: {error}") from None
+
+
+def _suffix_of(format: Format) -> str:
+    return next(suffix for suffix, specials in _SUFFIXES.items() if specials == _Specials.of(format))
+
+
+def _names(name: str, format: Format) -> bool:
+    try:
+        return parse(name) == format
+    except UnknownFormatError:
+        return False
 
 
 def _suggestion(name: str) -> str:
     by_fold = {known.casefold(): known for known in FORMAT_REGISTRY}
     near = [by_fold[fold] for fold in difflib.get_close_matches(name.casefold(), by_fold, n=3, cutoff=0.5)]
-    known = ", ".join(FORMAT_REGISTRY)
-    return (
-        f"did you mean {' or '.join(near)}? Known: {known}" if near else f"expected one of {known}, or E<bits>M<bits>"
-    )
+    known = ", ".join((*EIGHT, "bf16", "fp16", "float32"))
+    others = "the names of ml_dtypes and P3109 (all: altgrad formats), or E<bits>M<bits>[b<bias>][suffix]"
+    return f"did you mean {' or '.join(near)}? " * bool(near) + f"Known: {known}, {others}"

@@ -22,6 +22,7 @@ def round_to_format(
     rounding: Rounding = "nearest_even",
     overflow: Overflow = "native",
     random_bits: int | None = None,
+    stochastic_bits: int = STOCHASTIC_BITS,
 ) -> float:
     """Round a real number to the grid of a format, by rational arithmetic.
 
@@ -30,11 +31,13 @@ def round_to_format(
         format: the grid.
         rounding: ties to the even code, ties away from zero, truncation, or stochastic.
         overflow: what becomes of a value that rounds beyond max; see :data:`altgrad_core.formats.Overflow`.
-        random_bits: for stochastic rounding, an integer of which the lowest 24 bits are used. With f the fraction of
-            a quantum that is cut off, the magnitude goes up if ``floor(f * 2^24) + bits >= 2^24``.
+        random_bits: for stochastic rounding, an integer of which the lowest ``stochastic_bits`` are used.
+        stochastic_bits: how many, 1 to 24. With f the fraction of a quantum that is cut off, the magnitude goes up
+            if ``floor(f * 2^stochastic_bits) + bits >= 2^stochastic_bits``.
 
     Returns:
-        The rounded value, exact in float64, with the sign of ``value`` (so -0 for what underflows from below).
+        The rounded value, exact in float64, with the sign of ``value`` (so -0 for what underflows from below, if the
+        format has -0). Without a sign, zero and negative values are NaN and what is below the smallest is that.
 
     Raises:
         ValueError: for an unknown mode, and where ``random_bits`` is missing or without effect.
@@ -44,20 +47,27 @@ def round_to_format(
     (2.0, 448.0)
     """
     check_modes(rounding, overflow)
+    check_stochastic_bits(stochastic_bits)
     if (rounding == "stochastic") != (random_bits is not None):
         raise InputError(f"random_bits go with rounding='stochastic' and with nothing else; rounding is {rounding!r}")
     if isinstance(value, float) and math.isnan(value):
         return math.nan
     sign = math.copysign(1.0, value) if isinstance(value, float) else (-1.0 if value < 0 else 1.0)
+    if not format.is_signed and (sign < 0 or value == 0):
+        return math.nan
     if isinstance(value, float) and math.isinf(value):
         return sign * (math.inf if overflow == "saturate_finite" else _beyond_max(format, overflow))
     magnitude = abs(Fraction(value))
+    if not format.is_signed:
+        magnitude = max(magnitude, Fraction(2) ** format.min_exponent)
     exponent = max(_floor_log2(magnitude), format.min_exponent)
     quantum = Fraction(2) ** (exponent - format.mantissa_bits)
-    steps = _round_steps(magnitude / quantum, exponent, format, rounding, random_bits)
-    rounded = steps * quantum
+    draw = None if random_bits is None else (random_bits, stochastic_bits)
+    rounded = _round_steps(magnitude / quantum, exponent, format, rounding, draw) * quantum
     if rounded > Fraction(format.max_representable_value):
         return sign * _beyond_max(format, overflow)
+    if rounded == 0 and not format.has_negative_zero:
+        return 0.0
     return math.copysign(float(rounded), sign)
 
 
@@ -72,18 +82,21 @@ def _floor_log2(magnitude: Fraction) -> int:
     return estimate if Fraction(2) ** estimate <= magnitude else estimate - 1
 
 
-def _round_steps(steps: Fraction, exponent: int, format: Format, rounding: Rounding, random_bits: int | None) -> int:
+def _round_steps(
+    steps: Fraction, exponent: int, format: Format, rounding: Rounding, draw: tuple[int, int] | None
+) -> int:
     """Round a number of quanta to an integer; a code's parity is that of its last bit, an exponent bit if M = 0."""
     whole, rest = divmod(steps, 1)
     if rounding == "toward_zero":
         return int(whole)
-    if rounding == "stochastic":
-        assert random_bits is not None
-        drawn = random_bits & (2**STOCHASTIC_BITS - 1)
-        return int(whole) + (int(rest * 2**STOCHASTIC_BITS) + drawn >= 2**STOCHASTIC_BITS)
+    if draw is not None:
+        random_bits, count = draw
+        return int(whole) + (int(rest * 2**count) + random_bits % 2**count >= 2**count)
     if rest != Fraction(1, 2) or rounding == "nearest_away":
         return int(whole) + (rest >= Fraction(1, 2))
-    code = int(whole) + ((exponent - format.min_exponent) << format.mantissa_bits)
+    # Signed formats spend code 0 on zero, so that their smallest power of two has code 1.
+    first = whole - 1 if not format.is_signed else whole
+    code = int(first) + ((exponent - format.min_exponent) << format.mantissa_bits)
     return int(whole) + (code & 1)
 
 
@@ -100,13 +113,17 @@ def quantize_reference(
         overflow: see :data:`altgrad_core.formats.Overflow`.
 
     Returns:
-        float64 of the same shape, on the grid, with the sign of the input (and canonical NaN).
+        float64 of the same shape, on the grid, with the sign of the input (and canonical NaN); signs and zeros as
+        in :func:`round_to_format`.
     """
     check_modes("nearest_even", overflow)
     grid = format.code_book()[: format.max_code + 1]
+    floor = 0.0 if format.is_signed else grid[0]
     ends = np.concatenate([(grid[1:] + grid[:-1]) / 2, [_upper_end(format)]])
     is_nan = np.isnan(values)
-    magnitudes = np.abs(np.where(is_nan, 0, values).astype(np.float64))
+    if not format.is_signed:
+        is_nan |= (values == 0) | np.signbit(values)
+    magnitudes = np.maximum(np.abs(np.where(is_nan, floor, values).astype(np.float64)), floor)
     code = np.searchsorted(ends, magnitudes, side="left")
     on_tie = magnitudes == ends[np.minimum(code, format.max_code)]
     code = code + (on_tie & (code % 2 == 1))
@@ -114,15 +131,23 @@ def quantize_reference(
     result = np.where(beyond, _beyond_max(format, overflow), grid[np.minimum(code, format.max_code)])
     if overflow == "saturate_finite":
         result = np.where(np.isinf(magnitudes), np.inf, result)
-    return np.where(is_nan, np.nan, np.where(np.signbit(values), -result, result))
+    negative = np.signbit(values) & (format.has_negative_zero | (result != 0))
+    return np.where(is_nan, np.nan, np.where(negative, -result, result))
 
 
 def _upper_end(format: Format) -> float:
-    """Half a quantum beyond max: what rounds past it overflows."""
-    top = format.max_representable_value
-    below = format.to_real(format.max_code - 1)
-    next_up = top + (top - below) if format.mantissa_bits else 2 * top
-    return (top + next_up) / 2
+    """Half way from max to what the next code would be worth, were it not special: what rounds past it overflows."""
+    return (format.max_representable_value + math.ldexp(*format.finite_parts(format.max_code + 1))) / 2
+
+
+def check_stochastic_bits(count: int) -> None:
+    """Check a number of random bits.
+
+    Raises:
+        ValueError: if it is not an integer from 1 to 24.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= STOCHASTIC_BITS:
+        raise InputError(f"stochastic_bits is {count!r}; expected an integer from 1 to {STOCHASTIC_BITS}")
 
 
 def check_modes(rounding: str, overflow: str) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from altgrad_core.errors import InputError
-from altgrad_core.formats import Format, parse
+from altgrad_core.formats import Format, UnknownFormatError, parse
 
 REFERENCE_MAX = 57344.0
 """Maximum of E5M2, the format in which a clip threshold equals its base."""
@@ -54,6 +54,17 @@ def check_rate(name: str, rate: float) -> float:
     if not (isinstance(rate, (int, float)) and 0.0 <= rate <= 1.0):
         raise InputError(f"{name} is {rate!r}; expected a fraction from 0.0 to 1.0")
     return float(rate)
+
+
+def check_max_norm(max_norm: float) -> float:
+    """Return a largest norm to let through that is at least 0; inf lets all through.
+
+    Raises:
+        ValueError: for a negative one or NaN.
+    """
+    if not (isinstance(max_norm, (int, float)) and max_norm >= 0):
+        raise InputError(f"max_norm is {max_norm!r}; expected a number of at least 0")
+    return float(max_norm)
 
 
 def clip_threshold(format: str | Format, base_clip: float = 1.0) -> float:
@@ -106,14 +117,14 @@ class EmergencyMantissaShift:
         self.stall_threshold = check_rate("stall_threshold", stall_threshold)
         self.consecutive_nans = 0
 
-    def check_and_shift(self, current_format: str, has_nan: bool, stall_rate: float) -> str | None:
+    def check_and_shift(self, current_format: str | Format, has_nan: bool, stall_rate: float) -> str | None:
         """Take one batch's observation and return the format to shift to, or None to stay.
 
         None is returned when nothing triggered and when the format has no fallback; :meth:`is_exhausted` tells the
         second case.
 
         Args:
-            current_format: name of the format that the batch ran in.
+            current_format: the format that the batch ran in, by any of its names or as it is.
             has_nan: whether the batch's loss or gradients were not finite.
             stall_rate: fraction of the non-zero updates that changed nothing, 0 to 1.
 
@@ -128,18 +139,39 @@ class EmergencyMantissaShift:
         self.consecutive_nans = 0
         return fallback
 
-    def is_exhausted(self, current_format: str) -> bool:
-        """Whether the format has nowhere to fall back to."""
+    def is_exhausted(self, current_format: str | Format) -> bool:
+        """Whether the format has nowhere to fall back to.
+
+        Raises:
+            ValueError: for a format without an entry in the fallback table.
+        """
         return self._fallback(current_format) is None
+
+    def knows(self, format: str | Format) -> bool:
+        """Whether the format is in the fallback table, by any of its names.
+
+        >>> [EmergencyMantissaShift().knows(name) for name in ("E4M3", "float8_e4m3fn", "float32")]
+        [True, True, False]
+        """
+        return self._entry(format) is not None
 
     def reset(self) -> None:
         """Forget the NaN batches seen so far."""
         self.consecutive_nans = 0
 
-    def _fallback(self, current_format: str) -> str | None:
-        if current_format not in self.FORMAT_FALLBACK:
+    def _fallback(self, current_format: str | Format) -> str | None:
+        entry = self._entry(current_format)
+        if entry is None:
             raise InputError(
-                f"no fallback is known for format {current_format!r}; the known ones are "
+                f"no fallback is known for format {str(current_format)!r}; the known ones are "
                 f"{', '.join(self.FORMAT_FALLBACK)}"
             )
-        return self.FORMAT_FALLBACK[current_format]
+        return self.FORMAT_FALLBACK[entry]
+
+    def _entry(self, format: str | Format) -> str | None:
+        """The name under which the table has the format."""
+        try:
+            known = parse(format)
+        except UnknownFormatError:
+            return None
+        return next((name for name in self.FORMAT_FALLBACK if parse(name) == known), None)

@@ -6,8 +6,9 @@ bit. ``altgrad_torch/casting.py`` says the same thing in torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,153 +16,22 @@ import numpy as np
 from jax import lax
 
 from altgrad_core.errors import InputError
-from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, CastPath, Format, Overflow, Rounding, parse
-from altgrad_core.reference import check_modes
+from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, Format, Overflow, Rounding
+from altgrad_jax.params import FormatParams, as_params, beyond_max, edges
 
 _SIGN = np.int32(-(2**31))
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INF = np.int32(0x7F800000)
 _NAN = np.int32(0x7FC00000)
 _IMPLICIT_ONE = np.int32(1 << 23)
+_ONE = np.int32(127 << 23)
+_TO_THE_MIDDLE = np.int32(64 << 23)
 _FLOAT32_MAX = np.finfo(np.float32).max
 _NEAREST_EVEN, _NEAREST_AWAY, _TOWARD_ZERO, _STOCHASTIC = range(len(ROUNDINGS))
 _NATIVE, _SATURATE, _SATURATE_FINITE = range(len(OVERFLOWS))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class FormatParams:
-    """What a cast needs to know of a format, as a pytree of scalars that may be traced, batched and replaced.
-
-    Only ``path`` is static: casts by params of one path share a compiled program, so a run changes its format by
-    writing six scalars. Every array has the same shape: ``()`` for one format, ``(n,)`` for n formats to ``vmap`` over.
-
-    Attributes:
-        mantissa_bits: int32.
-        min_exponent: int32, exponent of the smallest normal value.
-        max_value: float32, the largest finite value.
-        native_overflow: float32, what overflow natively becomes: inf, NaN or ``max_value``.
-        overflow: int32, index into :data:`altgrad_core.formats.OVERFLOWS`.
-        rounding: int32, index into :data:`altgrad_core.formats.ROUNDINGS`; 0 on the fast path, which knows no other.
-        path: which implementation casts (static).
-    """
-
-    mantissa_bits: jax.Array
-    min_exponent: jax.Array
-    max_value: jax.Array
-    native_overflow: jax.Array
-    overflow: jax.Array
-    rounding: jax.Array
-    path: CastPath = field(metadata={"static": True})
-
-    @classmethod
-    def from_format(
-        cls,
-        format: str | Format,
-        *,
-        rounding: Rounding = "nearest_even",
-        overflow: Overflow = "native",
-        path: CastPath | None = None,
-    ) -> FormatParams:
-        """The params of one format.
-
-        Args:
-            format: a name or a :class:`~altgrad_core.formats.Format`.
-            rounding: how to round; all but ``nearest_even`` take the integer path.
-            overflow: what overflow becomes.
-            path: ``"integer"`` to keep rounding changeable later; by default the fastest that is right.
-
-        Raises:
-            UnknownFormatError: for an unknown name.
-            ValueError: for an unknown mode, or a path that cannot serve the format.
-
-        >>> FormatParams.from_format("E7M0").path, FormatParams.from_format("bf16").path
-        ('fast', 'integer')
-        """
-        resolved = parse(format)
-        check_modes(rounding, overflow)
-        natural = resolved.cast_path
-        if natural == "identity" and rounding != "nearest_even":
-            raise InputError(
-                f"rounding={rounding!r} would have no effect: float32 values are on the grid of {resolved}"
-            )
-        if natural == "fast" and rounding != "nearest_even":
-            natural = "integer"
-        chosen = natural if path is None else path
-        if chosen != natural and not (chosen == "integer" and natural == "fast"):
-            raise ValueError(
-                f"path {chosen!r} cannot cast to {resolved} with rounding {rounding!r}; expected {natural!r}"
-            )
-        return cls(
-            mantissa_bits=jnp.asarray(resolved.mantissa_bits, jnp.int32),
-            min_exponent=jnp.asarray(resolved.min_exponent, jnp.int32),
-            max_value=jnp.asarray(resolved.max_representable_value, jnp.float32),
-            native_overflow=jnp.asarray(resolved.overflow_value, jnp.float32),
-            overflow=jnp.asarray(OVERFLOWS.index(overflow), jnp.int32),
-            rounding=jnp.asarray(ROUNDINGS.index(rounding), jnp.int32),
-            path=chosen,
-        )
-
-    def scaled(self, scale: jax.Array) -> FormatParams:
-        """The params of the grid ``scale`` times as wide: a cast to it is ``Q(x / scale) * scale`` without the scaling.
-
-        Shifts exponents, so it costs nothing per element. The shifted grid keeps to what its path casts well (see
-        :attr:`altgrad_core.formats.Format.cast_path`): finer quanta or a larger maximum are cut off.
-
-        Args:
-            scale: float32, a power of two, of a shape that broadcasts against these params (and then against ``x``).
-
-        >>> params = FormatParams.from_format("E4M3").scaled(jnp.float32(2.0**-8))
-        >>> float(params.max_value), quantize(jnp.array([1.1, 9.0]), params).tolist()
-        (1.75, [1.125, nan])
-        """
-        if self.path == "identity":
-            return self
-        shift = (lax.shift_right_logical(_bits(scale), jnp.full_like(_bits(scale), 23)) & 0xFF) - 127
-        lowest, highest = (-125, jnp.minimum(103 + self.mantissa_bits, 126)) if self.path == "fast" else (-149, 127)
-        room = highest - ((_bits(self.max_value) >> 23) - 127)
-        widened = _float((jnp.minimum(shift, room) + 127) << 23)
-        return replace(
-            self,
-            min_exponent=jnp.maximum(self.min_exponent + shift, self.mantissa_bits + lowest),
-            max_value=self.max_value * widened,
-            native_overflow=self.native_overflow * widened,
-        )
-
-    def at(self, *index: int) -> FormatParams:
-        """One of batched params; scalars among them belong to all."""
-        return jax.tree.map(lambda leaf: leaf[index] if leaf.ndim else leaf, self)
-
-    @classmethod
-    def stack(cls, params: Sequence[FormatParams]) -> FormatParams:
-        """Params of n formats of one path, with a leading axis of n to ``vmap`` or map over.
-
-        Raises:
-            ValueError: if the sequence is empty or mixes paths.
-        """
-        paths = {each.path for each in params}
-        if len(paths) != 1:
-            raise ValueError(f"cannot stack params of the paths {sorted(paths)}; expected one path")
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-
-
-def as_params(
-    format: str | Format | FormatParams, rounding: Rounding = "nearest_even", overflow: Overflow = "native"
-) -> FormatParams:
-    """Params of whatever names a format; params are returned as they are.
-
-    Raises:
-        ValueError: if params, which carry their modes, come with other modes beside them.
-    """
-    if not isinstance(format, FormatParams):
-        return FormatParams.from_format(format, rounding=rounding, overflow=overflow)
-    check_modes(rounding, overflow)
-    if rounding != "nearest_even" or overflow != "native":
-        raise ValueError(
-            f"rounding={rounding!r}, overflow={overflow!r} would have no effect: FormatParams carry their own; give "
-            "them to FormatParams.from_format"
-        )
-    return format
+_ADDEND_BITS = 30
+"""What a rounding adds before the rest is cut off is counted in 2^-30 of a quantum."""
+_HALF = 1 << (_ADDEND_BITS - 1)
 
 
 def quantize(
@@ -172,11 +42,14 @@ def quantize(
     rounding: Rounding = "nearest_even",
     overflow: Overflow = "native",
     random_bits: jax.Array | None = None,
+    stochastic_bits: int = STOCHASTIC_BITS,
+    saturation_mask: bool = False,
 ) -> jax.Array:
     """Round ``x`` to the values of a format: ``Q(x / scale) * scale``. The gradient passes straight through.
 
-    NaN stays NaN and -0 stays -0. Subnormal float32 inputs count at their value; a result below 2^-126 is zero. With
-    a scale that is a power of two the scaling is exact.
+    NaN stays NaN, and -0 stays -0 where the format has it. Subnormal float32 inputs count at their value; a result
+    below 2^-126 is zero. With a scale that is a power of two the scaling is exact. A format without a sign has neither
+    zero nor subnormals: zero and negative values are NaN there, and what is below its smallest value becomes that.
 
     Args:
         x: floating-point array of any shape; its dtype is kept. float64 is rounded once, from its own value. A
@@ -185,7 +58,11 @@ def quantize(
         scale: the worth of one, positive, broadcast against ``x``.
         rounding: see :data:`altgrad_core.formats.Rounding`; not beside ``FormatParams``, which carry their own.
         overflow: see :data:`altgrad_core.formats.Overflow`; likewise.
-        random_bits: for stochastic rounding, integers of the shape of ``x``, uniform in the lowest 24 bits.
+        random_bits: for stochastic rounding, integers of the shape of ``x``, uniform in the lowest bits; see
+            :func:`altgrad_jax.hashing.hash_bits` and ``jax.random.bits``.
+        stochastic_bits: how many of them count, 1 to 24. A magnitude goes up if the fraction of a quantum cut off, in
+            so many bits, and the random number add up to one or more.
+        saturation_mask: whether the gradient is zero where ``x`` overflows, infinities included.
 
     Returns:
         Array of the shape and dtype of ``x``.
@@ -197,17 +74,24 @@ def quantize(
     >>> quantize(jnp.array([0.75, 1.5, 3.0, 6.0]), "E7M0").tolist()
     [0.5, 2.0, 2.0, 8.0]
     """
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"quantize takes floating-point arrays; got {x.dtype}")
-    params = as_params(format, rounding, overflow)
+    x = _floating(x, "quantize")
+    params = as_params(format, rounding, overflow, stochastic_bits)
     if random_bits is None:
         refuse_missing_random_bits(params)
     else:
         _check_random_bits(random_bits, x, params, named=None if isinstance(format, FormatParams) else rounding)
     if params.path == "identity":
+        if saturation_mask:
+            raise InputError("saturation_mask=True would have no effect: no finite float32 value overflows float32")
         return x
-    return _straight_through(x, None if scale is None else jnp.asarray(scale), params, random_bits)
+    return _straight_through(saturation_mask, x, None if scale is None else jnp.asarray(scale), params, random_bits)
+
+
+def _floating(x: jax.Array, taker: str) -> jax.Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{taker} takes floating-point arrays; got {x.dtype}")
+    return x
 
 
 def refuse_missing_random_bits(params: FormatParams) -> None:
@@ -217,7 +101,7 @@ def refuse_missing_random_bits(params: FormatParams) -> None:
 
 
 def _check_random_bits(random_bits: jax.Array, x: jax.Array, params: FormatParams, named: Rounding | None) -> None:
-    if params.path != "integer" or named not in (None, "stochastic"):
+    if params.path not in ("integer", "unsigned") or named not in (None, "stochastic"):
         raise ValueError(
             "random_bits would have no effect: they need rounding='stochastic', or params that may take it"
         )
@@ -227,22 +111,52 @@ def _check_random_bits(random_bits: jax.Array, x: jax.Array, params: FormatParam
         raise ValueError(f"random_bits have shape {random_bits.shape}; expected that of x, {x.shape}")
 
 
-@jax.custom_jvp
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _straight_through(
-    x: jax.Array, scale: jax.Array | None, params: FormatParams, random_bits: jax.Array | None
+    saturation_mask: bool,
+    x: jax.Array,
+    scale: jax.Array | None,
+    params: FormatParams,
+    random_bits: jax.Array | None,
 ) -> jax.Array:
-    value = to_float32_odd(x) if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    value = to_float32(x, "quantize")
     if scale is None:
         return cast(value, params, random_bits).astype(x.dtype)
     scale = scale.astype(jnp.float32)
-    return flush_subnormals(cast(divide_by_scale(value, scale), params, random_bits) * scale).astype(x.dtype)
+    scaled = cast(divide_by_scale(value, scale), params, random_bits) * scale
+    return (scaled if params.path == "unsigned" else flush_subnormals(scaled)).astype(x.dtype)
 
 
 @_straight_through.defjvp
 def _straight_through_jvp(
-    primals: tuple[jax.Array, jax.Array | None, FormatParams, jax.Array | None], tangents: tuple[jax.Array, ...]
+    saturation_mask: bool,
+    primals: tuple[jax.Array, jax.Array | None, FormatParams, jax.Array | None],
+    tangents: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    return _straight_through(*primals), tangents[0]
+    result = _straight_through(saturation_mask, *primals)
+    if not saturation_mask:
+        return result, tangents[0]
+    x, scale, params, random_bits = primals
+    return result, jnp.where(_overflows(x, scale, params, random_bits), 0, tangents[0])
+
+
+def _overflows(x: jax.Array, scale: jax.Array | None, params: FormatParams, random_bits: jax.Array | None) -> jax.Array:
+    """Whether each element rounds beyond max, by whatever rounding: where a cast that makes NaN of that makes one."""
+    nan = jnp.full_like(params.native_overflow, np.nan)
+    marking = replace(params, overflow=jnp.full_like(params.overflow, _NATIVE), native_overflow=nan)
+    value = to_float32(x, "quantize")
+    scaled = value if scale is None else divide_by_scale(value, scale.astype(jnp.float32))
+    return jnp.isnan(cast(scaled, marking, random_bits)) & ~jnp.isnan(x)
+
+
+def to_float32(x: jax.Array, taker: str) -> jax.Array:
+    """``x`` as float32 that rounds on as ``x`` itself would: float64 is rounded to odd, the others are exact.
+
+    Raises:
+        TypeError: if ``x`` is not floating point; it names the taker.
+    """
+    x = _floating(x, taker)
+    return _float64_to_odd(x) if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 def cast(x: jax.Array, params: FormatParams, random_bits: jax.Array | None = None) -> jax.Array:
@@ -251,150 +165,160 @@ def cast(x: jax.Array, params: FormatParams, random_bits: jax.Array | None = Non
         return x
     if params.path == "fast":
         return _cast_fast(x, params)
+    if params.path == "wide":
+        return _cast_wide(x, params)
+    if params.path == "unsigned":
+        return _cast_unsigned(x, params, random_bits)
     return _cast_integer(x, params, random_bits)
 
 
-def _cast_fast(x: jax.Array, params: FormatParams) -> jax.Array:
-    """Round by adding a power of two and taking it away again: one float32 addition rounds to nearest even.
+class Grid(NamedTuple):
+    """The grid of a format around each element, for rounding by addition; see :func:`grid_of`.
 
-    The number added is the quantum's exponent raised by 23. It depends on the element, so that XLA, which would delete
+    Attributes:
+        bounded: float32, the magnitude, or twice the format's maximum if that is less.
+        exponent: int32, bits of the power of two below it, or of the format's smallest binade.
+        lowest: int32, bits of the power of two of that binade: of the shape of the params.
+        magic: float32, the number that rounds ``bounded`` when added to it.
+    """
+
+    bounded: jax.Array
+    exponent: jax.Array
+    lowest: jax.Array
+    magic: jax.Array
+
+
+def grid_of(x: jax.Array, params: FormatParams) -> Grid:
+    """What the fast path adds: a power of two, so that one float32 addition rounds to nearest even.
+
+    The number is the quantum's exponent raised by 23. It depends on the element, so that XLA, which would delete
     ``(x + c) - c`` for a constant c, keeps both operations; and it stays above the smallest quantum, so that the
     format's subnormals round in the same way.
     """
-    bits = _bits(x)
-    magnitude = bits & _MAGNITUDE
-    bounded = jnp.minimum(_float(magnitude), 2 * params.max_value)
+    bounded = jnp.minimum(_bits(x) & _MAGNITUDE, _bits(2 * params.max_value))
     lowest = (params.min_exponent + 127) << 23
-    exponent = jnp.maximum(_bits(bounded) & _INF, lowest)
+    exponent = jnp.maximum(bounded & _INF, lowest)
+    return Grid(_float(bounded), exponent, lowest, _magic(exponent, lowest, params))
+
+
+def _magic(exponent: jax.Array, lowest: jax.Array, params: FormatParams) -> jax.Array:
     # Without mantissa bits the parity of a code is that of its exponent. From an even one a tie must go down, which an
     # odd magic number does.
-    even = lax.shift_right_logical(exponent ^ lowest, jnp.full_like(exponent, 23))
-    odd_magic = even & jnp.where(params.mantissa_bits == 0, 1, 0)
-    magic = _float((exponent + ((23 - params.mantissa_bits) << 23)) | odd_magic)
-    rounded = (bounded + magic) - magic
-    rounded = jnp.where(rounded > params.max_value, beyond_max(params), rounded)
-    rounded = jnp.where(magnitude >= _INF, _of_nonfinite(magnitude, params), rounded)
-    return _float(_bits(rounded) | (bits & _SIGN))
+    without_mantissa = jnp.where(params.mantissa_bits == 0, 1, 0)
+    parity = lax.shift_right_logical(exponent, jnp.full_like(exponent, 23)) & without_mantissa
+    raise_by = ((23 - params.mantissa_bits) << 23) + ((lowest >> 23) & without_mantissa)
+    return _float((exponent + raise_by) ^ parity)
+
+
+def _cast_fast(x: jax.Array, params: FormatParams) -> jax.Array:
+    """Round by adding a power of two and taking it away again."""
+    grid = grid_of(x, params)
+    return _finish(_bits((grid.bounded + grid.magic) - grid.magic), x, params)
+
+
+def _cast_wide(x: jax.Array, params: FormatParams) -> jax.Array:
+    """As :func:`_cast_fast`, on magnitudes that were brought to the middle of float32's range: any signed format.
+
+    What rounds to nothing is told by a comparison of bits, which sees subnormal float32 as it is; of those only what
+    rounds up to 2^-126 is left.
+    """
+    magnitude = _bits(x) & _MAGNITUDE
+    below_one = magnitude < _ONE
+    shift = jnp.where(below_one, _TO_THE_MIDDLE, -_TO_THE_MIDDLE)
+    lowest = params.min_exponent + 127
+    # Beyond the middle by more than a significand all of a binade lies below half a quantum, however much beyond.
+    # The parity of the lowest exponent stays: ties without mantissa bits need it.
+    raised, lowered = jnp.minimum(lowest + 64, 217) << 23, jnp.maximum(lowest - 64, lowest & 1) << 23
+    moved = magnitude + shift
+    lowest = jnp.where(below_one, raised, lowered)
+    magic = _magic(jnp.maximum(moved & _INF, lowest), lowest, params)
+    rounded = _bits((_float(moved) + magic) - magic) - shift
+    vanishes = magnitude <= edges(params).vanishes_to
+    return _finish(jnp.where(vanishes, 0, jnp.maximum(rounded, _IMPLICIT_ONE)), x, params)
+
+
+def _finish(rounded: jax.Array, x: jax.Array, params: FormatParams) -> jax.Array:
+    """From the bits of rounded magnitudes to results: what overflows, infinities, NaN, signs."""
+    bits = _bits(x)
+    magnitude = bits & _MAGNITUDE
+    signs = bits & jnp.where(rounded < _IMPLICIT_ONE, jnp.where(params.negative_zero, _SIGN, 0), _SIGN)
+    rounded = jnp.where(rounded > _bits(params.max_value), _bits(beyond_max(params)), rounded)
+    rounded = jnp.where(magnitude >= _INF, _bits(_of_nonfinite(magnitude, params)), rounded)
+    return _float(rounded | signs)
 
 
 def _cast_integer(x: jax.Array, params: FormatParams, random_bits: jax.Array | None) -> jax.Array:
-    """Round in integer arithmetic: any format up to bf16's range, any rounding, subnormals read from their bits."""
-    bits = _bits(x)
-    magnitude = bits & _MAGNITUDE
-    stored = jnp.maximum(lax.shift_right_logical(magnitude, jnp.full_like(magnitude, 23)), 1)
-    significand = (magnitude & (_IMPLICIT_ONE - 1)) | jnp.where(magnitude >= _IMPLICIT_ONE, _IMPLICIT_ONE, 0)
+    """Round in integer arithmetic: any signed format, any rounding, subnormals read from their bits."""
+    magnitude = _bits(x) & _MAGNITUDE
+    field = lax.shift_right_logical(magnitude, jnp.full_like(magnitude, 23))
+    stored = jnp.maximum(field, 1)
+    significand = magnitude - ((stored - 1) << 23)
     # Of subnormals only those from 2^-127 on, which is their exponent, can round to a result that is not flushed.
-    exponent = jnp.maximum(stored - 127 - (magnitude < _IMPLICIT_ONE).astype(jnp.int32), params.min_exponent)
+    exponent = jnp.maximum(field - 127, params.min_exponent)
     dropped = (23 - params.mantissa_bits) + exponent - (stored - 127)
     steps = _round_steps(significand, dropped, exponent - params.min_exponent, params, random_bits)
     # steps has at most 24 bits, so it is exact in float32; its exponent field then takes up the quantum's.
     scaled = _bits(steps.astype(jnp.float32)) + ((exponent - params.mantissa_bits) << 23)
     rounded = jnp.where((steps == 0) | (scaled < _IMPLICIT_ONE), 0, scaled)
-    rounded = jnp.where(rounded > _bits(params.max_value), _bits(beyond_max(params)), rounded)
+    return _without_random_bits_nan(_finish(rounded, x, params), params, random_bits)
+
+
+def _cast_unsigned(x: jax.Array, params: FormatParams, random_bits: jax.Array | None) -> jax.Array:
+    """Round to powers of two without zero: in the exponent's bits, the one below 2^-126 included."""
+    bits = _bits(x)
+    magnitude = bits & _MAGNITUDE
+    # A subnormal at its own exponent, so that all magnitudes are exponent and 23 bits of fraction.
+    zeros = jnp.where(magnitude < _IMPLICIT_ONE, lax.clz(magnitude) - 8, 0)
+    exponent = jnp.where(zeros > 0, 1 - zeros, magnitude >> 23) - 127
+    significand = lax.shift_left(magnitude, zeros) & (_IMPLICIT_ONE - 1) | _IMPLICIT_ONE
+    smallest = exponent < params.min_exponent
+    exponent = jnp.maximum(exponent, params.min_exponent)
+    significand = jnp.where(smallest, _IMPLICIT_ONE, significand)
+    dropped = jnp.full_like(exponent, 23)
+    # A code is its binade here, where signed formats have one more, for zero.
+    steps = _round_steps(significand, dropped, exponent - params.min_exponent + 1, params, random_bits)
+    exponent = exponent + steps - 1
+    below = lax.shift_left(jnp.ones_like(exponent), jnp.clip(exponent + 149, 0, 31))
+    rounded = jnp.where(exponent < -126, below, (exponent + 127) << 23)
+    maximum = (_bits(params.max_value) >> 23) - 127
+    rounded = jnp.where(exponent > maximum, _bits(beyond_max(params)), rounded)
     rounded = jnp.where(magnitude >= _INF, _bits(_of_nonfinite(magnitude, params)), rounded)
-    if random_bits is None:
-        rounded = jnp.where(params.rounding == _STOCHASTIC, _NAN, rounded)
-    return _float(rounded | (bits & _SIGN))
+    rounded = jnp.where(bits <= 0, _NAN, rounded)
+    return _without_random_bits_nan(_float(rounded), params, random_bits)
+
+
+def _without_random_bits_nan(result: jax.Array, params: FormatParams, random_bits: jax.Array | None) -> jax.Array:
+    """NaN where the rounding turned out to be stochastic and there are no random bits to round by."""
+    if random_bits is not None:
+        return result
+    return jnp.where(params.rounding == _STOCHASTIC, jnp.float32(np.nan), result)
 
 
 def _round_steps(
     significand: jax.Array, dropped: jax.Array, binade: jax.Array, params: FormatParams, random_bits: jax.Array | None
 ) -> jax.Array:
-    """Round ``significand / 2^dropped`` to an integer by the mode in ``params``; ``binade`` counts from the lowest."""
-    shift = jnp.minimum(dropped, 25)
-    whole = lax.shift_right_logical(significand, shift)
-    rest = significand - lax.shift_left(whole, shift)
-    one = lax.shift_left(jnp.ones_like(shift), shift)
-    odd = jnp.where(params.mantissa_bits == 0, whole + binade, whole) & 1
+    """Round ``significand / 2^dropped`` to an integer by the mode in ``params``; ``binade`` counts from the lowest.
+
+    Every mode adds something and cuts off what is left: half of a quantum, nothing, or what was drawn.
+    """
+    # 30 bits hold the most that can be drawn, and what lies further down cannot tip the sum.
+    significand = significand >> jnp.clip(dropped - _ADDEND_BITS, 0, 31)
+    shift = jnp.minimum(dropped, _ADDEND_BITS)
     mode = params.rounding
-    up = jnp.where(mode == _NEAREST_EVEN, 2 * rest + odd > one, (mode == _NEAREST_AWAY) & (2 * rest >= one))
+    addend = jnp.where(mode == _NEAREST_EVEN, _HALF - 1, jnp.where(mode == _NEAREST_AWAY, _HALF, 0))
     if random_bits is not None:
-        left, right = jnp.clip(STOCHASTIC_BITS - dropped, 0, 31), jnp.clip(dropped - STOCHASTIC_BITS, 0, 31)
-        fraction = lax.shift_right_logical(lax.shift_left(rest, left), right)
-        drawn = random_bits.astype(jnp.int32) & ((1 << STOCHASTIC_BITS) - 1)
-        up = jnp.where(mode == _STOCHASTIC, fraction + drawn >= (1 << STOCHASTIC_BITS), up)
-    return whole + up.astype(jnp.int32)
-
-
-def beyond_max(params: FormatParams) -> jax.Array:
-    """What a finite value beyond max becomes under the overflow policy: float32, of the shape of the params."""
-    return jnp.where(params.overflow == _NATIVE, params.native_overflow, params.max_value)
+        count = params.stochastic_bits
+        drawn = (random_bits.astype(jnp.int32) & ((1 << count) - 1)) << (_ADDEND_BITS - count)
+        addend = jnp.where(mode == _STOCHASTIC, drawn, addend)
+    # A tie with an odd code goes up, unless nothing is cut off.
+    whole = (significand >> shift) + (binade & jnp.where(params.mantissa_bits == 0, 1, 0))
+    odd = whole & jnp.minimum(shift, 1) & jnp.where(mode == _NEAREST_EVEN, 1, 0)
+    return (significand + odd + (addend >> (_ADDEND_BITS - shift))) >> shift
 
 
 def _of_nonfinite(magnitude: jax.Array, params: FormatParams) -> jax.Array:
     of_inf = jnp.where(params.overflow == _SATURATE_FINITE, jnp.float32(np.inf), beyond_max(params))
     return jnp.where(magnitude > _INF, jnp.float32(np.nan), of_inf)
-
-
-def encode(
-    x: jax.Array, format: str | Format, *, rounding: Rounding = "nearest_even", overflow: Overflow = "native"
-) -> jax.Array:
-    """The codes that ``x`` rounds to.
-
-    NaN becomes the format's NaN, or 0 where it has none: count those with
-    :func:`altgrad_jax.statistics.cast_counts`. An infinity that the format lacks becomes ±max.
-
-    Args:
-        x: floating-point array.
-        format: a name or a :class:`~altgrad_core.formats.Format` of at most 16 bits.
-        rounding: all but ``stochastic``.
-        overflow: see :data:`altgrad_core.formats.Overflow`.
-
-    Returns:
-        uint8 (uint16 for formats of more than 8 bits) of the shape of ``x``; the code sits in the low bits.
-
-    Raises:
-        TypeError: if ``x`` is not floating point.
-        ValueError: for unknown formats or modes, and formats of more than 16 bits.
-
-    >>> encode(jnp.array([1.0, -1.0]), "E5M2").tolist()
-    [60, 188]
-    """
-    resolved = _codable(format)
-    on_grid = _bits(quantize(x, resolved, rounding=rounding, overflow=overflow).astype(jnp.float32))
-    magnitude = on_grid & _MAGNITUDE
-    stored = jnp.maximum(lax.shift_right_logical(magnitude, jnp.full_like(magnitude, 23)), 1)
-    significand = (magnitude & (_IMPLICIT_ONE - 1)) | jnp.where(magnitude >= _IMPLICIT_ONE, _IMPLICIT_ONE, 0)
-    exponent = jnp.maximum(stored - 127, resolved.min_exponent)
-    shift = jnp.minimum((23 - resolved.mantissa_bits) + exponent - (stored - 127), 31)
-    code = lax.shift_right_logical(significand, shift) + ((exponent - resolved.min_exponent) << resolved.mantissa_bits)
-    code = jnp.where(magnitude == 0, 0, code)
-    code = jnp.where(magnitude == _INF, resolved.to_bits(float("inf"), overflow="saturate_finite"), code)
-    code = jnp.where(on_grid < 0, code | resolved.sign_mask, code)
-    code = jnp.where(magnitude > _INF, resolved.to_bits(float("nan")), code)
-    return code.astype(jnp.uint8 if resolved.bits <= 8 else jnp.uint16)
-
-
-def decode(codes: jax.Array, format: str | Format) -> jax.Array:
-    """The float32 values of codes; those below 2^-126 are zero.
-
-    Args:
-        codes: unsigned integers; bits above the format's width are ignored.
-        format: a name or a :class:`~altgrad_core.formats.Format` of at most 16 bits.
-
-    Raises:
-        TypeError: if the codes are not unsigned integers.
-        ValueError: for unknown formats and formats of more than 16 bits.
-
-    >>> decode(jnp.array([60, 188], jnp.uint8), "E5M2").tolist()
-    [1.0, -1.0]
-    """
-    codes = jnp.asarray(codes)
-    if not jnp.issubdtype(codes.dtype, jnp.unsignedinteger):
-        raise TypeError(f"codes are unsigned integers; got {codes.dtype}")
-    resolved = _codable(format)
-    book = resolved.code_book()
-    values = np.where(np.abs(book) < 2.0**-126, np.copysign(0.0, book), book).astype(np.float32)
-    return jnp.asarray(values)[codes.astype(jnp.int32) & (2 * resolved.sign_mask - 1)]
-
-
-def _codable(format: str | Format) -> Format:
-    if isinstance(format, FormatParams):
-        raise TypeError("codes need a static format: a name or a Format; got FormatParams")
-    resolved = parse(format)
-    if resolved.bits > 16:
-        raise ValueError(f"{resolved} has {resolved.bits} bits; codes are made for formats of at most 16")
-    return resolved
 
 
 def divide_by_scale(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -419,7 +343,7 @@ def flush_subnormals(x: jax.Array) -> jax.Array:
     return _float(jnp.where((bits & _MAGNITUDE) < _IMPLICIT_ONE, bits & _SIGN, bits))
 
 
-def to_float32_odd(x: jax.Array) -> jax.Array:
+def _float64_to_odd(x: jax.Array) -> jax.Array:
     """float64 to float32, rounded to odd: rounding the result again, to fewer bits, equals rounding ``x`` once."""
     nearest = x.astype(jnp.float32)
     bits = _bits(nearest)
@@ -429,7 +353,7 @@ def to_float32_odd(x: jax.Array) -> jax.Array:
     # A subnormal float32, which XLA's CPU backend would flush, is put together from its steps of 2^-149.
     steps = jnp.abs(x) * 2.0**149
     whole = jnp.minimum(steps, 2.0**23).astype(jnp.int32)
-    subnormal = whole | (whole < steps).astype(jnp.int32) | (bits & _SIGN)
+    subnormal = whole | (whole.astype(jnp.float64) < steps).astype(jnp.int32) | (bits & _SIGN)
     return _float(jnp.where(steps < 2.0**23, subnormal, jnp.where(exact | jnp.isnan(x), bits, odd)))
 
 

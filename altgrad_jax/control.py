@@ -19,7 +19,7 @@ from altgrad_core.errors import InputError
 from altgrad_core.events import Event
 from altgrad_core.formats import Format, Rounding, parse
 from altgrad_core.stability import EmergencyMantissaShift
-from altgrad_jax.casting import FormatParams
+from altgrad_jax.params import FormatParams, paths_of
 
 State = TypeVar("State")
 """Any pytree of arrays."""
@@ -28,7 +28,7 @@ StallRule = Literal["relative", "literal", "off"]
 
 
 def set_format(state: State, format: str | Format | Sequence[str | Format]) -> State:
-    """Write another format into every :class:`~altgrad_jax.casting.FormatParams` of a state.
+    """Write another format into every :class:`~altgrad_jax.params.FormatParams` of a state.
 
     Rounding, overflow policy, path, dtype and sharding are kept, so a jitted step that takes the state is not traced
     again. Nothing is read from the device.
@@ -66,7 +66,7 @@ def set_format(state: State, format: str | Format | Sequence[str | Format]) -> S
 
 
 def get_format(state: object) -> FormatParams:
-    """The first :class:`~altgrad_jax.casting.FormatParams` in a state: what :func:`set_format` keeps up to date.
+    """The first :class:`~altgrad_jax.params.FormatParams` in a state: what :func:`set_format` keeps up to date.
 
     For a step that casts in the format that its optax state carries.
 
@@ -86,7 +86,7 @@ def get_format(state: object) -> FormatParams:
 
 def _rewritten(params: FormatParams, formats: Sequence[Format]) -> FormatParams:
     for each in formats:
-        if each.cast_path != params.path and not (params.path == "integer" and each.cast_path == "fast"):
+        if params.path not in paths_of(each):
             raise ValueError(
                 f"{each} is cast on the {each.cast_path} path; this state was compiled for the {params.path} path. "
                 "Start a new run in that format"
@@ -104,6 +104,7 @@ def _rewritten(params: FormatParams, formats: Sequence[Format]) -> FormatParams:
         min_exponent=column(params.min_exponent, [each.min_exponent for each in formats]),
         max_value=column(params.max_value, [each.max_representable_value for each in formats]),
         native_overflow=column(params.native_overflow, [each.overflow_value for each in formats]),
+        negative_zero=column(params.negative_zero, [each.has_negative_zero for each in formats]),
     )
 
 
@@ -231,7 +232,7 @@ class FormatController:
         rounding: Rounding | None = None,
         can_roll_back: bool = False,
     ) -> None:
-        self.format = parse(format).name
+        self.format = str(parse(format))
         self.rounding = rounding
         self.policy = policy or Policy()
         self.shifter = shifter
@@ -239,7 +240,7 @@ class FormatController:
         self.events: list[Event] = []
         self._memory = _Memory()
         self._pending: deque[tuple[int, Mapping[str, Any]]] = deque()
-        if shifter is not None and self.format not in shifter.FORMAT_FALLBACK:
+        if shifter is not None and not shifter.knows(self.format):
             raise InputError(
                 f"a {self.format} run cannot shift: it is not in the fallback table; expected one of "
                 f"{', '.join(shifter.FORMAT_FALLBACK)}"

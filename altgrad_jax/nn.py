@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from altgrad_core.formats import Format
-from altgrad_jax.casting import FormatParams, as_params, cast, refuse_missing_random_bits
-from altgrad_jax.statistics import Edges, edges, tally
+from altgrad_jax.casting import cast, refuse_missing_random_bits
+from altgrad_jax.params import Edges, FormatParams, as_params, edges
+from altgrad_jax.statistics import tally
 
 DotDimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 """``((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))``, as ``lax.dot_general`` takes it."""

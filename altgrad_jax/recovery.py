@@ -16,7 +16,8 @@ import optax
 from jax import lax
 
 from altgrad_core.formats import Format
-from altgrad_jax.casting import FormatParams, as_params, quantize
+from altgrad_jax.casting import quantize
+from altgrad_jax.params import FormatParams, as_params
 from altgrad_jax.scaling import amax, power_of_two_scale
 
 State = TypeVar("State")

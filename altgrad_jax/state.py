@@ -9,7 +9,7 @@ import jax
 import optax
 
 from altgrad_core.formats import Overflow
-from altgrad_jax.casting import FormatParams
+from altgrad_jax.params import FormatParams
 
 Params = dict[str, Any]
 """The parameters of a model: nested dicts of float32 arrays, as ``nnx.to_pure_dict`` gives them."""

@@ -6,8 +6,8 @@ not wrap at 2^31. Rates are quotients of counts, formed in float64 and rounded o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import jax
@@ -16,8 +16,9 @@ import numpy as np
 import optax
 from jax import lax
 
-from altgrad_core.formats import Format
-from altgrad_jax.casting import FormatParams, as_params, cast, divide_by_scale, flush_subnormals
+from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding
+from altgrad_jax.casting import cast, divide_by_scale, flush_subnormals, quantize
+from altgrad_jax.params import Edges, FormatParams, as_params, edges
 from altgrad_jax.scaling import amax, power_of_two_scale
 
 _LIMB_BITS = 30
@@ -126,6 +127,24 @@ class StallCounts:
         return {name: np.asarray(totals[..., k]).tolist() for k, name in enumerate(names)}
 
 
+def overflow_rate_of(limbs: jax.Array, axis_name: Hashable | Sequence[Hashable] | None = None) -> jax.Array:
+    """The overflow rate of the counts of several tensors, and over mapped axes, together.
+
+    Args:
+        limbs: int32 of shape ``(tensors, 5, 2)``; see :class:`CastCounts`.
+        axis_name: of ``shard_map`` or ``vmap``.
+
+    Returns:
+        float32 scalar; 0 without elements.
+    """
+    with jax.enable_x64(True):
+        wide = limbs.astype(jnp.int64)
+        totals = jnp.sum(wide[..., 0] * (1 << _LIMB_BITS) + wide[..., 1], 0)
+        totals = totals if axis_name is None else lax.psum(totals, axis_name)
+        elements, overflow = lax.convert_element_type(totals[0], jnp.float64), totals[1].astype(jnp.float64)
+        return lax.convert_element_type(overflow / jnp.maximum(elements, 1.0), jnp.float32)
+
+
 def cast_counts(
     x: jax.Array, format: str | Format | FormatParams, *, scale: jax.typing.ArrayLike | None = None
 ) -> CastCounts:
@@ -136,7 +155,7 @@ def cast_counts(
 
     Args:
         x: floating-point array of any shape; bfloat16 and float16 count at their own values.
-        format: a name, a :class:`~altgrad_core.formats.Format` or :class:`~altgrad_jax.casting.FormatParams`.
+        format: a name, a :class:`~altgrad_core.formats.Format` or :class:`~altgrad_jax.params.FormatParams`.
         scale: the worth of one, positive, a power of two; counted is ``x / scale``.
 
     Returns:
@@ -178,16 +197,35 @@ def observe(
     return counts, _float(amax_bits)
 
 
-class Edges(NamedTuple):
-    """Where a grid ends, as bits of magnitudes: int32, of the shape of the params.
+def quantize_with_counts(
+    x: jax.Array,
+    format: str | Format | FormatParams,
+    *,
+    scale: jax.typing.ArrayLike | None = None,
+    rounding: Rounding = "nearest_even",
+    overflow: Overflow = "native",
+    random_bits: jax.Array | None = None,
+    stochastic_bits: int = STOCHASTIC_BITS,
+) -> tuple[jax.Array, CastCounts]:
+    """:func:`~altgrad_jax.casting.quantize`, and what it did: the two in one call.
 
-    Attributes:
-        overflows_from: the smallest magnitude that overflows.
-        vanishes_to: the largest that becomes zero.
+    Counted is the cast to nearest even whatever the rounding; arguments are those of the two functions.
+
+    Returns:
+        The quantized array, and counts of shape ``()``.
+
+    Raises:
+        As :func:`~altgrad_jax.casting.quantize` and :func:`cast_counts`.
+
+    >>> quantized, counts = quantize_with_counts(jnp.array([1.1, 1e6]), "E5M2")
+    >>> quantized.tolist(), float(counts.overflow_rate)
+    ([1.0, inf], 0.5)
     """
-
-    overflows_from: jax.Array
-    vanishes_to: jax.Array
+    params = as_params(format, rounding, overflow, stochastic_bits)
+    counts, amax = observe(x, params, scale=scale)
+    # The cast waits for the counts: else XLA copies a donated x, which the cast would overwrite.
+    after = replace(params, max_value=jnp.where(amax < 0, 0, params.max_value))
+    return quantize(x, after, scale=scale, random_bits=random_bits), counts
 
 
 def tally(x: jax.Array, limits: Edges) -> jax.Array:
@@ -243,28 +281,6 @@ def _counts_and_max(parts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     )
 
 
-def edges(params: FormatParams) -> Edges:
-    """Where the grid of a format ends, for casts to nearest even."""
-    if params.path == "identity":
-        return Edges(jnp.int32(_INF), jnp.int32(0))
-    maximum = _bits(params.max_value)
-    max_exponent = (maximum >> 23) - 127
-    half = jnp.int32(1) << (22 - params.mantissa_bits + jnp.maximum(params.min_exponent - max_exponent, 0))
-    # A tie beyond max goes to the even code: to max itself where its last code bit is 0.
-    last_bit = jnp.where(
-        params.mantissa_bits == 0, max_exponent - params.min_exponent + 1, (maximum >> (23 - params.mantissa_bits)) & 1
-    )
-    last_bit = jnp.where(max_exponent < params.min_exponent, 1, last_bit)
-    # Results below 2^-126 are zero, so quanta of binades further down than the next do not show.
-    lowest = jnp.maximum(params.min_exponent, -127) - params.mantissa_bits
-    half_smallest = (lowest - 1 + 127) << 23
-    # There the last to vanish is what rounds to just below 2^-126; the tie does, too, if the code of 2^-126 is odd.
-    odd = jnp.where(params.mantissa_bits == 0, params.min_exponent + 1, 0) & 1
-    last_flushed = (1 << 23) - (jnp.int32(1) << jnp.clip(lowest - 1 + 149, 0, 22)) - 1 + odd
-    vanishes = jnp.where(lowest > -126, half_smallest, jnp.where(lowest == -126, 1 << 22, last_flushed))
-    return Edges(maximum + half + 1 - (last_bit & 1), vanishes)
-
-
 def stall_counts(
     weight: jax.Array,
     update: jax.Array,
@@ -282,7 +298,7 @@ def stall_counts(
         weight: float32 weights as stored, any shape.
         update: what is added to them: the optimizer's update, not the gradient; same shape.
         format: the grid on which the weights are used.
-        scale: the weights' worth of one, a power of two; see :meth:`~altgrad_jax.casting.FormatParams.scaled`.
+        scale: the weights' worth of one, a power of two; see :meth:`~altgrad_jax.params.FormatParams.scaled`.
         gradient: if given, updates that are zero where it is not are counted as vanished.
 
     Returns:
@@ -385,15 +401,7 @@ def _nearest(x: jax.Array, params: FormatParams) -> jax.Array:
     """Cast to nearest even and saturate, whatever rounding and overflow the params carry."""
     if params.path == "identity":
         return x
-    steady = FormatParams(
-        mantissa_bits=params.mantissa_bits,
-        min_exponent=params.min_exponent,
-        max_value=params.max_value,
-        native_overflow=params.native_overflow,
-        overflow=jnp.full_like(params.overflow, 1),
-        rounding=jnp.zeros_like(params.rounding),
-        path=params.path,
-    )
+    steady = replace(params, overflow=jnp.full_like(params.overflow, 1), rounding=jnp.zeros_like(params.rounding))
     return cast(x, steady)
 
 

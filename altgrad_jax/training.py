@@ -17,10 +17,11 @@ import optax
 from flax import nnx
 
 from altgrad_core.formats import CastPath, parse
-from altgrad_jax.casting import FormatParams
-from altgrad_jax.clipping import global_norm, partition_relative_clip
+from altgrad_jax.clipping import partition_relative_clip
 from altgrad_jax.models import GPT, Casts, GPTConfig, next_token_loss
 from altgrad_jax.nn import GRADIENT, RHS, Grid, Record, empty_record, read_record
+from altgrad_jax.norms import global_norm
+from altgrad_jax.params import FormatParams
 from altgrad_jax.recovery import all_finite, commit, select_if_finite
 from altgrad_jax.scaling import amax, empty_history, power_of_two_scale, push_amax
 from altgrad_jax.state import Fault, Params, RunData, RunSpec, StepMetrics, Switches, TrainState
@@ -77,7 +78,7 @@ class Program:
     def for_format(cls, format: str, model: GPTConfig, optimizer: OptimizerConfig, amax_window: int = 16) -> Program:
         """The program that can train in a format, and in all others of its cast path."""
         resolved = parse(format)
-        return cls(model, optimizer, resolved.cast_path, resolved.name == "bf16", amax_window)
+        return cls(model, optimizer, resolved.cast_path, resolved == parse("bf16"), amax_window)
 
     def fresh_params(self, seed: int) -> Params:
         """Newly drawn parameters, as a nested dict of float32 arrays (not under jit)."""

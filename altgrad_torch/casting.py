@@ -1,15 +1,15 @@
 """Casts to the grid of any format.
 
 The definition of a cast is :func:`altgrad_core.reference.round_to_format`; every function here agrees with it in every
-bit. ``altgrad_jax/casting.py`` says the same thing in JAX, where the format is data so that changing it compiles
-nothing; eager torch compiles nothing, so here a format is a :class:`~altgrad_core.formats.Format`.
+bit. ``altgrad_jax/casting.py`` says the same thing in JAX. Where a compiled program has to serve many formats, give it
+:class:`~altgrad_torch.params.FormatParams`; eager torch compiles nothing and casts faster by name.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +17,17 @@ from torch import Tensor
 
 from altgrad_core.errors import InputError
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding, parse
-from altgrad_core.reference import check_modes
+from altgrad_core.reference import check_modes, check_stochastic_bits
+from altgrad_torch.kernels import Beyond, Draw, beyond_max, round_to_grid
+from altgrad_torch.params import FormatParams
 
-_SIGN = -(2**31)
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
-_NAN = 0x7FC00000
 _IMPLICIT_ONE = 1 << 23
-_SIGN_AND_EXPONENT = -_IMPLICIT_ONE
 _MIN_NORMAL = 2.0**-126
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+_QUIET_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
 
 _CHUNK = 1 << 17
 """Elements cast at a time on a CPU: input, output and temporaries of this many stay in the second-level cache."""
@@ -34,88 +35,130 @@ _CHUNK = 1 << 17
 
 def quantize(
     x: Tensor,
-    format: str | Format,
+    format: str | Format | FormatParams,
     *,
     scale: Tensor | float | None = None,
     rounding: Rounding = "nearest_even",
     overflow: Overflow = "native",
     random_bits: Tensor | None = None,
+    stochastic_bits: int = STOCHASTIC_BITS,
+    saturation_mask: bool = False,
 ) -> Tensor:
     """Round ``x`` to the values of a format: ``Q(x / scale) * scale``. The gradient passes straight through.
 
-    NaN stays NaN and -0 stays -0. Subnormal float32 inputs count at their value; a result below 2^-126 is zero. With
-    a scale that is a power of two the scaling is exact.
+    NaN stays NaN, and -0 stays -0 where the format has it. Subnormal float32 inputs count at their value; a result
+    below 2^-126 is zero. With a scale that is a power of two the scaling is exact. A format without a sign has neither
+    zero nor subnormals: zero and negative values are NaN there, what is below its smallest value becomes that, 2^-127
+    included, and of a scale only the exponent counts.
 
     Args:
         x: floating-point tensor of any shape; its dtype is kept. float64 is rounded once, from its own value. A
             float16 result that float16 cannot hold is inf.
-        format: a name or a :class:`~altgrad_core.formats.Format`.
+        format: a name, a :class:`~altgrad_core.formats.Format`, or :class:`~altgrad_torch.params.FormatParams`, which
+            change under ``torch.compile`` without compiling anything.
         scale: the worth of one, positive, broadcast against ``x``.
         rounding: see :data:`altgrad_core.formats.Rounding`.
         overflow: see :data:`altgrad_core.formats.Overflow`.
-        random_bits: for stochastic rounding, integers of the shape of ``x``, uniform in the lowest 24 bits.
+        random_bits: for stochastic rounding, integers of the shape of ``x``, uniform in the lowest bits; see
+            :func:`altgrad_torch.hashing.hash_bits` and ``torch.randint``.
+        stochastic_bits: how many of them count, 1 to 24. A magnitude goes up if the fraction of a quantum cut off, in
+            so many bits, and the random number add up to one or more.
+        saturation_mask: whether the gradient is zero where ``x`` overflows, infinities included.
 
     Returns:
         Tensor of the shape and dtype of ``x``.
 
     Raises:
         TypeError: if ``x`` is not a floating-point tensor, or ``random_bits`` are not integers.
-        ValueError: for unknown formats or modes, or random bits that are missing, useless or of another shape.
+        ValueError: for unknown formats or modes, modes without effect, or random bits that are missing, useless or of
+            another shape.
 
     >>> quantize(torch.tensor([0.75, 1.5, 3.0, 6.0]), "E7M0").tolist()
     [0.5, 2.0, 2.0, 8.0]
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"quantize takes floating-point tensors; got {x.dtype if isinstance(x, Tensor) else type(x)}")
-    resolved = parse(format)
+    grid = as_grid(format)
+    check_floating(x, "quantize")
     check_modes(rounding, overflow)
-    _check_random_bits(random_bits, x, rounding)
-    if resolved.cast_path == "identity":
-        if rounding != "nearest_even":
-            raise InputError(
-                f"rounding={rounding!r} would have no effect: float32 values are on the grid of {resolved}"
-            )
+    _check_random_bits(random_bits, x, rounding, stochastic_bits)
+    if is_float32(grid):
+        _refuse_without_effect(rounding, saturation_mask)
         return x
-    return _StraightThrough.apply(x, scale, resolved, rounding, overflow, random_bits)
+    unit = None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=x.device).detach()
+    how = _How(grid, rounding, beyond_max(grid, overflow), stochastic_bits)
+    straight_through = _StraightThrough if torch.compiler.is_compiling() else _StraightThroughForwards
+    on_grid = straight_through.apply(x, unit, random_bits, how)
+    if not saturation_mask:
+        return on_grid
+    return torch.where(_overflows(x.detach(), unit, random_bits, how), on_grid.detach(), on_grid)
 
 
-def _check_random_bits(random_bits: Tensor | None, x: Tensor, rounding: Rounding) -> None:
-    if random_bits is None:
-        if rounding == "stochastic":
-            raise ValueError("rounding='stochastic' needs random_bits: integers of the shape of x")
-        return
+def as_grid(format: str | Format | FormatParams) -> Format | FormatParams:
+    """The format of a name; a format and params are returned as they are.
+
+    Raises:
+        UnknownFormatError: for an unknown name.
+    """
+    return format if isinstance(format, FormatParams) else parse(format)
+
+
+def is_float32(grid: Format | FormatParams) -> bool:
+    """Whether float32 values are on the grid as they are."""
+    return (grid.path if isinstance(grid, FormatParams) else grid.cast_path) == "identity"
+
+
+def check_floating(x: object, taker: str) -> None:
+    """Check that ``x`` is a floating-point tensor.
+
+    Raises:
+        TypeError: if not; it names the taker.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{taker} takes floating-point tensors; got {x.dtype if isinstance(x, Tensor) else type(x)}")
+
+
+def _check_random_bits(random_bits: Tensor | None, x: Tensor, rounding: Rounding, stochastic_bits: int) -> None:
+    check_stochastic_bits(stochastic_bits)
     if rounding != "stochastic":
-        raise ValueError("random_bits would have no effect: they need rounding='stochastic'")
+        if stochastic_bits != STOCHASTIC_BITS:
+            raise InputError(f"stochastic_bits={stochastic_bits} would have no effect: rounding is {rounding!r}")
+        if random_bits is not None:
+            raise InputError("random_bits would have no effect: they need rounding='stochastic'")
+        return
+    if random_bits is None:
+        raise InputError("rounding='stochastic' needs random_bits: integers of the shape of x")
     if random_bits.is_floating_point() or random_bits.is_complex() or random_bits.dtype == torch.bool:
         raise TypeError(f"random_bits are integers; got {random_bits.dtype}")
     if random_bits.shape != x.shape:
-        raise ValueError(f"random_bits have shape {tuple(random_bits.shape)}; expected that of x, {tuple(x.shape)}")
+        raise InputError(f"random_bits have shape {tuple(random_bits.shape)}; expected that of x, {tuple(x.shape)}")
+
+
+def _refuse_without_effect(rounding: Rounding, saturation_mask: bool) -> None:
+    if rounding != "nearest_even":
+        raise InputError(f"rounding={rounding!r} would have no effect: float32 values are on the grid of float32")
+    if saturation_mask:
+        raise InputError("saturation_mask=True would have no effect: no finite float32 value overflows float32")
+
+
+class _How(NamedTuple):
+    """All that a cast is told beside tensors of the shape of ``x``."""
+
+    grid: Format | FormatParams
+    rounding: Rounding
+    beyond: Beyond
+    stochastic_bits: int
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The cast in value, the identity in derivative, forwards and backwards."""
+    """The cast in value, the identity in derivative."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        scale: Tensor | float | None,
-        format: Format,
-        rounding: Rounding,
-        overflow: Overflow,
-        random_bits: Tensor | None,
-    ) -> Tensor:
-        unit = None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=x.device)
+    def forward(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
+        def part(x: Tensor, scale: Tensor | None, random_bits: Tensor | None) -> Tensor:
+            return _to_dtype(_scaled_cast(to_float32(x), scale, random_bits, how), x.dtype)
 
-        def scaled_cast(x: Tensor, unit: Tensor | None, random_bits: Tensor | None) -> Tensor:
-            value = _to_float32_odd(x) if x.dtype == torch.float64 else x.to(torch.float32)
-            if unit is None:
-                return _to_dtype_of(x, _cast(value, format, rounding, overflow, random_bits))
-            on_grid = _cast(divide_by_scale(value, unit), format, rounding, overflow, random_bits)
-            return _to_dtype_of(x, _multiply_by_scale(on_grid, unit))
-
-        return _in_chunks(scaled_cast, x, unit, random_bits)
+        return in_chunks(part, how.grid, x.dtype, x, scale, random_bits)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -123,7 +166,11 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_outputs[0], None, None, None, None, None
+        return grad_outputs[0], None, None, None
+
+
+class _StraightThroughForwards(_StraightThrough):
+    """With forward-mode derivatives too, which torch.compile (2.13) does not trace."""
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Any:
@@ -133,196 +180,110 @@ class _StraightThrough(torch.autograd.Function):
 
 def cast(
     x: Tensor,
-    format: Format,
+    format: Format | FormatParams,
     random_bits: Tensor | None = None,
     *,
     rounding: Rounding = "nearest_even",
     overflow: Overflow = "native",
+    stochastic_bits: int = STOCHASTIC_BITS,
 ) -> Tensor:
     """The bare cast of float32 to float32: no scale, no checks, no gradient rule. See :func:`quantize`."""
-    if format.cast_path == "identity":
+    if is_float32(format):
         return x
+    how = _How(format, rounding, beyond_max(format, overflow), stochastic_bits)
 
     def part(x: Tensor, random_bits: Tensor | None) -> Tensor:
-        return _cast(x, format, rounding, overflow, random_bits)
+        return _scaled_cast(x, None, random_bits, how)
 
-    return _in_chunks(part, x.detach(), random_bits)
+    return in_chunks(part, format, x.dtype, x.detach(), random_bits)
 
 
-def _in_chunks(function: Callable[..., Tensor], x: Tensor, *beside: Tensor | None) -> Tensor:
-    """An elementwise function of ``x`` and what broadcasts against it, a cache's worth at a time on a CPU."""
-    flat = x.reshape(-1)
-    size = _CHUNK if x.device.type == "cpu" else flat.numel()
-    if flat.numel() <= size:
+def _overflows(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
+    """Whether each element rounds beyond max, by whatever rounding: where a cast that makes inf of that makes one."""
+    marking = how._replace(beyond=Beyond(math.inf, math.inf))
+
+    def part(x: Tensor, scale: Tensor | None, random_bits: Tensor | None) -> Tensor:
+        return _cast(to_float32(x), scale, random_bits, marking).isinf()
+
+    return in_chunks(part, how.grid, torch.bool, x, scale, random_bits)
+
+
+def _scaled_cast(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
+    on_grid = _cast(x, scale, random_bits, how)
+    return on_grid if scale is None or _is_unsigned(how.grid) else _multiply_by_scale(on_grid, scale)
+
+
+def _cast(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
+    """Round ``x / scale``; to an unsigned format round ``x``, for there the grid is moved instead."""
+    grid = how.grid
+    if scale is not None:
+        if _is_unsigned(grid):
+            params = grid if isinstance(grid, FormatParams) else FormatParams.from_format(grid, device=x.device)
+            grid = _moved(params, scale)
+        else:
+            x = divide_by_scale(x, scale)
+    draw = None if random_bits is None else Draw(random_bits, how.stochastic_bits)
+    return round_to_grid(x, grid, how.rounding, how.beyond, draw)
+
+
+def _is_unsigned(grid: Format | FormatParams) -> bool:
+    return (grid.path if isinstance(grid, FormatParams) else grid.cast_path) == "unsigned"
+
+
+def _moved(params: FormatParams, scale: Tensor) -> FormatParams:
+    """The grid of an unsigned format, which holds powers of two, times a power of two: cut off where float32 ends."""
+    shift = ((scale.view(torch.int32) >> 23) & 0xFF) - 127
+    maximum = (params.max_value.view(torch.int32) >> 23) + shift
+    return params._replace(
+        min_exponent=params.min_exponent + shift,
+        max_value=(maximum.clamp(0, 254) << 23).view(torch.float32),
+    )
+
+
+def in_chunks(
+    function: Callable[..., Tensor], grid: Format | FormatParams, dtype: torch.dtype, x: Tensor, *beside: Tensor | None
+) -> Tensor:
+    """An elementwise function of ``x`` and what broadcasts against it, a cache's worth at a time on a CPU.
+
+    So temporaries take up no more than that, whatever the size of ``x``. Where a compiler fuses there are none, and
+    params are meant for those.
+    """
+    whole = isinstance(grid, FormatParams) or torch.compiler.is_compiling() or x.device.type != "cpu"
+    if whole or x.numel() <= _CHUNK:
         return function(x, *beside)
-    spread = [t if t is None or t.numel() == 1 else t.expand(x.shape).reshape(-1) for t in beside]
-    out = torch.empty_like(flat)
-    for start in range(0, flat.numel(), size):
-        part = slice(start, start + size)
-        out[part] = function(flat[part], *(t if t is None or t.numel() == 1 else t[part] for t in spread))
-    return out.view(x.shape)
+    out = torch.empty_like(x, dtype=dtype)
+    spread = [t if t is None or t.numel() == 1 else t.expand(x.shape) for t in beside]
+    _fill_by_chunks(function, out, x, spread)
+    return out
 
 
-def _cast(x: Tensor, format: Format, rounding: Rounding, overflow: Overflow, random_bits: Tensor | None) -> Tensor:
-    if format.cast_path == "fast" and rounding == "nearest_even":
-        return _cast_fast(x, format, overflow)
-    return _cast_integer(x, format, rounding, overflow, random_bits)
-
-
-def _cast_fast(x: Tensor, format: Format, overflow: Overflow) -> Tensor:
-    """Round by adding a power of two and taking it away again: one float32 addition rounds to nearest even.
-
-    The number added is the quantum's exponent raised by 23, for each element its own; it stays above the smallest
-    quantum, so that the format's subnormals round in the same way. Every step writes where it reads: ``out`` holds
-    ``-|x|``, negative so that one ``threshold_`` can replace what lies beyond max.
-    """
-    maximum, beyond = format.max_representable_value, beyond_max(format, overflow)
-    out = (x.view(torch.int32) | _SIGN).view(torch.float32)
-    magic = out.clamp(-maximum, -(2.0**format.min_exponent))
-    binade = magic.view(torch.int32).bitwise_and_(_SIGN_AND_EXPONENT)
-    if format.mantissa_bits == 0:
-        # The parity of a code is that of its exponent. A tie goes up, unless the number added is an odd multiple of
-        # the quantum: which it must be where the code below the tie is even.
-        parity_of_even_code = _IMPLICIT_ONE * (format.min_exponent & 1)
-        binade.add_((binade & _IMPLICIT_ONE).eq_(parity_of_even_code))
-    raised = 2.0 ** (23 - format.mantissa_bits)
-    out.add_(magic, alpha=raised).sub_(magic, alpha=raised)
-    if beyond == maximum:
-        out.clamp_min_(-maximum)
-    else:
-        torch.threshold_(out, -_next_up(maximum), -beyond)
-    if overflow == "saturate_finite":
-        out.masked_fill_(x.isinf(), math.inf)
-    out.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf)  # makes the payload of NaN canonical
-    return out.copysign_(x)
-
-
-def _cast_integer(
-    x: Tensor, format: Format, rounding: Rounding, overflow: Overflow, random_bits: Tensor | None
-) -> Tensor:
-    """Round in integer arithmetic: any format, any rounding, subnormal float32 read from its bits."""
-    bits = x.view(torch.int32)
-    magnitude = bits & _MAGNITUDE
-    stored = (magnitude >> 23).clamp_min_(1)
-    significand = (magnitude & (_IMPLICIT_ONE - 1)) | ((magnitude >= _IMPLICIT_ONE).to(torch.int32) << 23)
-    # Of subnormals only those from 2^-127 on, which is their exponent, can round to a result that is not flushed.
-    exponent = (stored - 127 - (magnitude < _IMPLICIT_ONE).to(torch.int32)).clamp_min_(format.min_exponent)
-    dropped = (23 - format.mantissa_bits) + exponent - (stored - 127)
-    steps = _round_steps(significand, dropped, exponent - format.min_exponent, format, rounding, random_bits)
-    # steps has at most 24 bits, so it is exact in float32; its exponent field then takes up the quantum's.
-    rounded = steps.to(torch.float32).view(torch.int32) + ((exponent - format.mantissa_bits) << 23)
-    rounded.masked_fill_((steps == 0) | (rounded < _IMPLICIT_ONE), 0)
-    beyond = beyond_max(format, overflow)
-    rounded.masked_fill_(rounded > _bits_of(format.max_representable_value), _bits_of(beyond))
-    rounded.masked_fill_(magnitude == _INF, _INF if overflow == "saturate_finite" else _bits_of(beyond))
-    rounded.masked_fill_(magnitude > _INF, _NAN)
-    return (rounded | (bits & _SIGN)).view(torch.float32)
-
-
-def _round_steps(
-    significand: Tensor, dropped: Tensor, binade: Tensor, format: Format, rounding: Rounding, random_bits: Tensor | None
-) -> Tensor:
-    """Round ``significand / 2^dropped`` to an integer; ``binade`` counts from the lowest."""
-    shift = dropped.clamp_max(25)
-    whole = significand >> shift
-    rest = significand - (whole << shift)
-    if rounding == "toward_zero":
-        return whole
-    if random_bits is not None:
-        left, right = (STOCHASTIC_BITS - dropped).clamp_(0, 31), (dropped - STOCHASTIC_BITS).clamp_(0, 31)
-        fraction = (rest << left) >> right
-        drawn = random_bits.to(torch.int32) & ((1 << STOCHASTIC_BITS) - 1)
-        return whole + (fraction + drawn >= (1 << STOCHASTIC_BITS))
-    one = torch.ones_like(shift) << shift
-    if rounding == "nearest_away":
-        return whole + (2 * rest >= one)
-    odd = (whole + binade if format.mantissa_bits == 0 else whole) & 1
-    return whole + (2 * rest + odd > one)
-
-
-def beyond_max(format: Format, overflow: Overflow) -> float:
-    """What a finite value beyond max becomes under the overflow policy."""
-    return format.overflow_value if overflow == "native" else format.max_representable_value
-
-
-def encode(
-    x: Tensor, format: str | Format, *, rounding: Rounding = "nearest_even", overflow: Overflow = "native"
-) -> Tensor:
-    """The codes that ``x`` rounds to.
-
-    NaN becomes the format's NaN, or 0 where it has none: count those with
-    :func:`altgrad_torch.statistics.cast_counts`. An infinity that the format lacks becomes ±max.
-
-    Args:
-        x: floating-point tensor.
-        format: a name or a :class:`~altgrad_core.formats.Format` of at most 16 bits.
-        rounding: all but ``stochastic``.
-        overflow: see :data:`altgrad_core.formats.Overflow`.
-
-    Returns:
-        uint8 (uint16 for formats of more than 8 bits) of the shape of ``x``; the code sits in the low bits.
-
-    Raises:
-        TypeError: if ``x`` is not floating point.
-        ValueError: for unknown formats or modes, and formats of more than 16 bits.
-
-    >>> encode(torch.tensor([1.0, -1.0]), "E5M2").tolist()
-    [60, 188]
-    """
-    resolved = _codable(format)
-    on_grid = quantize(x, resolved, rounding=rounding, overflow=overflow).detach().to(torch.float32).view(torch.int32)
-    magnitude = on_grid & _MAGNITUDE
-    stored = (magnitude >> 23).clamp_min_(1)
-    significand = (magnitude & (_IMPLICIT_ONE - 1)) | ((magnitude >= _IMPLICIT_ONE).to(torch.int32) << 23)
-    exponent = (stored - 127).clamp_min_(resolved.min_exponent)
-    shift = ((23 - resolved.mantissa_bits) + exponent - (stored - 127)).clamp_max_(31)
-    code = (significand >> shift) + ((exponent - resolved.min_exponent) << resolved.mantissa_bits)
-    code.masked_fill_(magnitude == 0, 0)
-    code.masked_fill_(magnitude == _INF, resolved.to_bits(math.inf, overflow="saturate_finite"))
-    code = torch.where(on_grid < 0, code | resolved.sign_mask, code)
-    code.masked_fill_(magnitude > _INF, resolved.to_bits(math.nan))
-    return code.to(torch.uint8 if resolved.bits <= 8 else torch.uint16)
-
-
-def decode(codes: Tensor, format: str | Format) -> Tensor:
-    """The float32 values of codes; those below 2^-126 are zero.
-
-    Args:
-        codes: unsigned integers; bits above the format's width are ignored.
-        format: a name or a :class:`~altgrad_core.formats.Format` of at most 16 bits.
-
-    Raises:
-        TypeError: if the codes are not unsigned integers.
-        ValueError: for unknown formats and formats of more than 16 bits.
-
-    >>> decode(torch.tensor([60, 188], dtype=torch.uint8), "E5M2").tolist()
-    [1.0, -1.0]
-    """
-    if codes.dtype not in (torch.uint8, torch.uint16, torch.uint32, torch.uint64):
-        raise TypeError(f"codes are unsigned integers; got {codes.dtype}")
-    resolved = _codable(format)
-    book = resolved.code_book()
-    values = np.where(np.abs(book) < _MIN_NORMAL, np.copysign(0.0, book), book).astype(np.float32)
-    return torch.from_numpy(values).to(codes.device)[codes.to(torch.int64) & (2 * resolved.sign_mask - 1)]
-
-
-def _codable(format: str | Format) -> Format:
-    resolved = parse(format)
-    if resolved.bits > 16:
-        raise ValueError(f"{resolved} has {resolved.bits} bits; codes are made for formats of at most 16")
-    return resolved
+def _fill_by_chunks(function: Callable[..., Tensor], out: Tensor, x: Tensor, beside: list[Tensor | None]) -> None:
+    """Split the outermost dimension in memory, again and again, until a part is small enough; nothing is copied."""
+    if out.numel() <= _CHUNK:
+        out.copy_(function(x, *beside))
+        return
+    dimension = max((d for d in range(out.ndim) if out.shape[d] > 1), key=out.stride)
+    length = out.shape[dimension]
+    step = max(1, _CHUNK * length // out.numel())
+    for start in range(0, length, step):
+        size = min(step, length - start)
+        parts = [t if t is None or t.numel() == 1 else t.narrow(dimension, start, size) for t in beside]
+        _fill_by_chunks(function, out.narrow(dimension, start, size), x.narrow(dimension, start, size), parts)
 
 
 def divide_by_scale(x: Tensor, scale: Tensor) -> Tensor:
-    """``x / scale`` in float32, where a subnormal ``x`` counts at its value.
+    """``x / scale`` in float32, where a subnormal ``x`` counts at its value even if the processor flushes it.
 
     Exact for powers of two within 2^-100 to 2^100, but for a quotient below 2^-126, which is zero, and one of a finite
     ``x`` beyond float32's maximum, which is that: finite values and infinities are told apart later.
     """
-    magnitude = x.abs()
-    bounded = (x / scale).clamp_(-_FLOAT32_MAX, _FLOAT32_MAX)
+    magnitude = x.view(torch.int32) & _MAGNITUDE
     # Looking at the quotient would be too late: one just below 2^-126 is rounded to it before it can be flushed.
-    return torch.where(magnitude == math.inf, x, bounded.mul_(magnitude >= scale * _MIN_NORMAL))
+    bounded = (x / scale).clamp(-_FLOAT32_MAX, _FLOAT32_MAX) * (x.abs() >= scale * _MIN_NORMAL)
+    # A subnormal is its bits times 2^-149, a factor that is no normal number: half of it before, half after.
+    raised = magnitude.to(torch.float32) * 2.0**-75 / scale
+    small = (raised * 2.0**-74 * (raised >= 2.0**-52)).copysign(x)
+    return torch.where(magnitude < _IMPLICIT_ONE, small, torch.where(magnitude >= _INF, x, bounded))
 
 
 def _multiply_by_scale(x: Tensor, scale: Tensor) -> Tensor:
@@ -335,27 +296,39 @@ def flush_subnormals(x: Tensor) -> Tensor:
     return x * (x.abs() >= _MIN_NORMAL)
 
 
-def _to_dtype_of(x: Tensor, result: Tensor) -> Tensor:
-    """``result`` in the dtype of ``x``, which has its signs; torch's conversion to bfloat16 loses the sign of NaN."""
-    if x.dtype == torch.float32:
+def to_float32(x: Tensor) -> Tensor:
+    """``x`` as float32 that rounds on as ``x`` itself would: float64 is rounded to odd, the others are exact."""
+    return _float64_to_odd(x) if x.dtype == torch.float64 else x.to(torch.float32)
+
+
+def _float64_to_odd(x: Tensor) -> Tensor:
+    """float64 to float32, rounded to odd: rounding the result again, to fewer bits, equals rounding ``x`` once.
+
+    In integers, because the smallest results are numbers that a processor may flush.
+    """
+    bits = x.view(torch.int64)
+    magnitude = bits & (2**63 - 1)
+    field = magnitude >> 52
+    normal = magnitude - ((1023 - 127) << 52)
+    subnormal = (magnitude & (2**52 - 1)) | 1 << 52
+    # 29 bits go; of what float32 has below 2^-126, in steps of 2^-149, one more for each binade further down.
+    dropped = (926 - field).clamp(29, 62)
+    source = torch.where(field > 1023 - 127, normal, subnormal)
+    kept = source >> dropped
+    odd = kept | ((kept << dropped) != source)
+    odd = torch.where(magnitude == 0, 0, odd.clamp_max_(_INF - 1))
+    odd = torch.where(field == 2047, _INF | ((magnitude & (2**52 - 1)) != 0), odd)
+    return (odd | (bits >> 63 << 31)).to(torch.int32).view(torch.float32)
+
+
+def _to_dtype(result: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 result in the dtype it is asked for. NaN, which may take any shape on the way, is canonical again."""
+    if dtype == torch.float32:
         return result
-    narrow = result.to(x.dtype)
-    return narrow.masked_fill_(result.isnan(), math.nan).copysign_(x)
-
-
-def _to_float32_odd(x: Tensor) -> Tensor:
-    """float64 to float32, rounded to odd: rounding the result again, to fewer bits, equals rounding ``x`` once."""
-    nearest = x.to(torch.float32)
-    bits = nearest.view(torch.int32)
-    exact = nearest.to(torch.float64) == x
-    too_far = nearest.to(torch.float64).abs() > x.abs()
-    odd = (bits - too_far.to(torch.int32)) | 1
-    return torch.where(exact | x.isnan(), bits, odd).view(torch.float32)
-
-
-def _bits_of(value: float) -> int:
-    return int(np.float32(value).view(np.int32))
-
-
-def _next_up(value: float) -> float:
-    return float(np.nextafter(np.float32(value), np.float32(np.inf)))
+    bits = result.view(torch.int32)
+    if dtype == torch.float64:
+        subnormal = (bits > 0) & (bits < _IMPLICIT_ONE)  # of formats without a sign; may be flushed on the way
+        return torch.where(subnormal, bits.to(torch.float64) * 2.0**-149, result.to(torch.float64))
+    signs = (bits >> 16).to(torch.int16) & -(2**15)
+    magnitude = (result.to(dtype).view(torch.int16) & (2**15 - 1)).clamp_max_(_QUIET_NAN[dtype])
+    return (magnitude | signs).view(dtype)

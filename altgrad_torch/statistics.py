@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from altgrad_core.formats import Format, parse
+from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import round_to_format
-from altgrad_torch.casting import cast, divide_by_scale, flush_subnormals
+from altgrad_torch.casting import as_grid, cast, divide_by_scale, flush_subnormals, quantize
+from altgrad_torch.params import Edges, FormatParams, edges
 from altgrad_torch.scaling import power_of_two_scale
 
 _MAGNITUDE = 0x7FFFFFFF
@@ -113,15 +114,15 @@ class StallCounts:
         return {name: self.totals[..., k].tolist() for k, name in enumerate(names)}
 
 
-def cast_counts(x: Tensor, format: str | Format, *, scale: Tensor | float | None = None) -> CastCounts:
+def cast_counts(x: Tensor, format: str | Format | FormatParams, *, scale: Tensor | float | None = None) -> CastCounts:
     """Count what a cast of ``x`` does, without casting.
 
     Counted is the cast to nearest even. Measure against a delayed or static scale: under a tensor's own current amax
-    nothing ever overflows.
+    nothing ever overflows. For a format without a sign magnitudes are counted, and none becomes zero.
 
     Args:
         x: floating-point tensor of any shape; bfloat16 and float16 count at their own values.
-        format: a name or a :class:`~altgrad_core.formats.Format`.
+        format: a name, a :class:`~altgrad_core.formats.Format` or :class:`~altgrad_torch.params.FormatParams`.
         scale: the worth of one, positive, a power of two; counted is ``x / scale``.
 
     Returns:
@@ -137,7 +138,57 @@ def cast_counts(x: Tensor, format: str | Format, *, scale: Tensor | float | None
     return observe(x, format, scale=scale)[0]
 
 
-def observe(x: Tensor, format: str | Format, *, scale: Tensor | float | None = None) -> tuple[CastCounts, Tensor]:
+def quantize_with_counts(
+    x: Tensor,
+    format: str | Format | FormatParams,
+    *,
+    scale: Tensor | float | None = None,
+    rounding: Rounding = "nearest_even",
+    overflow: Overflow = "native",
+    random_bits: Tensor | None = None,
+    stochastic_bits: int = STOCHASTIC_BITS,
+    saturation_mask: bool = False,
+) -> tuple[Tensor, CastCounts]:
+    """The cast of ``x`` and the counts of its cast to nearest even, in one call.
+
+    Args:
+        x: float32, bfloat16 or float16 tensor of any shape.
+        format: as all arguments, see :func:`altgrad_torch.casting.quantize`.
+        scale: a power of two, for the counts to be exact.
+        rounding: of the cast; the counts are those of ``nearest_even``, whatever it is.
+        overflow: see there.
+        random_bits: see there.
+        stochastic_bits: see there.
+        saturation_mask: see there.
+
+    Returns:
+        What :func:`altgrad_torch.casting.quantize` and what :func:`cast_counts` return.
+
+    Raises:
+        TypeError: as either of them.
+        ValueError: likewise.
+
+    >>> values, counts = quantize_with_counts(torch.tensor([1e6, 1.1]), "E5M2")
+    >>> values.tolist(), float(counts.overflow_rate)
+    ([inf, 1.0], 0.5)
+    """
+    counts = cast_counts(x, format, scale=scale)
+    quantized = quantize(
+        x,
+        format,
+        scale=scale,
+        rounding=rounding,
+        overflow=overflow,
+        random_bits=random_bits,
+        stochastic_bits=stochastic_bits,
+        saturation_mask=saturation_mask,
+    )
+    return quantized, counts
+
+
+def observe(
+    x: Tensor, format: str | Format | FormatParams, *, scale: Tensor | float | None = None
+) -> tuple[CastCounts, Tensor]:
     """The counts of a cast and the largest magnitude of ``x``; see :func:`cast_counts`.
 
     Returns:
@@ -149,42 +200,43 @@ def observe(x: Tensor, format: str | Format, *, scale: Tensor | float | None = N
     """
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"counts are made of float32, bfloat16 and float16 tensors; got {x.dtype}")
-    resolved = parse(format)
+    grid = as_grid(format)
+    limits = edges(grid) if isinstance(grid, FormatParams) else _thresholds(grid)
     totals = torch.zeros(5, dtype=torch.int64, device=x.device)
     amax_bits = torch.zeros((), dtype=torch.int32, device=x.device)
     unit = None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=x.device)
     flat = x.detach().reshape(-1)
     if unit is not None and unit.numel() > 1:
         unit = unit.expand(x.shape).reshape(-1)
-    for start in range(0, flat.numel(), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    size = max(flat.numel(), 1) if torch.compiler.is_compiling() else _CHUNK
+    for start in range(0, flat.numel(), size):
+        part = slice(start, start + size)
         part_unit = unit if unit is None or unit.numel() == 1 else unit[part]
-        counted, part_amax = _observe_chunk(flat[part].to(torch.float32), resolved, part_unit)
+        counted, part_amax = _observe_chunk(flat[part].to(torch.float32), limits, part_unit)
         totals += counted
         amax_bits = torch.maximum(amax_bits, part_amax)
     return CastCounts(totals), amax_bits.view(torch.float32)
 
 
-def _observe_chunk(x: Tensor, format: Format, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def _observe_chunk(x: Tensor, limits: Edges, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     magnitude = x.view(torch.int32) & _MAGNITUDE
     scaled = magnitude if scale is None else divide_by_scale(x, scale).view(torch.int32) & _MAGNITUDE
-    overflows_from, vanishes_to = _thresholds(format)
     nonzero = (magnitude != 0) & (magnitude <= _INF)
     flags = (
         torch.ones_like(nonzero),
-        (scaled >= overflows_from) & (magnitude <= _INF),
+        (scaled >= limits.overflows_from) & (magnitude <= _INF),
         nonzero,
-        nonzero & (scaled <= vanishes_to),
+        nonzero & (scaled <= limits.vanishes_to),
         magnitude > _INF,
     )
     return torch.stack([torch.count_nonzero(flag) for flag in flags]), magnitude.amax()
 
 
 @lru_cache(maxsize=256)
-def _thresholds(format: Format) -> tuple[int, int]:
+def _thresholds(format: Format) -> Edges:
     """Bits of the smallest magnitude that overflows and of the largest that becomes zero, from the definition."""
     if format.cast_path == "identity":
-        return _INF, 0
+        return Edges(_INF, 0)
     half_quantum = math.ldexp(0.5, max(format.max_exponent, format.min_exponent) - format.mantissa_bits)
     tie = format.max_representable_value + half_quantum
     goes_up = bool(format.max_code & 1)
@@ -196,13 +248,14 @@ def _thresholds(format: Format) -> tuple[int, int]:
         return round_to_format(_float_of(bits), format, overflow="saturate") >= 2.0**-126
 
     magnitudes = range(_INF + 1)
-    return bisect_left(magnitudes, True, key=overflows), bisect_left(magnitudes, True, key=survives) - 1
+    vanishes_to = bisect_left(magnitudes, True, key=survives) - 1 if format.is_signed else 0
+    return Edges(bisect_left(magnitudes, True, key=overflows), vanishes_to)
 
 
 def stall_counts(
     weight: Tensor,
     update: Tensor,
-    format: str | Format,
+    format: str | Format | FormatParams,
     *,
     scale: Tensor | float | None = None,
     gradient: Tensor | None = None,
@@ -231,15 +284,16 @@ def stall_counts(
     """
     if weight.shape != update.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)} but update {tuple(update.shape)}; expected the same")
-    resolved = parse(format)
+    grid = as_grid(format)
+    maximum = grid.max_value if isinstance(grid, FormatParams) else grid.max_representable_value
     weight, update = _normal(weight), _normal(update)
     unit = torch.as_tensor(1.0 if scale is None else scale, dtype=torch.float32, device=weight.device)
-    before = _nearest(divide_by_scale(weight, unit), resolved)
-    after = _nearest(divide_by_scale(weight + update, unit), resolved)
+    before = _nearest(divide_by_scale(weight, unit), grid)
+    after = _nearest(divide_by_scale(weight + update, unit), grid)
     nonzero = update != 0
     stalled = nonzero & (before == after)
     outward = torch.signbit(before) == torch.signbit(update)
-    at_max = stalled & outward & (before.abs() >= resolved.max_representable_value)
+    at_max = stalled & outward & (before.abs() >= maximum)
     vanished = torch.zeros_like(nonzero) if gradient is None else ~nonzero & (_normal(gradient) != 0)
     flags = (nonzero, stalled & ~at_max, at_max, vanished)
     return StallCounts(torch.stack([torch.count_nonzero(flag) for flag in flags]))
@@ -314,7 +368,7 @@ def _normal(x: Tensor) -> Tensor:
     return flush_subnormals(x.detach().to(torch.float32))
 
 
-def _nearest(x: Tensor, format: Format) -> Tensor:
+def _nearest(x: Tensor, format: Format | FormatParams) -> Tensor:
     return cast(x, format, overflow="saturate")
 
 

@@ -1,10 +1,16 @@
-"""``python -m benchmarks [casting] [clipping] [training_step]``: all of them by default."""
+"""``python -m benchmarks [casting] [casting_torch] [clipping] [training_step] [peers]``: all of them by default."""
 
 import sys
 
-from benchmarks import casting, clipping, training_step
+from benchmarks import casting, casting_torch, clipping, peers, training_step
 
-_ALL = {"casting": casting.main, "clipping": clipping.main, "training_step": training_step.main}
+_ALL = {
+    "casting": casting.main,
+    "casting_torch": casting_torch.main,
+    "clipping": clipping.main,
+    "training_step": training_step.main,
+    "peers": peers.main,
+}
 
 
 def main() -> None:

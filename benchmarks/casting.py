@@ -1,9 +1,12 @@
-"""Casts and counts against a plain multiply, XLA's own casts, ml_dtypes and gfloat, all in one run.
+"""Casts, codes, counts and scales in JAX against a plain multiply, a sum, a shift and XLA's own casts, in one run.
 
 Arrays are donated: without that, beyond about 32 MB, page faults are what is measured.
 """
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
 
 import gfloat
 import gfloat.formats
@@ -12,18 +15,31 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from altgrad_jax.casting import FormatParams, cast
-from altgrad_jax.statistics import observe
-from benchmarks.timing import show, side_by_side
+from altgrad_core.formats import EIGHT
+from altgrad_jax import (
+    CodeParams,
+    FormatParams,
+    decode,
+    encode,
+    hash_bits,
+    observe,
+    quantize,
+    quantize_blocks,
+    quantize_with_counts,
+)
+from altgrad_jax.casting import cast
+from benchmarks.page import write_page
+from benchmarks.timing import Comparison, side_by_side
 
 _SIZES = {"2^24 elements, donated": 2**24, "2^18 elements, in cache": 2**18}
-_SLOW_ELEMENTS = 2**18
+_FEW = 2**18
+_ROUNDS = 25
 
 
 class _Donated:
     """A function applied to its own result over and over, its argument donated."""
 
-    def __init__(self, function, start: np.ndarray, *rest: object) -> None:
+    def __init__(self, function: Callable[..., jax.Array], start: np.ndarray, *rest: object) -> None:
         self._function, self._rest = jax.jit(function, donate_argnums=0), rest
         self._value = jnp.asarray(start)
 
@@ -33,32 +49,92 @@ class _Donated:
 
 
 def main() -> None:
+    for comparison in comparisons():
+        comparison.show()
+
+
+def comparisons() -> Iterator[Comparison]:
+    """One after the other, measured when asked for."""
     rng = np.random.default_rng(0)
     for label, size in _SIZES.items():
         x = rng.standard_normal(size).astype(np.float32)
-        contestants = {"x * c": _Donated(lambda x, c: x * c, x, jnp.float32(1))}
-        for name in ("E0M7", "E3M4", "E4M3", "E5M2", "E7M0"):
-            params = FormatParams.from_format(name, overflow="saturate")
-            contestants[f"cast to {name}"] = _Donated(cast, x, params)
-        integer = FormatParams.from_format("E5M2", overflow="saturate", path="integer")
-        contestants["cast to E5M2, integer path"] = _Donated(cast, x, integer)
-        contestants["cast to bf16, integer path"] = _Donated(cast, x, FormatParams.from_format("bf16"))
-        contestants["astype(float8_e5m2).astype(float32)"] = _Donated(
-            lambda x: x.astype(jnp.float8_e5m2).astype(jnp.float32), x
-        )
-        show(f"Casts, {label}", side_by_side(contestants, rounds=15), "x * c")
-        _counts(x, label)
-    _against_libraries(rng.standard_normal(_SLOW_ELEMENTS).astype(np.float32))
+        yield _casts(x, label)
+        yield _codes(x, label)
+        yield _counts(x, label)
+        yield _cast_and_counts(x, label)
+    yield _many_formats(rng.standard_normal(_FEW).astype(np.float32))
+    yield _libraries(rng.standard_normal(_FEW).astype(np.float32))
 
 
-def _counts(x: np.ndarray, label: str) -> None:
+def _casts(x: np.ndarray, label: str) -> Comparison:
+    contestants: dict[str, Callable[[], object]] = {"x * c": _Donated(lambda x, c: x * c, x, jnp.float32(1))}
+    for name in (*EIGHT, "float8_e4m3fnuz"):
+        contestants[name] = _Donated(cast, x, FormatParams.from_format(name, overflow="saturate"))
+    wide, every = "E5M2, wide path", "E5M2, integer path"
+    contestants[wide] = _Donated(cast, x, FormatParams.from_format("E5M2", path="wide"))
+    contestants["bf16, wide path"] = _Donated(cast, x, FormatParams.from_format("bf16"))
+    contestants[every] = _Donated(cast, x, FormatParams.from_format("E5M2", path="integer"))
+    contestants["E5M2, toward zero"] = _Donated(lambda x: quantize(x, "E5M2", rounding="toward_zero"), x)
+    contestants["E4M3, stochastic by hash"] = _Donated(
+        lambda x, params, step: quantize(x, params, random_bits=hash_bits(x.shape, 0, step)),
+        x,
+        FormatParams.from_format("E4M3", rounding="stochastic"),
+        jnp.uint32(1),
+    )
+    contestants["E4M3 in blocks of 32"] = _Donated(lambda x: quantize_blocks(x, "E4M3"), x)
+    contestants["astype(float8_e5m2)"] = _Donated(lambda x: x.astype(jnp.float8_e5m2).astype(jnp.float32), x)
+    wanted = dict.fromkeys(EIGHT, 0.9) | {"bf16, wide path": 0.7, wide: 0.7}
+    wanted |= {"E4M3, stochastic by hash": 0.4, "E4M3 in blocks of 32": 0.5}
+    return Comparison(f"Casts, {label}", "x * c", side_by_side(contestants, _ROUNDS), wanted)
+
+
+def _codes(x: np.ndarray, label: str) -> Comparison:
+    array, params = jnp.asarray(x), CodeParams.from_format("E5M2")
+    shift = jax.jit(lambda x: (jax.lax.bitcast_convert_type(x, jnp.uint32) >> 24).astype(jnp.uint8))
+    of, values = jax.jit(encode), jax.jit(decode)
+    codes = of(array, params)
+    contestants = {
+        "shift to uint8": lambda: shift(array),
+        "encode": lambda: of(array, params),
+        "decode": lambda: values(codes, params),
+    }
+    return Comparison(f"Codes, {label}", "shift to uint8", side_by_side(contestants, _ROUNDS), {"encode": 0.85})
+
+
+def _counts(x: np.ndarray, label: str) -> Comparison:
     params, array = FormatParams.from_format("E5M2"), jnp.asarray(x)
     total, counted = jax.jit(jnp.sum), jax.jit(lambda x, p: observe(x, p))
     contestants = {"jnp.sum": lambda: total(array), "counts and amax": lambda: counted(array, params)}
-    show(f"Counts, {label}", side_by_side(contestants, rounds=15), "jnp.sum")
+    timings = side_by_side(contestants, _ROUNDS)
+    return Comparison(f"Counts, {label}", "jnp.sum", timings, {"counts and amax": 0.9})
 
 
-def _against_libraries(x: np.ndarray) -> None:
+def _cast_and_counts(x: np.ndarray, label: str) -> Comparison:
+    params = FormatParams.from_format("E5M2")
+    both = jax.jit(quantize_with_counts, donate_argnums=0)
+    value = jnp.array(x)
+
+    def cast_and_counts() -> object:
+        nonlocal value
+        value, counts = both(value, params)
+        return value, counts
+
+    contestants = {"cast": _Donated(cast, x, params), "cast and counts": cast_and_counts}
+    timings = side_by_side(contestants, _ROUNDS)
+    return Comparison(f"Cast and counts, {label}", "cast", timings, {"cast and counts": 1 / 2.6})
+
+
+def _many_formats(x: np.ndarray) -> Comparison:
+    array, eight = jnp.asarray(x), FormatParams.stack([FormatParams.from_format(name) for name in EIGHT])
+    mapped = jax.jit(jax.vmap(cast, in_axes=(None, 0)))
+    product = jax.jit(lambda x, c: x * c[:, None])
+    factors = jnp.ones(len(EIGHT))
+    contestants = {"x * c, 8 factors": lambda: product(array, factors), "8 formats": lambda: mapped(array, eight)}
+    timings = side_by_side(contestants, _ROUNDS)
+    return Comparison("8 formats at once by vmap, 2^18 elements", "x * c, 8 factors", timings, {"8 formats": 1 / 1.7})
+
+
+def _libraries(x: np.ndarray) -> Comparison:
     params, array = FormatParams.from_format("E5M2", overflow="saturate"), jnp.asarray(x)
     info = gfloat.formats.format_info_ocp_e5m2
     ours, theirs = jax.jit(cast), jax.jit(lambda x: gfloat.round_ndarray(info, x, sat=True))
@@ -68,4 +144,12 @@ def _against_libraries(x: np.ndarray) -> None:
         "gfloat.round_ndarray in NumPy": lambda: gfloat.round_ndarray(info, x, sat=True),
         "ml_dtypes in NumPy": lambda: x.astype(ml_dtypes.float8_e5m2).astype(np.float32),
     }
-    show("Other libraries, 2^18 elements", side_by_side(contestants, rounds=7, warmup=1), "cast to E5M2")
+    return Comparison("Other libraries, 2^18 elements", "cast to E5M2", side_by_side(contestants, 7, warmup=1))
+
+
+if __name__ == "__main__":
+    measured = list(comparisons())
+    for measurement in measured:
+        measurement.show()
+    if "--write" in sys.argv[1:]:
+        print(write_page("casting", "What a cast costs in JAX", measured, ["jax", "numpy", "ml_dtypes", "gfloat"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import numpy as np
@@ -27,6 +27,45 @@ class Timing:
         return float(np.median(reference.seconds / self.seconds))
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Contestants that ran side by side.
+
+    Attributes:
+        title: what was compared.
+        reference: the contestant whose speed is 1.
+        timings: by contestant.
+        wanted: the speed that a contestant is to reach, where one is set.
+    """
+
+    title: str
+    reference: str
+    timings: Mapping[str, Timing]
+    wanted: Mapping[str, float] = field(default_factory=dict)
+
+    def rows(self) -> list[tuple[str, float, float, float | None]]:
+        """Name, median milliseconds, speed against the reference, wanted speed."""
+        first = self.timings[self.reference]
+        return [
+            (name, timing.median * 1e3, timing.speed_against(first), self.wanted.get(name))
+            for name, timing in self.timings.items()
+        ]
+
+    def show(self) -> None:
+        """Print it."""
+        table = Table(title=self.title, title_justify="left")
+        table.add_column("")
+        for heading in ("median ms", f"speed against {self.reference}", "wanted"):
+            table.add_column(heading, justify="right")
+        for name, milliseconds, ratio, wanted in self.rows():
+            table.add_row(name, f"{milliseconds:.3f}", in_figures(ratio), "" if wanted is None else f"{wanted:.2f}")
+        Console().print(table)
+
+
+def in_figures(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.4f}"
+
+
 def side_by_side(contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, Timing]:
     """Time zero-argument functions in turn; what they return is waited for."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -38,12 +77,5 @@ def side_by_side(contestants: Mapping[str, Callable[[], object]], rounds: int, w
     return {name: Timing(np.array(values[warmup:])) for name, values in seconds.items()}
 
 
-def show(title: str, timings: Mapping[str, Timing], reference: str, unit: str = "speed against") -> None:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    table.add_column("median ms", justify="right")
-    table.add_column(f"{unit} {reference}", justify="right")
-    for name, timing in timings.items():
-        ratio = timing.speed_against(timings[reference])
-        table.add_row(name, f"{timing.median * 1e3:.3f}", f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.4f}")
-    Console().print(table)
+def show(title: str, timings: Mapping[str, Timing], reference: str) -> None:
+    Comparison(title, reference, timings).show()

@@ -12,15 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from altgrad_core.formats import FORMAT_REGISTRY, Format, Overflow, Rounding, parse
+from altgrad_core.formats import EIGHT as EIGHT_NAMES
+from altgrad_core.formats import Format, Overflow, Rounding, parse
 from altgrad_core.reference import quantize_reference, round_to_format
-from altgrad_jax.casting import FormatParams
 from altgrad_jax.casting import cast as jax_bare_cast
+from altgrad_jax.params import FormatParams
 from altgrad_torch.casting import cast as torch_bare_cast
 
 Array = npt.NDArray[np.generic]
 
-EIGHT = tuple(known for known in FORMAT_REGISTRY.values() if known.bits == 8)
+EIGHT = tuple(map(parse, EIGHT_NAMES))
 MIN_NORMAL = 2.0**-126
 SIGN = np.uint32(0x8000_0000)
 SPECIAL_BITS = np.array(
@@ -41,7 +42,7 @@ def both_signs(magnitude_bits: npt.NDArray[np.uint32]) -> npt.NDArray[np.float32
 def boundaries(format: Format) -> npt.NDArray[np.float32]:
     """Every code value, every midpoint and the edge of overflow, each with its float32 neighbours, and the specials."""
     grid = format.code_book()[: format.max_code + 1]
-    step = grid[-1] - grid[-2] if format.mantissa_bits else grid[-1]
+    step = np.ldexp(*format.finite_parts(format.max_code + 1)) - grid[-1]
     points = np.concatenate([grid, (grid[1:] + grid[:-1]) / 2, grid[-1] + step * np.array([0.25, 0.5, 0.75, 1, 2])])
     bits = points[points <= np.finfo(np.float32).max].astype(np.float32).view(np.uint32)
     bits = np.unique(np.concatenate([np.maximum(bits, 1) - 1, bits, bits + 1]))

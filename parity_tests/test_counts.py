@@ -20,7 +20,7 @@ import altgrad_torch.scaling as scaling_in_torch
 import altgrad_torch.statistics as in_torch
 from altgrad_core.formats import Format, parse
 from altgrad_core.reference import round_to_format
-from altgrad_jax.casting import FormatParams
+from altgrad_jax.params import FormatParams
 from parity_tests.support import EIGHT, MIN_NORMAL, assert_same_bits, boundaries, many_inputs, padded, widened
 
 BOUNDARY_SIZE = 2048

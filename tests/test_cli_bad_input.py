@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from altgrad.cli import main
+from altgrad.study.runner import StudyConfig
 from altgrad.train import TrainConfig
 
 _SMALL = ["--steps", "3", "--batch", "1", "--context", "8", "--layers", "1", "--width", "8", "--heads", "1"]
@@ -134,6 +135,10 @@ def test_study_and_report(monkeypatch, capsys, tmp_path, arguments, expected):
     monkeypatch.chdir(tmp_path)
     assert expected in _fails(monkeypatch, capsys, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_study_takes_other_names_of_the_formats_that_shift():
+    assert StudyConfig(formats=("float32", "float8_e4m3fn"), scenes=("stress",)).formats[1] == "float8_e4m3fn"
 
 
 def test_help_lists_every_option_with_its_text():

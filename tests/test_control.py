@@ -85,6 +85,11 @@ def test_every_arrow_of_the_fallback(start: str, target: str | None) -> None:
     assert kinds(controller) == [(2, "shift" if target else "exhausted", "nan")]
 
 
+@pytest.mark.parametrize(("alias", "target"), [("float8_e4m3fn", "E5M2"), ("float8_e5m2", None), ("E1M6b0", "E3M4")])
+def test_other_names_of_a_format_fall_back_as_it_does(alias: str, target: str | None) -> None:
+    assert feed(shifting(alias), [nan()] * 3)[-1].format == target
+
+
 def test_exhausted_does_nothing_and_says_so() -> None:
     controller = shifting("E5M2")
     decisions = feed(controller, [nan()] * 7)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from altgrad_core import parse
+from altgrad_core.formats import EIGHT
 from altgrad_core.reference import quantize_reference
 from altgrad_jax import (
     FormatParams,
@@ -24,7 +25,6 @@ from altgrad_jax import (
     snapshot,
 )
 
-EIGHT = ("E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")
 ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "stochastic")
 BAD = (np.nan, np.inf, -np.inf)
 PARAMS = {"w": jnp.array([1.0, -2.0, 3.0]), "b": jnp.array([0.5])}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from altgrad_core.formats import FORMAT_REGISTRY, UnknownFormatError
+from altgrad_core.formats import EIGHT, FORMAT_REGISTRY, Format, UnknownFormatError, parse
 from altgrad_core.stability import (
     CLIP_EPSILON,
     FORMAT_FALLBACK,
@@ -20,7 +22,8 @@ from altgrad_core.stability import (
     clip_threshold,
 )
 
-EIGHT = sorted(name for name, known in FORMAT_REGISTRY.items() if known.bits == 8)
+SELECTED = [name for name, known in FORMAT_REGISTRY.items() if known.max_representable_value < 2.0**65]
+"""Of which no threshold overflows float32 under the bases tried; the eight are among them."""
 
 
 @pytest.mark.parametrize(
@@ -41,13 +44,30 @@ def test_threshold_is_the_ratio_of_ranges(name: str, ratio: Fraction) -> None:
     assert clip_threshold(FORMAT_REGISTRY[name]) == clip_threshold(name)
 
 
-@given(st.floats(1e-20, 1e15), st.sampled_from(EIGHT))
+@given(st.floats(1e-20, 1e15), st.sampled_from(SELECTED))
 def test_threshold_follows_the_base(base: float, name: str) -> None:
     """Rounded to float32 before and after, and in between exact but for float64's last bit."""
     exact = Fraction(float(np.float32(base))) * Fraction(FORMAT_REGISTRY[name].max_representable_value) / 57344
     threshold = clip_threshold(name, base)
     assert threshold == float(np.float32(threshold))
     assert abs(Fraction(threshold) - exact) <= exact * (Fraction(1, 2**24) + Fraction(1, 2**50))
+
+
+def test_thresholds_of_equal_formats_are_equal() -> None:
+    """By any name, and of the format as it is; all but the eight too."""
+    for known in FORMAT_REGISTRY.values():
+        twins = [name for name, other in FORMAT_REGISTRY.items() if other == known]
+        thresholds = {clip_threshold(name, 0.3) for name in [*twins, known, replace(known, name="mine")]}
+        assert len(thresholds) == 1
+    assert clip_threshold("float8_e4m3fn") == clip_threshold("E4M3") == 448 / 57344
+    assert clip_threshold("binary8p3sf") == 1.0
+    assert clip_threshold("float8_e3m4") == float(np.float32(15.5 / 57344))
+
+
+def test_thresholds_beyond_float32_are_infinite() -> None:
+    """Nothing is clipped, without a warning."""
+    assert clip_threshold("float8_e8m0fnu", 1e6) == math.inf
+    assert math.isfinite(clip_threshold("float8_e8m0fnu", 1.0))
 
 
 def test_known_thresholds() -> None:
@@ -108,13 +128,48 @@ def test_stall_rate_is_a_rate(stall_rate: float) -> None:
     assert shifter.consecutive_nans == 0, "a refused observation is not counted"
 
 
-@pytest.mark.parametrize("name", ["float32", "bf16", "fp16", "E2M3", "e5m2", ""])
+@pytest.mark.parametrize(
+    "name", ["float32", "bf16", "fp16", "E2M3", "e5m2", "", "E5M2b15", "E4M3b7", "float8_e3m4", "binary8p3se", None]
+)
 def test_formats_without_a_fallback_are_refused(name: str) -> None:
     """Also where nothing triggers: a run that cannot shift should say so at once."""
     with pytest.raises(ValueError, match="E7M0, E6M1, E5M2"):
         EmergencyMantissaShift().check_and_shift(name, has_nan=False, stall_rate=0.0)
-    with pytest.raises(ValueError, match=r"no fallback is known"):
+    with pytest.raises(ValueError, match=rf"no fallback is known for format '{name}'"):
         EmergencyMantissaShift().is_exhausted(name)
+    assert not EmergencyMantissaShift().knows(name)
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [
+        ("float8_e4m3fn", "E4M3"),
+        ("E4M3fn", "E4M3"),
+        ("float8_e5m2", "E5M2"),
+        ("E5M2ieee", "E5M2"),
+        ("E1M6b0", "E1M6"),
+        (parse("E7M0"), "E7M0"),
+        (Format("mine", 3, 4, 1), "E3M4"),
+        (Format("E5M2", 7, 0, 63), "E7M0"),
+    ],
+)
+def test_equal_formats_fall_back_to_the_same(alias: str | Format, name: str) -> None:
+    """What counts is the format, not what it is called."""
+    shifter = EmergencyMantissaShift(nan_patience=1)
+    assert shifter.knows(alias)
+    assert shifter.check_and_shift(alias, has_nan=True, stall_rate=0.0) == FORMAT_FALLBACK[name]
+    assert shifter.is_exhausted(alias) == (name == "E5M2")
+
+
+def test_a_table_of_ones_own() -> None:
+    class Towards16(EmergencyMantissaShift):
+        FORMAT_FALLBACK = MappingProxyType({"float8_e5m2": "bf16", "bf16": None})
+
+    shifter = Towards16(stall_threshold=0.0)
+    assert shifter.check_and_shift("E5M2", has_nan=False, stall_rate=0.1) == "bf16"
+    assert shifter.is_exhausted("bfloat16")
+    with pytest.raises(ValueError, match="the known ones are float8_e5m2, bf16"):
+        shifter.check_and_shift("E4M3", has_nan=False, stall_rate=0.1)
 
 
 def test_patience_of_one_shifts_at_once() -> None:
@@ -128,7 +183,7 @@ def test_stall_thresholds_are_exceeded_not_reached(threshold: float, rate: float
 
 
 def test_the_table_is_complete_and_fixed() -> None:
-    assert sorted(FORMAT_FALLBACK) == EIGHT
+    assert sorted(FORMAT_FALLBACK) == sorted(EIGHT)
     assert EmergencyMantissaShift.FORMAT_FALLBACK is FORMAT_FALLBACK
     with pytest.raises(TypeError):
         FORMAT_FALLBACK["E5M2"] = "E3M4"  # type: ignore[index]

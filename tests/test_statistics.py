@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from altgrad_core import UnknownFormatError, parse
+from altgrad_core.formats import EIGHT
 from altgrad_core.reference import quantize_reference, round_to_format
 from altgrad_jax import (
     CastCounts,
@@ -25,9 +26,9 @@ from altgrad_jax import (
     stall_monitor,
     statistics,
 )
-from altgrad_jax.statistics import edges, tally
+from altgrad_jax.params import edges
+from altgrad_jax.statistics import tally
 
-EIGHT = ("E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")
 WIDE = ("bf16", "fp16", "E5M6", "E4M0", "E8M2b140", "E8M0b128", "E8M0b129", "E8M0b130")
 LIMB = 2**30
 COUNT = st.integers(0, 2**60 - 1)

@@ -13,13 +13,13 @@ import pytest
 from jax import lax
 
 from altgrad_core import parse
+from altgrad_core.formats import EIGHT
 from altgrad_jax import power_of_two_scale, set_format
 from altgrad_jax.control import get_format
 from altgrad_jax.models import GPTConfig
 from altgrad_jax.state import Fault, Recoverable, RunSpec, StepMetrics, TrainState
 from altgrad_jax.training import OptimizerConfig, Program
 
-EIGHT = ("E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")
 MODEL = GPTConfig(vocabulary=11, context=8, layers=1, width=16, heads=2)
 OPTIMIZER = OptimizerConfig(steps=60, learning_rate=1e-2, warmup=3)
 NAN_BATCH, SPIKE, POISON = Fault(jnp.nan), Fault(1e6), Fault(1.0, True, jnp.nan)

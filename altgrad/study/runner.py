@@ -19,7 +19,7 @@ import numpy.typing as npt
 from altgrad.study.results import SERIES, RunResult, Scene, Study, StudyError
 from altgrad_core.events import Event
 from altgrad_core.formats import parse
-from altgrad_core.stability import FORMAT_FALLBACK
+from altgrad_core.stability import FORMAT_FALLBACK, EmergencyMantissaShift
 from altgrad_jax.data import Corpus, load_corpus
 from altgrad_jax.faults import check_faults
 from altgrad_jax.job import Job, RunPlan, StepReport
@@ -78,7 +78,7 @@ class StudyConfig:
             raise StudyError("a study needs at least one format and one scene")
         for name in self.formats:
             parse(name)
-            if name not in CONTROLS and name not in FORMAT_FALLBACK and "stress" in self.scenes:
+            if name not in CONTROLS and not EmergencyMantissaShift().knows(name) and "stress" in self.scenes:
                 known = ", ".join(FORMAT_FALLBACK)
                 raise StudyError(f"the stress scene shifts formats, and {name} has no fallback; expected {known}")
         if self.faults and "stress" not in self.scenes:

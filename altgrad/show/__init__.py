@@ -1,0 +1,1 @@
+"""What the commands about formats and values print."""

@@ -1,0 +1,77 @@
+"""Whether a run is poisoned, so that only a snapshot helps. Told apart from whether its format can carry it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from altgrad_core.events import Event
+from altgrad_core.evidence import Observation
+from altgrad_core.settings import Policy
+
+_MEMORY = 0.9
+
+
+@dataclass
+class _Memory:
+    """Plain numbers, so that they can be saved."""
+
+    nans: int = 0
+    runaway: int = 0
+    mean_loss: float | None = None
+
+
+class Health:
+    """Counts the signs of a poisoned run.
+
+    Args:
+        policy: its margins and patience.
+
+    >>> health = Health(Policy(rollback_patience=2))
+    >>> [health.judge(Observation(step, float("nan"), finite=False)) is not None for step in range(2)]
+    [False, True]
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._memory = _Memory()
+
+    @property
+    def calm(self) -> bool:
+        """Whether the last observation gave no reason to doubt the run."""
+        return self._memory.nans == 0 and self._memory.runaway == 0
+
+    def judge(self, seen: Observation) -> Event | None:
+        """Take one observation, and say whether the run should go back to a snapshot."""
+        memory, policy = self._memory, self._policy
+        memory.nans = 0 if seen.finite else memory.nans + 1
+        running_away = (
+            seen.finite and memory.mean_loss is not None and seen.loss > memory.mean_loss + policy.runaway_margin
+        )
+        memory.runaway = memory.runaway + 1 if running_away else 0
+        if seen.finite and not running_away:
+            mean = seen.loss if memory.mean_loss is None else memory.mean_loss
+            memory.mean_loss = _MEMORY * mean + (1 - _MEMORY) * seen.loss
+        if not seen.params_finite:
+            return Event(seen.step, "rollback", "poisoned weights", {"loss": seen.loss})
+        if memory.nans >= policy.rollback_patience:
+            return Event(seen.step, "rollback", "nan", {"consecutive_nans": memory.nans})
+        if memory.runaway >= policy.runaway_patience:
+            return Event(seen.step, "rollback", "runaway loss", {"loss": seen.loss, "mean": memory.mean_loss or 0.0})
+        return None
+
+    def start_anew(self) -> None:
+        """Forget everything, after the run went back.
+
+        The loss of the snapshot may lie well above the mean since then: that would send the run back for ever.
+        """
+        self._memory = _Memory()
+
+    def saved(self) -> dict[str, Any]:
+        """Everything it remembers, JSON-ready."""
+        return asdict(self._memory)
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take up what :meth:`saved` returned."""
+        self._memory = _Memory(**saved)

@@ -1,0 +1,227 @@
+"""Codes of values: real bytes, for storage and exchange. ``altgrad_torch/codes.py`` says the same thing in torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from altgrad_core.errors import InputError
+from altgrad_core.formats import OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding, parse
+from altgrad_jax.casting import cast, grid_of, to_float32
+from altgrad_jax.params import FormatParams
+
+_SIGN = np.int32(-(2**31))
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+_INF = np.int32(0x7F800000)
+_IMPLICIT_ONE = np.int32(1 << 23)
+_MOST_BITS = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CodeParams:
+    """What encoding and decoding need to know of a format: params and special codes, all of which may be traced.
+
+    Attributes:
+        params: the format; its rounding is not stochastic.
+        sign_mask: int32, see :attr:`altgrad_core.formats.Format.sign_mask`.
+        max_code: int32, code of the largest finite value.
+        inf_code: int32, code of infinity; ``max_code`` without one.
+        nan_code: int32, code of NaN; 0 without one.
+        overflow_code: int32, what a value beyond max becomes under the overflow policy.
+        dtype: of the codes (static): uint8, or uint16 for more than 8 bits.
+    """
+
+    params: FormatParams
+    sign_mask: jax.Array
+    max_code: jax.Array
+    inf_code: jax.Array
+    nan_code: jax.Array
+    overflow_code: jax.Array
+    dtype: np.dtype = field(metadata={"static": True})
+
+    @classmethod
+    def from_format(
+        cls, format: str | Format, *, rounding: Rounding = "nearest_even", overflow: Overflow = "native"
+    ) -> CodeParams:
+        """The code params of one format.
+
+        Raises:
+            UnknownFormatError: for an unknown name.
+            ValueError: for an unknown mode, stochastic rounding, or a format of more than 16 bits.
+
+        >>> CodeParams.from_format("float8_e4m3fnuz").nan_code.item()
+        128
+        """
+        resolved = parse(format)
+        if resolved.bits > _MOST_BITS:
+            raise InputError(f"{resolved} has {resolved.bits} bits; codes are made for formats of at most {_MOST_BITS}")
+        if rounding == "stochastic":
+            raise InputError("rounding='stochastic' needs random bits: quantize with them, then encode the result")
+        params = FormatParams.from_format(resolved, rounding=rounding, overflow=overflow)
+        beyond = resolved.overflow_value if overflow == "native" else resolved.max_representable_value
+        codes = (
+            resolved.sign_mask,
+            resolved.max_code,
+            resolved.inf_code or resolved.max_code,
+            resolved.nan_code or 0,
+            resolved.to_bits(beyond),
+        )
+        dtype = np.dtype(np.uint8 if resolved.bits <= 8 else np.uint16)
+        return cls(params, *(jnp.asarray(code, jnp.int32) for code in codes), dtype=dtype)
+
+
+def encode(
+    x: jax.Array,
+    format: str | Format | CodeParams,
+    *,
+    rounding: Rounding = "nearest_even",
+    overflow: Overflow = "native",
+) -> jax.Array:
+    """The codes that ``x`` rounds to.
+
+    NaN becomes the format's NaN, or 0 where it has none: count those with
+    :func:`altgrad_jax.statistics.cast_counts`. An infinity that the format lacks becomes ±max.
+
+    Args:
+        x: floating-point array.
+        format: a name, a :class:`~altgrad_core.formats.Format` of at most 16 bits, or :class:`CodeParams`, which may be
+            traced.
+        rounding: all but ``stochastic``; not beside ``CodeParams``, which carry theirs.
+        overflow: see :data:`altgrad_core.formats.Overflow`; likewise.
+
+    Returns:
+        uint8 (uint16 for formats of more than 8 bits) of the shape of ``x``; the code sits in the low bits.
+
+    Raises:
+        TypeError: if ``x`` is not floating point.
+        ValueError: for unknown formats or modes, and formats of more than 16 bits.
+
+    >>> encode(jnp.array([1.0, -1.0]), "E5M2").tolist()
+    [60, 188]
+    """
+    value = to_float32(x, "encode")
+    code = _code_params(format, rounding, overflow)
+    params, bits = code.params, _bits(value)
+    if params.path == "fast":
+        codes = _codes_by_addition(value, params)
+    else:
+        on_grid = _bits(cast(value, params)) & _MAGNITUDE
+        of_grid = _codes_of_powers if params.path == "unsigned" else _codes_of_grid
+        codes = jnp.where(on_grid >= _INF, code.max_code + 1, of_grid(on_grid, params))
+    codes = jnp.where(codes > code.max_code, code.overflow_code, codes)
+    return _with_specials_and_signs(codes, bits, code).astype(code.dtype)
+
+
+def _codes_by_addition(x: jax.Array, params: FormatParams) -> jax.Array:
+    """The addition that rounds (see ``casting._cast_fast``) leaves the number of quanta in the sum's low bits."""
+    grid = grid_of(x, params)
+    steps = _bits(grid.bounded + grid.magic) - _bits(grid.magic)
+    return steps + (((grid.exponent - grid.lowest) >> 23) << params.mantissa_bits)
+
+
+def _with_specials_and_signs(codes: jax.Array, bits: jax.Array, code: CodeParams) -> jax.Array:
+    """Codes without sign of finite values, completed; above 16 bits they mean nothing."""
+    magnitude = bits & _MAGNITUDE
+    is_nan = magnitude > _INF
+    if code.params.path == "unsigned":
+        is_nan = is_nan | (bits <= 0)
+    keep_inf = code.params.overflow == OVERFLOWS.index("saturate_finite")
+    # A bit above all codes, which goes when they are cut to their dtype, sets NaN apart from what takes a sign.
+    specials = jnp.where(
+        is_nan, code.nan_code + (1 << _MOST_BITS), jnp.where(keep_inf, code.inf_code, code.overflow_code)
+    )
+    codes = jnp.where((magnitude == _INF) | is_nan, specials, codes)
+    # What has a sign lies from 0, or 1 without -0, to infinity: outside, one of the two differences is negative.
+    first = jnp.where(code.params.negative_zero, 0, 1)
+    outside = (codes - first) | (code.inf_code - codes)
+    return codes | (((bits & ~outside) >> 31) & code.sign_mask)
+
+
+def _codes_of_grid(magnitude: jax.Array, params: FormatParams) -> jax.Array:
+    """Codes of the bits of finite magnitudes on the grid of a signed format."""
+    stored = jnp.maximum(magnitude >> 23, 1)
+    significand = magnitude - ((stored - 1) << 23)
+    exponent = jnp.maximum(stored - 127, params.min_exponent)
+    shift = jnp.minimum((23 - params.mantissa_bits) + exponent - (stored - 127), 31)
+    codes = lax.shift_right_logical(significand, shift) + ((exponent - params.min_exponent) << params.mantissa_bits)
+    return jnp.where(magnitude < _IMPLICIT_ONE, 0, codes)
+
+
+def _codes_of_powers(magnitude: jax.Array, params: FormatParams) -> jax.Array:
+    """Codes of the bits of powers of two; below 2^-126 each is a single bit."""
+    exponent = jnp.where(magnitude < _IMPLICIT_ONE, -118 - lax.clz(magnitude), (magnitude >> 23) - 127)
+    return exponent - params.min_exponent
+
+
+def decode(codes: jax.Array, format: str | Format | CodeParams) -> jax.Array:
+    """The float32 values of codes; those below 2^-126 are zero, but for formats without a sign, which have no zero.
+
+    Args:
+        codes: unsigned integers; bits above the format's width are ignored.
+        format: a name, a :class:`~altgrad_core.formats.Format` of at most 16 bits, or :class:`CodeParams`, which may be
+            traced.
+
+    Raises:
+        TypeError: if the codes are not unsigned integers.
+        ValueError: for unknown formats and formats of more than 16 bits.
+
+    >>> decode(jnp.array([60, 188], jnp.uint8), "E5M2").tolist()
+    [1.0, -1.0]
+    """
+    codes = jnp.asarray(codes)
+    if not jnp.issubdtype(codes.dtype, jnp.unsignedinteger):
+        raise TypeError(f"codes are unsigned integers; got {codes.dtype}")
+    code = _code_params(format, "nearest_even", "native")
+    whole = codes.astype(jnp.int32)
+    if code.params.path == "unsigned":
+        return _float(_bits_of_powers(whole & code.nan_code, code))
+    magnitude = whole & (code.sign_mask - 1)
+    negative = (whole & code.sign_mask) != 0
+    value = _bits_of_codes(magnitude, code.params)
+    special = jnp.where(magnitude == code.inf_code, _INF, _bits(jnp.float32(np.nan)))
+    value = jnp.where(magnitude > code.max_code, special, value)
+    value = jnp.where(negative & ~code.params.negative_zero & (magnitude == 0), _bits(jnp.float32(np.nan)), value)
+    return _float(jnp.where(negative & (value <= _INF), value | _SIGN, value))
+
+
+def _bits_of_codes(magnitude: jax.Array, params: FormatParams) -> jax.Array:
+    """Bits of what codes without their sign would be worth if all of them were finite."""
+    stored = magnitude >> params.mantissa_bits
+    implicit = jnp.minimum(stored, 1) << params.mantissa_bits
+    significand = (magnitude & ((1 << params.mantissa_bits) - 1)) + implicit
+    exponent = jnp.maximum(stored, 1) + (params.min_exponent - 1 - params.mantissa_bits)
+    bits = _bits(significand.astype(jnp.float32)) + (exponent << 23)
+    return jnp.where((significand == 0) | (bits < _IMPLICIT_ONE), 0, bits)
+
+
+def _bits_of_powers(magnitude: jax.Array, code: CodeParams) -> jax.Array:
+    exponent = magnitude + code.params.min_exponent
+    below = lax.shift_left(jnp.ones_like(exponent), jnp.clip(exponent + 149, 0, 31))
+    bits = jnp.where(exponent < -126, below, (exponent + 127) << 23)
+    return jnp.where(magnitude > code.max_code, _bits(jnp.float32(np.nan)), bits)
+
+
+def _code_params(format: str | Format | CodeParams, rounding: Rounding, overflow: Overflow) -> CodeParams:
+    if isinstance(format, FormatParams):
+        raise TypeError("codes need to know special codes as well: give a name, a Format or CodeParams")
+    if not isinstance(format, CodeParams):
+        return CodeParams.from_format(format, rounding=rounding, overflow=overflow)
+    if rounding not in ROUNDINGS or rounding != "nearest_even" or overflow != "native":
+        raise InputError(
+            f"rounding={rounding!r}, overflow={overflow!r} would have no effect: CodeParams carry their own; give them "
+            "to CodeParams.from_format"
+        )
+    return format
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)

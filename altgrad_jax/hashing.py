@@ -1,0 +1,60 @@
+"""Random bits from a counter: cheap, reproducible, the same in both frameworks.
+
+The definition is :func:`altgrad_core.hashing.hash_bits_reference`. For stochastic rounding, not for cryptography.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from altgrad_core.hashing import MULTIPLIERS, SEED_OFFSET, STREAM_OFFSET, check_count, check_word
+
+
+def hash_bits(shape: tuple[int, ...], seed: int | jax.Array, step: int | jax.Array = 0) -> jax.Array:
+    """32 random bits for every element, a function of its index, a seed and a step.
+
+    Fused into the cast that uses them they cost a few operations for each element, and no memory.
+
+    Args:
+        shape: of the result; up to 2^32 elements.
+        seed: uint32, or an integer from 0 to 2^32 - 1; may be traced.
+        step: likewise; another step gives other bits.
+
+    Returns:
+        uint32 of the given shape.
+
+    Raises:
+        ValueError: for a seed or step outside uint32, or a shape of more than 2^32 elements.
+
+    >>> hash_bits((2,), seed=1).tolist() == hash_bits((2,), seed=1, step=0).tolist()
+    True
+    """
+    check_count(math.prod(shape))
+    first = _mix(_word("seed", seed) + np.uint32(SEED_OFFSET))
+    key = _mix(first ^ _word("step", step))
+    x = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape) ^ key
+    x = (x ^ (x >> 16)) * np.uint32(MULTIPLIERS[0])
+    x = (x ^ (x >> 15)) + _mix(key + np.uint32(STREAM_OFFSET))
+    x = x * np.uint32(MULTIPLIERS[1])
+    return x ^ (x >> 15)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """Every bit of the result depends on every bit of ``x``; a bijection of uint32."""
+    x = (x ^ (x >> 16)) * np.uint32(MULTIPLIERS[0])
+    x = (x ^ (x >> 15)) * np.uint32(MULTIPLIERS[1])
+    return x ^ (x >> 15)
+
+
+def _word(name: str, value: int | jax.Array) -> jax.Array:
+    if not isinstance(value, jax.Array):
+        check_word(name, value)
+        return jnp.asarray(int(value), jnp.uint32)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"{name} is an integer; got {value.dtype}")
+    return value.astype(jnp.uint32)

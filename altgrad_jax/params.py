@@ -1,0 +1,233 @@
+"""A format as data: what a cast needs to know of it, in a pytree of scalars that may be traced and replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from altgrad_core.errors import InputError
+from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, CastPath, Format, Overflow, Rounding, parse
+from altgrad_core.reference import check_modes, check_stochastic_bits
+
+_INF = np.int32(0x7F800000)
+_NATIVE = OVERFLOWS.index("native")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FormatParams:
+    """What a cast needs to know of a format, as a pytree of scalars that may be traced, batched and replaced.
+
+    Only ``path`` is static: casts by params of one path share a compiled program, so a run changes its format by
+    writing eight scalars. Every array has the same shape: ``()`` for one format, ``(n,)`` for n formats to ``vmap``
+    over. Where formats of several paths should share a program, give them all the path ``"wide"`` (any signed format,
+    to nearest even) or ``"integer"`` (any rounding as well).
+
+    Attributes:
+        mantissa_bits: int32.
+        min_exponent: int32, exponent of the smallest normal value.
+        max_value: float32, the largest finite value.
+        native_overflow: float32, what overflow natively becomes: inf, NaN or ``max_value``.
+        overflow: int32, index into :data:`altgrad_core.formats.OVERFLOWS`.
+        rounding: int32, index into :data:`altgrad_core.formats.ROUNDINGS`; 0 on the paths that know no other.
+        stochastic_bits: int32, how many random bits stochastic rounding uses.
+        negative_zero: bool, whether the format tells -0 from 0.
+        path: which implementation casts (static).
+    """
+
+    mantissa_bits: jax.Array
+    min_exponent: jax.Array
+    max_value: jax.Array
+    native_overflow: jax.Array
+    overflow: jax.Array
+    rounding: jax.Array
+    stochastic_bits: jax.Array
+    negative_zero: jax.Array
+    path: CastPath = field(metadata={"static": True})
+
+    @classmethod
+    def from_format(
+        cls,
+        format: str | Format,
+        *,
+        rounding: Rounding = "nearest_even",
+        overflow: Overflow = "native",
+        stochastic_bits: int = STOCHASTIC_BITS,
+        path: CastPath | None = None,
+    ) -> FormatParams:
+        """The params of one format.
+
+        Args:
+            format: a name or a :class:`~altgrad_core.formats.Format`.
+            rounding: how to round; all but ``nearest_even`` take the integer path.
+            overflow: what overflow becomes.
+            stochastic_bits: how many random bits stochastic rounding uses, 1 to 24.
+            path: ``"wide"`` to share a program with any signed format, ``"integer"`` to keep the rounding changeable
+                as well; by default the fastest that is right.
+
+        Raises:
+            UnknownFormatError: for an unknown name.
+            ValueError: for an unknown mode, one without effect, or a path that cannot serve the format.
+
+        >>> FormatParams.from_format("E7M0").path, FormatParams.from_format("bf16").path
+        ('fast', 'wide')
+        """
+        resolved = parse(format)
+        check_modes(rounding, overflow)
+        check_stochastic_bits(stochastic_bits)
+        able = paths_of(resolved, rounding)
+        if path is not None and path not in able:
+            raise InputError(
+                f"path {path!r} cannot cast to {resolved} with rounding {rounding!r}; expected {' or '.join(able)}"
+            )
+        chosen = able[0] if path is None else path
+        if stochastic_bits != STOCHASTIC_BITS and rounding != "stochastic" and chosen != "integer":
+            raise InputError(f"stochastic_bits={stochastic_bits} would have no effect: rounding is {rounding!r}")
+        return cls(
+            mantissa_bits=jnp.asarray(resolved.mantissa_bits, jnp.int32),
+            min_exponent=jnp.asarray(resolved.min_exponent, jnp.int32),
+            max_value=jnp.asarray(resolved.max_representable_value, jnp.float32),
+            native_overflow=jnp.asarray(resolved.overflow_value, jnp.float32),
+            overflow=jnp.asarray(OVERFLOWS.index(overflow), jnp.int32),
+            rounding=jnp.asarray(ROUNDINGS.index(rounding), jnp.int32),
+            stochastic_bits=jnp.asarray(stochastic_bits, jnp.int32),
+            negative_zero=jnp.asarray(resolved.has_negative_zero),
+            path=chosen,
+        )
+
+    def scaled(self, scale: jax.Array) -> FormatParams:
+        """The params of the grid ``scale`` times as wide: a cast to it is ``Q(x / scale) * scale`` without the scaling.
+
+        Shifts exponents, so it costs nothing per element. The shifted grid keeps to what its path casts well (see
+        :attr:`altgrad_core.formats.Format.cast_path`): finer quanta or a larger maximum are cut off.
+
+        Args:
+            scale: float32, a power of two, of a shape that broadcasts against these params (and then against ``x``).
+
+        >>> from altgrad_jax.casting import quantize
+        >>> params = FormatParams.from_format("E4M3").scaled(jnp.float32(2.0**-8))
+        >>> float(params.max_value), quantize(jnp.array([1.1, 9.0]), params).tolist()
+        (1.75, [1.125, nan])
+        """
+        if self.path == "identity":
+            return self
+        shift = (lax.shift_right_logical(_bits(scale), jnp.full_like(_bits(scale), 23)) & 0xFF) - 127
+        lowest, highest = (-125, jnp.minimum(103 + self.mantissa_bits, 126)) if self.path == "fast" else (-149, 127)
+        room = highest - ((_bits(self.max_value) >> 23) - 127)
+        widened = _float((jnp.minimum(shift, room) + 127) << 23)
+        return replace(
+            self,
+            min_exponent=jnp.maximum(self.min_exponent + shift, self.mantissa_bits + lowest),
+            max_value=self.max_value * widened,
+            native_overflow=self.native_overflow * widened,
+        )
+
+    def at(self, *index: int) -> FormatParams:
+        """One of batched params; scalars among them belong to all."""
+        return jax.tree.map(lambda leaf: leaf[index] if leaf.ndim else leaf, self)
+
+    @classmethod
+    def stack(cls, params: Sequence[FormatParams]) -> FormatParams:
+        """Params of n formats of one path, with a leading axis of n to ``vmap`` or map over.
+
+        Raises:
+            ValueError: if the sequence is empty or mixes paths.
+        """
+        paths = {each.path for each in params}
+        if len(paths) != 1:
+            raise ValueError(f"cannot stack params of the paths {sorted(paths)}; expected one path")
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+
+
+def paths_of(format: Format, rounding: Rounding = "nearest_even") -> tuple[CastPath, ...]:
+    """The paths that can cast to a format in a mode, the fastest first."""
+    natural = format.cast_path
+    if natural == "identity" and rounding != "nearest_even":
+        raise InputError(f"rounding={rounding!r} would have no effect: float32 values are on the grid of {format}")
+    if natural in ("identity", "unsigned"):
+        return (natural,)
+    if rounding != "nearest_even" or natural == "integer":
+        return ("integer",)
+    return ("fast", "wide", "integer") if natural == "fast" else ("wide", "integer")
+
+
+def as_params(
+    format: str | Format | FormatParams,
+    rounding: Rounding = "nearest_even",
+    overflow: Overflow = "native",
+    stochastic_bits: int = STOCHASTIC_BITS,
+) -> FormatParams:
+    """Params of whatever names a format; params are returned as they are.
+
+    Raises:
+        ValueError: if params, which carry their modes, come with other modes beside them.
+    """
+    if not isinstance(format, FormatParams):
+        return FormatParams.from_format(format, rounding=rounding, overflow=overflow, stochastic_bits=stochastic_bits)
+    check_modes(rounding, overflow)
+    if (rounding, overflow, stochastic_bits) != ("nearest_even", "native", STOCHASTIC_BITS):
+        raise InputError(
+            f"rounding={rounding!r}, overflow={overflow!r}, stochastic_bits={stochastic_bits} would have no effect: "
+            "FormatParams carry their own; give them to FormatParams.from_format"
+        )
+    return format
+
+
+def beyond_max(params: FormatParams) -> jax.Array:
+    """What a finite value beyond max becomes under the overflow policy: float32, of the shape of the params."""
+    return jnp.where(params.overflow == _NATIVE, params.native_overflow, params.max_value)
+
+
+class Edges(NamedTuple):
+    """Where a grid ends, as bits of magnitudes: int32, of the shape of the params.
+
+    Attributes:
+        overflows_from: the smallest magnitude that overflows.
+        vanishes_to: the largest that becomes zero.
+    """
+
+    overflows_from: jax.Array
+    vanishes_to: jax.Array
+
+
+def edges(params: FormatParams) -> Edges:
+    """Where the grid of a format ends, for casts to nearest even."""
+    if params.path == "identity":
+        return Edges(jnp.int32(_INF), jnp.int32(0))
+    maximum = _bits(params.max_value)
+    max_exponent = (maximum >> 23) - 127
+    half_exponent = 22 - params.mantissa_bits + jnp.maximum(params.min_exponent - max_exponent, 0)
+    half = jnp.int32(1) << jnp.maximum(half_exponent, 0)
+    # A tie beyond max goes to the even code: to max itself where its last code bit is 0.
+    last_bit = jnp.where(
+        params.mantissa_bits == 0, max_exponent - params.min_exponent + 1, (maximum >> (23 - params.mantissa_bits)) & 1
+    )
+    last_bit = jnp.where(max_exponent < params.min_exponent, 1, last_bit)
+    if params.path == "unsigned":  # without a code for zero, whose place the smallest value takes
+        last_bit = last_bit + 1
+    # Results below 2^-126 are zero, so quanta of binades further down than the next do not show.
+    lowest = jnp.maximum(params.min_exponent, -127) - params.mantissa_bits
+    half_smallest = (lowest - 1 + 127) << 23
+    # There the last to vanish is what rounds to just below 2^-126; the tie does, too, if the code of 2^-126 is odd.
+    odd = jnp.where(params.mantissa_bits == 0, params.min_exponent + 1, 0) & 1
+    last_flushed = (1 << 23) - (jnp.int32(1) << jnp.clip(lowest - 1 + 149, 0, 22)) - 1 + odd
+    vanishes = jnp.where(lowest > -126, half_smallest, jnp.where(lowest == -126, 1 << 22, last_flushed))
+    if params.path == "unsigned":
+        vanishes = jnp.zeros_like(vanishes)
+    # With all of float32's mantissa bits there is nothing between max and what overflows.
+    beyond = jnp.where(half_exponent < 0, 1, half + 1 - (last_bit & 1))
+    return Edges(maximum + beyond, vanishes)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)

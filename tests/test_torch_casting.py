@@ -1,0 +1,375 @@
+"""Casts in torch: strides, chunks, memory, flushed subnormals, gradients, batches, torch.compile."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402 (after the skip)
+
+import altgrad_torch as ag  # noqa: E402
+from altgrad_core.formats import FORMAT_REGISTRY, ROUNDINGS, Format, Rounding, parse  # noqa: E402
+from altgrad_torch import FormatParams, casting  # noqa: E402
+from altgrad_torch.params import edges  # noqa: E402
+from altgrad_torch.statistics import _thresholds  # noqa: E402
+
+DISTINCT = tuple(dict.fromkeys(FORMAT_REGISTRY.values()))
+every_format = pytest.mark.parametrize("format", DISTINCT, ids=str)
+one_of_each_path = pytest.mark.parametrize("format", ["E3M4", "E7M0", "bf16", "float8_e5m2fnuz", "float8_e8m0fnu"])
+without_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch makes some of its own
+
+
+def inputs() -> torch.Tensor:
+    """float32 of all magnitudes, both signs, subnormals, infinities and NaN, in no order."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 5000, dtype=np.uint32)
+    bits[:12] = [0, 1, 2**31, 2**31 + 1, 0x3FFFFF, 0x400000, 0x7FFFFF, 0x800000, 0x7F800000, 0xFF800000, 0x7FC00000, 9]
+    near_one = np.random.default_rng(1).standard_normal(5000).astype(np.float32)
+    return torch.from_numpy(np.concatenate([bits.view(np.float32), near_one]))
+
+
+def draws(shape: torch.Size) -> torch.Tensor:
+    return ag.hash_bits(tuple(shape), 1)
+
+
+def same(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Equality of every bit."""
+    whole = {torch.float32: torch.int32, torch.float64: torch.int64}.get(left.dtype, torch.int16)
+    return left.dtype == right.dtype and torch.equal(left.contiguous().view(whole), right.contiguous().view(whole))
+
+
+def casts(rounding: Rounding, x: torch.Tensor) -> dict[str, Any]:
+    return {"rounding": rounding, **({"random_bits": draws(x.shape)} if rounding == "stochastic" else {})}
+
+
+# Shapes, strides, chunks
+
+
+@one_of_each_path
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_strides(format: str, rounding: Rounding) -> None:
+    x = inputs().reshape(20, 10, 50)
+    modes = casts(rounding, x)
+    expected = ag.quantize(x, format, **modes)
+    views: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "transposed": lambda t: t.transpose(0, 2),
+        "every second": lambda t: t[::2, :, 1::3],
+        "reversed": lambda t: t.flip(0).permute(2, 0, 1),
+        "expanded": lambda t: t[:1].expand(7, 10, 50),
+    }
+    for view in views.values():
+        moved = {name: view(mode) if isinstance(mode, torch.Tensor) else mode for name, mode in modes.items()}
+        assert same(ag.quantize(view(x), format, **moved), view(expected))
+
+
+@one_of_each_path
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("chunk", [1, 7, 64, 999])
+def test_chunks_join(format: str, rounding: Rounding, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a tensor of any size: each chunk takes its own random bits and scales, whatever the strides."""
+    x = inputs()[4900:5620].reshape(8, 9, 10)
+    modes = casts(rounding, x)
+    scales = {"one": torch.tensor(0.5), "row": 2.0 ** torch.arange(8).reshape(8, 1, 1), "last": 2.0 ** torch.arange(10)}
+    for scale in (None, *scales.values()):
+        for mask in (False, True):
+            whole = ag.quantize(x, format, scale=scale, saturation_mask=mask, **modes)
+            with monkeypatch.context() as smaller:
+                smaller.setattr(casting, "_CHUNK", chunk)
+                assert same(ag.quantize(x, format, scale=scale, saturation_mask=mask, **modes), whole)
+    turned = {name: mode.mT if isinstance(mode, torch.Tensor) else mode for name, mode in modes.items()}
+    expected = ag.quantize(x, format, **modes).mT
+    monkeypatch.setattr(casting, "_CHUNK", chunk)
+    assert same(ag.quantize(x.mT, format, **turned), expected)
+
+
+@one_of_each_path
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (1, 1, 5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_small_shapes(format: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = torch.full(shape, 1.1, dtype=dtype)
+    result = ag.quantize(x, format, scale=2.0, saturation_mask=True)
+    assert result.shape == x.shape
+    assert result.dtype == dtype
+    assert ag.encode(x, format).shape == x.shape
+    assert ag.cast_counts(x.float(), format).as_integers()["elements"] == x.numel()
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of every tensor that is made, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            storage = result.untyped_storage()
+            self.seen[storage.data_ptr()] = max(storage.nbytes(), self.seen.get(storage.data_ptr(), 0))
+        return result
+
+
+@pytest.mark.parametrize("format", ["E4M3", "E7M0", "bf16", "binary8p3se", "float8_e8m0fnu"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_allocation_but_the_result_and_a_scratch(format: str, rounding: Rounding, transposed: bool) -> None:
+    x = torch.ones(3 * casting._CHUNK + 5, 2)
+    x = x.mT if transposed else x
+    modes = casts(rounding, x)
+    with Allocations() as allocations:
+        result = ag.quantize(x, format, scale=torch.full((x.shape[0], 1), 2.0), **modes)
+    del allocations.seen[result.untyped_storage().data_ptr()]
+    allocations.seen.pop(x.untyped_storage().data_ptr(), None)
+    for mode in modes.values():
+        if isinstance(mode, torch.Tensor):
+            allocations.seen.pop(mode.untyped_storage().data_ptr(), None)
+    biggest = max(size for size in allocations.seen.values() if size != 4 * x.shape[0])  # but for the scales, as given
+    assert biggest <= 8 * casting._CHUNK
+
+
+# Processors that flush
+
+
+@every_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_flushing_changes_nothing(format: Format, dtype: torch.dtype) -> None:
+    """The result of each call is that of a processor that keeps subnormals, scaled ones included."""
+    small = torch.from_numpy(np.arange(0, 2**25, 4099, dtype=np.uint32).view(np.float32))
+    x = torch.cat([inputs(), small, -small]).to(dtype)
+    if dtype == torch.float64:
+        x = torch.cat([x, torch.tensor([5e-324, 2.0**-127 * 1.5, 2.0**-126 * (1 - 2.0**-40)], dtype=dtype)])
+
+    def all_casts() -> list[torch.Tensor]:
+        rounded = [] if format.is_float32 else [ag.quantize(x, format, **casts(mode, x)) for mode in ROUNDINGS]
+        scaled = [ag.quantize(x, format, scale=scale) for scale in (2.0**-20, 1.0, 2.0**30)]
+        codes = [] if format.bits > 16 else [ag.encode(x, format)]
+        decoded = [ag.decode(code, format) for code in codes]
+        return [*rounded, *scaled, *(code.to(torch.int16).view(torch.float16) for code in codes), *decoded]
+
+    expected = all_casts()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        actual = all_casts()
+    finally:
+        torch.set_flush_denormal(False)
+    for left, right in zip(actual, expected, strict=True):
+        assert same(left, right)
+
+
+# Gradients
+
+
+def test_the_saturation_mask() -> None:
+    values = [1.0, 460.0, 465.0, -1e9, math.inf, -math.inf, math.nan, 0.0]
+    x = torch.tensor(values, requires_grad=True)
+    for overflow in ("native", "saturate", "saturate_finite"):
+        result = ag.quantize(x, "E4M3", overflow=overflow, saturation_mask=True)
+        assert same(result.detach(), ag.quantize(x, "E4M3", overflow=overflow).detach())
+        (gradient,) = torch.autograd.grad(result, x, torch.full((8,), 3.0))
+        assert gradient.tolist() == [3.0, 3.0, 0.0, 0.0, 0.0, 0.0, 3.0, 3.0]
+
+
+@every_format
+def test_the_mask_is_what_is_counted_as_overflow(format: Format) -> None:
+    if format.is_float32:
+        with pytest.raises(ValueError, match="no effect"):
+            ag.quantize(torch.ones(2), format, saturation_mask=True)
+        return
+    x = inputs().abs().requires_grad_()
+    (gradient,) = torch.autograd.grad(ag.quantize(x, format, scale=0.25, saturation_mask=True).nan_to_num().sum(), x)
+    # nan_to_num lets no gradient through to NaN, nor to infinities.
+    infinite = ~ag.quantize(x.detach(), format, scale=0.25).isfinite()
+    counts = ag.cast_counts(x.detach(), format, scale=0.25).as_integers()
+    masked = torch.count_nonzero(((gradient == 0) & ~infinite) | (infinite & ~x.isnan() & (x != 0)))
+    assert int(masked) == counts["overflow"]
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_the_mask_follows_the_rounding(rounding: Rounding) -> None:
+    """Between max and the next value up, truncation never overflows and stochastic rounding by its random bits."""
+    x = torch.tensor([449.0, 463.9, 464.0, 464.1, 479.9, 480.0], requires_grad=True)
+    modes = {"random_bits": torch.full((6,), 2**22, dtype=torch.int32)} if rounding == "stochastic" else {}
+    marked = ag.quantize(x, "E4M3", rounding=rounding, saturation_mask=True, **modes)
+    (gradient,) = torch.autograd.grad(marked, x, torch.ones(6))
+    assert torch.equal(gradient == 0, marked.isnan())
+    overflowing = {"nearest_even": 3, "nearest_away": 4, "toward_zero": 1, "stochastic": 2}
+    assert int(marked.isnan().sum()) == overflowing[rounding]
+
+
+def test_transforms_of_a_masked_cast() -> None:
+    x = torch.tensor([[1.1, 500.0], [-700.0, 2.2]])
+
+    def cast(row: torch.Tensor) -> torch.Tensor:
+        return ag.quantize(row, "E4M3", overflow="saturate", saturation_mask=True)
+
+    assert torch.func.vmap(torch.func.grad(lambda row: cast(row).sum()))(x).tolist() == [[1, 0], [0, 1]]
+    _, tangent = torch.func.jvp(cast, (x,), (torch.ones_like(x),))
+    assert tangent.tolist() == [[1, 0], [0, 1]]
+
+
+@one_of_each_path
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_vmap(format: str, rounding: Rounding, axis: int) -> None:
+    x = inputs().reshape(20, 500)
+    scale = 2.0 ** torch.arange(x.shape[axis])
+    modes = casts(rounding, x)
+
+    def one(row: torch.Tensor, scale: torch.Tensor, bits: torch.Tensor | None) -> torch.Tensor:
+        drawn = {} if bits is None else {"random_bits": bits}
+        return ag.quantize(row, format, scale=scale, rounding=rounding, **drawn)
+
+    batched = torch.func.vmap(one, in_dims=(axis, 0, None if rounding != "stochastic" else axis), out_dims=axis)
+    expected = ag.quantize(x, format, scale=scale.unsqueeze(1 - axis), **modes)
+    assert same(batched(x, scale, modes.get("random_bits")), expected)
+
+
+# Formats as data
+
+
+@every_format
+@pytest.mark.parametrize("overflow", ["native", "saturate", "saturate_finite"])
+def test_params_cast_as_their_format(format: Format, overflow: str) -> None:
+    x = inputs()
+    paths = ("fast", "wide") if format.cast_path == "fast" else (format.cast_path,)
+    for params in (FormatParams.from_format(format, path=path) for path in paths):
+        for rounding in ROUNDINGS[:1] if format.is_float32 else ROUNDINGS:
+            modes = {"overflow": overflow, **casts(rounding, x)}
+            assert same(ag.quantize(x, params, **modes), ag.quantize(x, format, **modes))
+
+
+@every_format
+def test_params_count_as_their_format(format: Format) -> None:
+    params = FormatParams.from_format(format)
+    assert tuple(map(int, edges(params))) == tuple(_thresholds(format))
+    x, update = inputs(), inputs().flip(0)
+    for scale in (None, 2.0**-9):
+        assert (
+            ag.cast_counts(x, params, scale=scale).as_integers() == ag.cast_counts(x, format, scale=scale).as_integers()
+        )
+    stalls = [ag.stall_counts(x, update, each).as_integers() for each in (params, format)]
+    assert stalls[0] == stalls[1]
+
+
+def test_params_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="path 'fast' cannot cast to bf16; expected wide"):
+        FormatParams.from_format("bf16", path="fast")
+    for function in (ag.encode, ag.decode):
+        with pytest.raises(TypeError, match="codes need a static format"):
+            function(torch.zeros(2, dtype=torch.uint8), FormatParams.from_format("E4M3"))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of what it imports
+@without_a_compiler
+class TestCompiled:
+    @pytest.fixture(autouse=True)
+    def _forget(self) -> Iterator[None]:
+        torch.compiler.reset()
+        yield
+        torch.compiler.reset()
+
+    def test_a_change_of_format_compiles_nothing(self) -> None:
+        x, compiled = inputs(), []
+
+        def backend(graph: torch.fx.GraphModule, examples: list[torch.Tensor]) -> Any:
+            compiled.append(graph)
+            return torch._inductor.compile(graph, examples)
+
+        cast = torch.compile(lambda x, params: ag.quantize(x, params), fullgraph=True, backend=backend)
+        paths = {known.cast_path for known in DISTINCT}
+        for known in DISTINCT:
+            assert same(cast(x, FormatParams.from_format(known)), ag.quantize(x, known)), str(known)
+        assert len(compiled) == len(paths)
+        for known in DISTINCT:
+            if known.cast_path == "fast":
+                assert same(cast(x, FormatParams.from_format(known, path="wide")), ag.quantize(x, known)), str(known)
+        assert len(compiled) == len(paths)
+
+    @one_of_each_path
+    def test_static_formats_and_every_rounding(self, format: str) -> None:
+        x = inputs()
+        for rounding in ROUNDINGS:
+            modes = casts(rounding, x)
+            cast = torch.compile(lambda x, modes: ag.quantize(x, format, scale=0.5, **modes), fullgraph=True)
+            assert same(cast(x, modes), ag.quantize(x, format, scale=0.5, **modes)), rounding
+
+    def test_gradients(self) -> None:
+        x = torch.tensor([1.1, 500.0, math.nan], requires_grad=True)
+        cast = torch.compile(lambda x, p: ag.quantize(x, p, scale=1.0, saturation_mask=True), fullgraph=True)
+        for name, expected in (("E4M3", [1, 0, 1]), ("E3M4", [1, 0, 1]), ("E5M2", [1, 1, 1])):
+            (gradient,) = torch.autograd.grad(cast(x, FormatParams.from_format(name)), x, torch.ones(3))
+            assert gradient.tolist() == expected
+
+    def test_counts_and_hashed_bits(self) -> None:
+        x = inputs()
+
+        def step(x: torch.Tensor, params: FormatParams, step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            bits = ag.hash_bits(tuple(x.shape), 3, step)
+            quantized, counts = ag.quantize_with_counts(x, params, rounding="stochastic", random_bits=bits)
+            return quantized, counts.totals
+
+        compiled = torch.compile(step, fullgraph=True)
+        for k, name in enumerate(("E4M3", "E7M0", "float8_e4m3fnuz")):
+            params, at = FormatParams.from_format(name), torch.tensor(k)
+            for left, right in zip(compiled(x, params, at), step(x, name, at), strict=True):
+                assert torch.equal(left.nan_to_num(), right.nan_to_num())
+
+
+# Casts and counts in one
+
+
+@every_format
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantize_with_counts(format: Format, dtype: torch.dtype) -> None:
+    x = inputs().to(dtype)
+    quantized, counts = ag.quantize_with_counts(x, format, scale=4.0, overflow="saturate")
+    assert same(quantized, ag.quantize(x, format, scale=4.0, overflow="saturate"))
+    assert counts.as_integers() == ag.cast_counts(x, format, scale=4.0).as_integers()
+
+
+@every_format
+def test_counts_are_of_what_the_cast_does(format: Format) -> None:
+    x = inputs().abs() if not format.is_signed else inputs()
+    marked = ag.quantize(x, format, overflow="saturate")
+    nonzero = (x != 0) & ~x.isnan()
+    counts = ag.cast_counts(x, format).as_integers()
+    assert counts["underflow"] == int((nonzero & (marked == 0)).sum())
+    assert counts["nan"] == int(x.isnan().sum())
+    assert counts["nonzero"] == int(nonzero.sum())
+
+
+def test_random_bits_that_have_no_effect() -> None:
+    x = torch.ones(3)
+    with pytest.raises(ValueError, match="stochastic_bits=8 would have no effect"):
+        ag.quantize(x, "E5M2", stochastic_bits=8)
+    for bad in (0, 25, 1.5, True):
+        with pytest.raises(ValueError, match="stochastic_bits is"):
+            ag.quantize(x, "E5M2", rounding="stochastic", random_bits=draws(x.shape), stochastic_bits=bad)
+    assert parse("E5M2").cast_path == "fast"
+
+
+@one_of_each_path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_default_dtype_changes_nothing(format: str, dtype: torch.dtype) -> None:
+    x = inputs().to(dtype)
+
+    def results() -> list[torch.Tensor]:
+        quantized = [ag.quantize(x, format, **casts(rounding, x)) for rounding in ROUNDINGS]
+        quantized += [ag.quantize(x, format, scale=2.0), ag.quantize(x, FormatParams.from_format(format), scale=2.0)]
+        return [*quantized, ag.decode(ag.encode(x, format), format), ag.cast_counts(x.float(), format).overflow_rate]
+
+    expected = results()
+    torch.set_default_dtype(torch.float64)
+    try:
+        actual = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(same(left, right) for left, right in zip(actual, expected, strict=True))

@@ -1,0 +1,238 @@
+"""Golden vectors: the file, the check, and both packages held against it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from altgrad_core.formats import FORMAT_REGISTRY, OVERFLOWS, ROUNDINGS, Overflow, Rounding, parse
+from altgrad_core.reference import quantize_reference, round_to_format
+from altgrad_core.vector_inputs import beyond_max, fraction_of_quantum, input_bits
+from altgrad_core.vectors import (
+    Vectors,
+    check_vectors,
+    golden_vectors,
+    package_result,
+    read_vectors,
+    write_vectors,
+)
+
+DOCS = Path(__file__).parents[1] / "docs" / "vectors.md"
+NAMES = ("E0M7", "E3M4", "E4M3", "E5M2", "E7M0", "float8_e4m3fnuz", "binary8p3se", "float8_e8m0fnu", "float4_e2m1fn")
+SMALL = [name for name in FORMAT_REGISTRY if parse(name).bits <= 8]
+
+Floats = npt.NDArray[np.float32]
+
+
+def by_the_code_book(vectors: Vectors) -> Floats:
+    """Nearest even by the other reference, as the packages return it."""
+    x = vectors.inputs.view(np.float32)
+    exact = quantize_reference(x, vectors.format, overflow=vectors.overflow)
+    return np.array([package_result(value, vectors.format) for value in exact.tolist()], np.float32)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_second_reference_agrees(name: str) -> None:
+    for overflow in OVERFLOWS:
+        vectors = golden_vectors(name, overflow=overflow, random_inputs=50)
+        report = check_vectors(vectors, lambda x, vectors=vectors: by_the_code_book(vectors))
+        assert report.passed, report
+        finite = np.isfinite(vectors.outputs.view(np.float32))
+        book = vectors.format.code_book()[vectors.codes[finite]]
+        shown = np.array([package_result(value, vectors.format) for value in book.tolist()])
+        assert np.array_equal(shown, vectors.outputs.view(np.float32)[finite])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_among_the_inputs(name: str) -> None:
+    known = parse(name)
+    bits = input_bits(known, random_inputs=10, seed=3)
+    assert np.array_equal(bits, np.unique(bits))
+    grid = known.code_book()[: known.max_code + 1]
+    ends = np.append(grid[1:], beyond_max(known))
+    middles = ((grid + ends) / 2).astype(np.float32).view(np.uint32)
+    wanted = np.concatenate([grid.astype(np.float32).view(np.uint32), middles])
+    wanted = np.concatenate([wanted, wanted[wanted > 0] - 1, wanted + 1])
+    wanted = np.concatenate([wanted, wanted | np.uint32(1 << 31), np.uint32([0x7F800000, 0x7FC00000, 1, 0x7FFFFF])])
+    assert np.isin(wanted, bits).all()
+    assert input_bits(known, random_inputs=11, seed=3).size > bits.size
+    assert not np.array_equal(input_bits(known, random_inputs=10, seed=4), bits)
+
+
+def test_fraction_of_quantum() -> None:
+    known = parse("E5M2")
+    for value in (1.0, 1.1, -1.3, 3 * 2.0**-18, 2.0**-20, 57344.0, 60000.0):
+        down = round_to_format(value, known, rounding="toward_zero")
+        code = known.to_bits(abs(down))
+        gap = (beyond_max(known) if code == known.max_code else known.to_real(code + 1)) - abs(down)
+        assert float(fraction_of_quantum(value, known)) == (abs(value) - abs(down)) / gap
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("name", ["E4M3", "E7M0", "float8_e8m0fnu"])
+def test_written_and_read(tmp_path: Path, name: str, rounding: Rounding) -> None:
+    made = golden_vectors(name, rounding=rounding, overflow="saturate", random_inputs=20)
+    read = read_vectors(write_vectors(tmp_path / "v.jsonl", made))
+    assert (read.format, str(read.format)) == (made.format, name)
+    assert (read.rounding, read.overflow) == (rounding, "saturate")
+    assert read.stochastic_bits == (24 if rounding == "stochastic" else None)
+    for column in ("inputs", "outputs", "codes", "random_bits"):
+        one, other = getattr(read, column), getattr(made, column)
+        assert (one is None and other is None) or np.array_equal(one, other)
+
+
+def test_a_file_is_left_alone_unless_told(tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    path.write_text("kept")
+    made = golden_vectors("E2M1", random_inputs=0)
+    with pytest.raises(ValueError, match="exists"):
+        write_vectors(path, made)
+    assert path.read_text() == "kept"
+    write_vectors(path, made, overwrite=True)
+    assert len(read_vectors(path)) == len(made)
+
+
+def test_the_documented_example(tmp_path: Path) -> None:
+    lines = write_vectors(tmp_path / "v.jsonl", golden_vectors("E4M3")).read_text().splitlines()
+    header, row = re.findall(r"```json\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert json.loads(header) == json.loads(lines[0])
+    assert row.strip() in lines
+    assert f"all {len(lines) - 1} agree" in DOCS.read_text(encoding="utf-8")
+
+
+def _wrong_ties(x: Floats) -> Floats:
+    """Right but for ties, which go away from zero."""
+    vectors = golden_vectors("E4M3", rounding="nearest_away")
+    assert np.array_equal(vectors.inputs, x.view(np.uint32))
+    return vectors.outputs.view(np.float32)
+
+
+def _sign_lost(x: Floats) -> Floats:
+    return np.abs(golden_vectors("E4M3").outputs.view(np.float32))
+
+
+def _nan_lost(x: Floats) -> Floats:
+    return np.nan_to_num(golden_vectors("E4M3").outputs.view(np.float32))
+
+
+@pytest.mark.parametrize("wrong", [_wrong_ties, _sign_lost, _nan_lost, lambda x: x], ids=["ties", "sign", "nan", "id"])
+def test_a_wrong_cast_is_caught(wrong) -> None:
+    report = check_vectors(golden_vectors("E4M3"), wrong, first=3)
+    assert not report.passed
+    assert report.mismatches >= len(report.first) == 3
+    assert "differ" in str(report)
+    assert "0x" in str(report)
+
+
+def test_any_nan_is_nan() -> None:
+    vectors = golden_vectors("E4M3")
+    noisy = np.where(np.isnan(vectors.outputs.view(np.float32)), np.uint32(0xFF812345), vectors.outputs)
+    assert check_vectors(vectors, lambda x: noisy.view(np.float32)).passed
+
+
+@pytest.mark.parametrize("bad", [lambda x: np.zeros(x.shape), lambda x: x[1:], lambda x: 1.0])
+def test_a_cast_must_return_what_it_got(bad) -> None:
+    with pytest.raises(ValueError, match="expected float32"):
+        check_vectors(golden_vectors("E2M1"), bad)
+
+
+def test_stochastic_draws_meet_the_turning_point() -> None:
+    """For an input between two values, the last draw that does not take it up and the first that does."""
+    vectors = golden_vectors("E5M2", rounding="stochastic", overflow="saturate", stochastic_bits=3, random_inputs=200)
+    assert vectors.random_bits is not None
+    drawn, outputs = vectors.random_bits & 7, np.abs(vectors.outputs.view(np.float32))
+    turned = 0
+    for word in np.unique(vectors.inputs).tolist():
+        rows = np.flatnonzero(vectors.inputs == word)
+        if rows.size == 3:
+            assert drawn[rows[1]] + 1 == drawn[rows[2]]
+            turned += bool(outputs[rows[1]] < outputs[rows[2]])
+    assert turned > 500
+    assert (vectors.random_bits >> 3).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("rounding", "overflow"),
+    [("nearest_even", "native"), ("nearest_away", "saturate"), ("toward_zero", "saturate_finite")],
+)
+def test_both_packages_agree(tmp_path: Path, name: str, rounding: Rounding, overflow: Overflow) -> None:
+    jnp, in_jax = pytest.importorskip("jax.numpy"), pytest.importorskip("altgrad_jax")
+    torch, in_torch = pytest.importorskip("torch"), pytest.importorskip("altgrad_torch")
+    modes = {"rounding": rounding, "overflow": overflow}
+    path = write_vectors(tmp_path / "v.jsonl", golden_vectors(name, random_inputs=200, **modes))
+    report = check_vectors(path, lambda x: np.asarray(in_jax.quantize(jnp.asarray(x), name, **modes)))
+    assert report.passed, report
+    report = check_vectors(path, lambda x: in_torch.quantize(torch.from_numpy(x), name, **modes).numpy())
+    assert report.passed, report
+
+
+@pytest.mark.parametrize("name", ["E3M4", "E5M2", "E7M0"])
+@pytest.mark.parametrize("count", [None, 5])
+def test_both_packages_agree_stochastically(name: str, count: int | None) -> None:
+    jnp, in_jax = pytest.importorskip("jax.numpy"), pytest.importorskip("altgrad_jax")
+    torch, in_torch = pytest.importorskip("torch"), pytest.importorskip("altgrad_torch")
+    vectors = golden_vectors(name, rounding="stochastic", stochastic_bits=count, random_inputs=200)
+    assert vectors.stochastic_bits is not None
+    modes = {"rounding": "stochastic", "stochastic_bits": vectors.stochastic_bits}
+
+    def jax_cast(x: Floats, drawn: npt.NDArray[np.uint32]) -> Floats:
+        bits = jnp.asarray(drawn.view(np.int32))
+        return np.asarray(in_jax.quantize(jnp.asarray(x), name, random_bits=bits, **modes))
+
+    def torch_cast(x: Floats, drawn: npt.NDArray[np.uint32]) -> Floats:
+        bits = torch.from_numpy(drawn.view(np.int32))
+        return in_torch.quantize(torch.from_numpy(x), name, random_bits=bits, **modes).numpy()
+
+    for cast in (jax_cast, torch_cast):
+        report = check_vectors(vectors, cast)
+        assert report.passed, report
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"format": "E4M4x"}, "unknown format"),
+        ({"format": "float32"}, "32 bits; vectors are made for formats of at most 16"),
+        ({"rounding": "up"}, "unknown rounding 'up'"),
+        ({"overflow": "wrap"}, "unknown overflow policy 'wrap'"),
+        ({"stochastic_bits": 4}, "no effect with rounding 'nearest_even'"),
+        ({"stochastic_bits": 25, "rounding": "stochastic"}, "stochastic_bits is 25"),
+        ({"random_inputs": -1}, "random_inputs is -1"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_options(options, expected) -> None:
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        golden_vectors(**{"format": "E4M3", **options})
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda lines: [], "is no file of vectors"),
+        (lambda lines: ["[1, 2]", *lines[1:]], "is no file of vectors"),
+        (lambda lines: ["é"], "is no file of vectors"),
+        (lambda lines: [lines[0].replace("altgrad-vectors", "other"), *lines[1:]], "is no file of vectors"),
+        (lambda lines: [lines[0].replace('"version": 1', '"version": 2'), *lines[1:]], "version 2 of the layout"),
+        (lambda lines: [lines[0].replace('"rounding"', '"round"'), *lines[1:]], "'rounding' is missing"),
+        (lambda lines: [lines[0].replace("nearest_even", "up"), *lines[1:]], "unknown rounding 'up'"),
+        (lambda lines: [lines[0].replace('"bias": 1', '"bias": 999'), *lines[1:]], "bias 999"),
+        (lambda lines: lines[:-1], "the file was cut or added to"),
+        (lambda lines: [*lines[:2], '["0", "0"]', *lines[3:]], "line 3 is"),
+        (lambda lines: [*lines[:2], '["0", "0", "zz"]', *lines[3:]], "line 3 is"),
+        (lambda lines: [*lines[:2], '["0", "0", "fffffffff"]', *lines[3:]], "line 3 is"),
+        (lambda lines: [*lines[:2], "7", *lines[3:]], "line 3 is"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, edit, expected) -> None:
+    path = write_vectors(tmp_path / "v.jsonl", golden_vectors("E2M1", random_inputs=0))
+    path.write_text("\n".join(edit(path.read_text().splitlines())), encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(expected)) as refused:
+        read_vectors(path)
+    assert str(path) in str(refused.value)
