@@ -1,4 +1,4 @@
-"""Gradient clipping by global norm, with torch's rule, gated by the measured overflow rate.
+"""Gradient clipping by norm, with torch's rule, gated by the measured overflow rate.
 
 It runs on torch's own ``clip_grads_with_norm_``, with a norm that neither overflows nor vanishes.
 ``altgrad_jax/clipping.py`` says the same thing as optax elements; norms, coefficients and clipped gradients have the
@@ -7,111 +7,132 @@ same bits.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
 
+from altgrad_core.clip_rules import ClipRule, check_quantile, check_rule
+from altgrad_core.errors import InputError
 from altgrad_core.formats import Format, parse
-from altgrad_core.stability import CLIP_EPSILON, check_base_clip, check_rate, clip_threshold
+from altgrad_core.nonfinite import Nonfinite, check_nonfinite
+from altgrad_core.norms import check_norm_type
+from altgrad_core.patterns import group_by_pattern
+from altgrad_core.scaling import check_window
+from altgrad_core.stability import check_base_clip, check_max_norm, check_rate
+from altgrad_torch.clip_groups import ClipGroup, scale_to_, zero_
+from altgrad_torch.nonfinite import Culprit, find_culprit, raise_for, zero_nonfinite_
+from altgrad_torch.norms import float_tensors, norm_of
 
-NOT_MEASURED = -1.0
-"""What ``total_norm`` reads where no norm was taken, since no norm is negative."""
-
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
-_CHUNK = 1 << 15
-_ROUNDS_TO_NORMAL = 2.0**-126 * (1 - 2.0**-25)
-"""The smallest real number that 24 significant bits round to 2^-126, and not to something below."""
-
-
-def global_norm(tensors: Iterable[Tensor] | Tensor) -> Tensor:
-    """The Euclidean norm of all tensors together, as float32.
-
-    Squares and sum are float64, so nothing overflows or vanishes on the way, float32 subnormals included. A norm beyond
-    float32's maximum, of tensors that are all finite, is float32's maximum: not inf, which would clip them all to zero.
-
-    Args:
-        tensors: floating-point tensors of any shapes; of DTensors it is the norm over all shards.
-
-    Returns:
-        float32 scalar; inf or NaN if a tensor holds one.
-
-    Raises:
-        ValueError: if there are no tensors.
-        TypeError: if a tensor is not real floating point.
-
-    >>> norm = global_norm([torch.tensor([3.0, 4.0]) * 2.0**-120, torch.zeros(2)])
-    >>> float(norm) == 5 * 2.0**-120
-    True
-    """
-    checked = _float_tensors(tensors)
-    sharded = [t for t in checked if _is_sharded(t)]
-    squares = [_sum_of_squares(t.detach()) for t in checked if not _is_sharded(t)]
-    if sharded:
-        norms = torch.stack([torch.linalg.vector_norm(t.detach(), dtype=torch.float64) for t in sharded])
-        squares.append(torch.linalg.vector_norm(norms).full_tensor().square())
-    norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
-    return torch.where(norm.isinf(), norm, norm.clamp_max(_FLOAT32_MAX)).to(torch.float32)
+Parameters = torch.nn.Module | Iterable[Tensor] | Tensor
 
 
-def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Tensor:
+def clip_grad_norm_(
+    parameters: Iterable[Tensor] | Tensor,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    *,
+    format: str | Format | None = None,
+    overflow_rate: float | Tensor | None = None,
+    overflow_threshold: float = 0.01,
+    nonfinite: Nonfinite = "propagate",
+) -> Tensor:
     """Scale gradients in place by ``min(1, max_norm / (norm + 1e-6))``.
 
-    That is the rule of ``torch.nn.utils.clip_grad_norm_``, but the norm is :func:`global_norm`, so that the
-    coefficient is right where a float32 norm would be off or overflow. Results below 2^-126 are zero.
+    That is the rule of ``torch.nn.utils.clip_grad_norm_``, but the norm is that of :func:`altgrad_torch.global_norm`,
+    so that the coefficient is right where a float32 norm would be off or overflow. Results below 2^-126 are zero.
+
+    With a format it is the partition-relative rule in one call: ``max_norm`` is then the threshold that E5M2 would
+    have, 1 by default, and nothing is done below ``overflow_threshold``.
 
     Args:
         parameters: parameters of which those with a gradient are clipped together.
         max_norm: largest norm to let through; 0 makes all gradients zero, inf leaves them as they are.
+        norm_type: order of the norm: 2, 1, inf or any other positive number.
+        format: a name or a :class:`~altgrad_core.formats.Format` whose range sets the threshold.
+        overflow_rate: with a format: the fraction of gradient elements that overflow, 0 to 1.
+        overflow_threshold: with a format: the rate at and above which gradients are clipped.
+        nonfinite: what becomes of gradients that are not finite; see :data:`altgrad_core.nonfinite.Nonfinite`.
 
     Returns:
-        The norm before clipping, float32 scalar.
+        The norm before clipping, float32 scalar; -1 where a gate was shut and none was taken.
 
     Raises:
-        ValueError: if no parameter has a gradient, or ``max_norm`` is negative or NaN.
+        ValueError: if no parameter has a gradient, or an argument is out of range or without effect.
         TypeError: if a gradient is not real floating point.
+        FloatingPointError: with ``nonfinite="raise"``.
 
     >>> weight = torch.nn.Parameter(torch.zeros(2))
     >>> weight.grad = torch.tensor([3.0, 4.0])
     >>> float(clip_grad_norm_([weight], 1.0)), [round(g, 4) for g in weight.grad.tolist()]
     (5.0, [0.6, 0.8])
     """
-    if not max_norm >= 0:
-        raise ValueError(f"max_norm is {max_norm!r}; expected a number of at least 0")
-    with_gradient = _with_gradient(parameters)
-    gradients = [parameter.grad for parameter in with_gradient if parameter.grad is not None]
-    norm = global_norm(gradients)
-    _zero_what_will_vanish(gradients, float(max_norm), float(norm))
-    # torch does not multiply sharded and plain gradients in one call. Handed a float64 norm, it forms the coefficient
-    # in float64 and rounds it once.
-    for kind in (False, True):
-        group = [_with_dimension(p) for p in with_gradient if _is_sharded(p.grad) == kind]
-        clip_grads_with_norm_(group, max_norm, norm.to(torch.float64))
-    return norm
+    listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    check_norm_type(norm_type)
+    check_nonfinite(nonfinite)
+    if format is None:
+        if overflow_rate is not None:
+            raise InputError(
+                "overflow_rate would have no effect: it goes with a format, whose range sets the threshold"
+            )
+        if max_norm is None:
+            raise InputError("max_norm is missing; expected the largest norm to let through, or a format")
+        return _clip_together_(listed, check_max_norm(max_norm), norm_type, nonfinite)
+    if overflow_rate is None:
+        raise InputError("overflow_rate is missing: with a format the gate needs the rate of gradients that overflow")
+    if norm_type != 2:
+        raise InputError(f"norm_type={norm_type} would have no effect: with a format the norm is the Euclidean one")
+    clipper = PartitionRelativeClipper(
+        format, 1.0 if max_norm is None else max_norm, overflow_threshold, nonfinite=nonfinite
+    )
+    clipper.clip_if_needed(listed, overflow_rate)
+    return torch.tensor(clipper.total_norm)
+
+
+@torch.no_grad()
+def _clip_together_(listed: list[Tensor], max_norm: float, norm_type: float, nonfinite: Nonfinite) -> Tensor:
+    with_gradient = _with_gradient(listed)
+    gradients = float_tensors(parameter.grad for parameter in with_gradient if parameter.grad is not None)
+    culprit = Culprit.none() if nonfinite == "propagate" else find_culprit(gradients)
+    if culprit.count and nonfinite == "raise":
+        raise_for(gradients, [f"of parameter {index}" for index in range(len(gradients))])
+    if culprit.count and nonfinite == "zero":
+        zero_nonfinite_(gradients)
+    norm = norm_of(gradients, norm_type)
+    if culprit.count and nonfinite == "skip":
+        zero_(gradients)
+    else:
+        scale_to_(with_gradient, max_norm, norm)
+    return torch.tensor(norm, dtype=torch.float32, device=gradients[0].device)
 
 
 class PartitionRelativeClipper:
-    """Clips to a threshold that follows the format's range, and only when the overflow rate reaches a limit.
+    r"""Clips to a threshold that follows the format's range, and only when the overflow rate reaches a limit.
 
-    The threshold is ``base_clip * max / 57344`` (AltGrad rule; see :func:`altgrad_core.stability.clip_threshold`) and
-    the rule is that of :func:`clip_grad_norm_`.
+    The threshold is ``base_clip * max / 57344`` (AltGrad rule; see :func:`altgrad_core.stability.clip_threshold`), or
+    that of another ``rule``, and the rule of scaling is that of :func:`clip_grad_norm_`.
 
     Args:
-        format: a name or a :class:`~altgrad_core.formats.Format`.
+        format: a name or a :class:`~altgrad_core.formats.Format`; or formats for groups of parameters, each with its
+            own rate, norm and gate: by regular expressions on names such as ``attn\..*``, of which the first full
+            match counts.
         base_clip: the threshold that E5M2 would have; positive.
         overflow_threshold: the rate, 0 to 1, at and above which gradients are clipped.
+        rule: what the threshold follows; see :data:`altgrad_core.clip_rules.ClipRule`. ``scaled_max`` reads the
+            gradients at every call, ``quantile`` takes their norm.
+        window: for the rule ``scaled_max``, calls of amax history: 16 by default.
+        quantile: for the rule ``quantile``, which one: 0.5, the median, by default.
+        norm_window: for the rule ``quantile``, of how many of the last norms: 128 by default.
+        nonfinite: what becomes of gradients that are not finite; see :data:`altgrad_core.nonfinite.Nonfinite`. All but
+            ``propagate`` read the gradients at every call. ``skip`` makes all of them zero, whatever their group.
 
     Attributes:
-        clip_threshold: the norm that gradients are clipped to.
-        overflow_threshold: as given.
-        total_norm: the norm before clipping at the last call; -1 where the gate was shut and none was taken, so that
-            it is never that of an earlier call.
+        groups: by pattern, what each group clips by and saw at the last call: its ``clip_threshold``, ``total_norm``,
+            ``clipped`` and ``culprit``. One format makes one group, ``.*``.
 
     Raises:
-        ValueError: for values out of range.
+        ValueError: for values out of range or without effect.
         UnknownFormatError: for an unknown format.
 
     >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -121,95 +142,135 @@ class PartitionRelativeClipper:
     (True, 5.0)
     """
 
-    def __init__(self, format: str | Format, base_clip: float = 1.0, overflow_threshold: float = 0.01) -> None:
-        self.format = parse(format)
-        self.clip_threshold = clip_threshold(self.format, check_base_clip(base_clip))
-        self.overflow_threshold = check_rate("overflow_threshold", overflow_threshold)
-        self.total_norm = NOT_MEASURED
+    def __init__(
+        self,
+        format: str | Format | Mapping[str, str | Format],
+        base_clip: float = 1.0,
+        overflow_threshold: float = 0.01,
+        *,
+        rule: ClipRule = "max",
+        window: int | None = None,
+        quantile: float | None = None,
+        norm_window: int | None = None,
+        nonfinite: Nonfinite = "propagate",
+    ) -> None:
+        check_rule(rule)
+        check_nonfinite(nonfinite)
+        norms = check_quantile(quantile, norm_window, rule)
+        if window is not None and rule != "scaled_max":
+            raise InputError(f"window={window!r} would have no effect: the rule is {rule!r}, not 'scaled_max'")
+        history = 16 if window is None else window
+        check_window(history)
+        formats = format if isinstance(format, Mapping) else {".*": format}
+        if not formats:
+            raise InputError("there are no rules; expected at least one, such as {'.*': 'E5M2'}")
+        base, threshold = check_base_clip(base_clip), check_rate("overflow_threshold", overflow_threshold)
+        self.overflow_threshold = threshold
+        self.groups = {
+            pattern: ClipGroup(parse(each), base, threshold, rule, history, *norms, nonfinite)
+            for pattern, each in formats.items()
+        }
+        self._nonfinite = nonfinite
 
-    def clip_if_needed(self, model: torch.nn.Module | Iterable[Tensor] | Tensor, overflow_rate: float | Tensor) -> bool:
+    @property
+    def format(self) -> Format:
+        """The format, if there is one for all."""
+        return self._only.format
+
+    @property
+    def clip_threshold(self) -> float:
+        """The norm that gradients are clipped to, if there is one for all; inf where nothing would be."""
+        return self._only.clip_threshold
+
+    @property
+    def total_norm(self) -> float:
+        """The norm before clipping at the last call, if there is one for all; -1 where none was taken."""
+        return self._only.total_norm
+
+    @property
+    def culprit(self) -> Culprit:
+        """The first parameter whose gradient was not finite at the last call, by its name, and how many elements were.
+
+        Without a module, the name is the parameter's number.
+        """
+        found = [group.culprit for group in self.groups.values() if group.culprit.count]
+        return Culprit(found[0].name, sum(each.count for each in found)) if found else Culprit.none()
+
+    @property
+    def _only(self) -> ClipGroup:
+        if len(self.groups) != 1:
+            raise InputError(f"there are {len(self.groups)} groups, each with its own numbers: see groups")
+        return next(iter(self.groups.values()))
+
+    @torch.no_grad()
+    def clip_if_needed(self, model: Parameters, overflow_rate: float | Tensor | Mapping[str, float | Tensor]) -> bool:
         """Clip the model's gradients in place if the rate is at or above the threshold. Call it before the optimizer.
 
+        With ``torch.amp.GradScaler``, call ``scaler.unscale_(optimizer)`` first.
+
         Args:
-            model: a module, or its parameters.
-            overflow_rate: fraction of gradient elements that overflow, 0 to 1, compared in float32.
+            model: a module, or its parameters; with groups, a module.
+            overflow_rate: fraction of gradient elements that overflow, 0 to 1, compared in float32; with groups also a
+                mapping of their patterns to one each.
 
         Returns:
-            Whether the gate was open, so that the rule was applied.
+            Whether the gate was open, so that the rule was applied: of one group at least.
 
         Raises:
             ValueError: if the rate is outside [0, 1] or NaN, or if the gate is open and nothing has a gradient.
+            FloatingPointError: with ``nonfinite="raise"``.
         """
-        self.total_norm = NOT_MEASURED
-        rate = check_rate("overflow_rate", float(overflow_rate))
-        if np.float32(rate) < np.float32(self.overflow_threshold):
-            return False
-        parameters = model.parameters() if isinstance(model, torch.nn.Module) else model
-        self.total_norm = float(clip_grad_norm_(parameters, self.clip_threshold))
-        return True
+        named = _named(model, grouped=list(self.groups) != [".*"])
+        for group in self.groups.values():
+            group.forget()
+        rates = self._rates(overflow_rate)
+        positions = group_by_pattern(list(named), list(self.groups)) if named else dict.fromkeys(self.groups, ())
+        parts = {name: {key: named[key] for key in (list(named)[k] for k in at)} for name, at in positions.items()}
+        with_gradient = {
+            name: {key: parameter for key, parameter in part.items() if parameter.grad is not None}
+            for name, part in parts.items()
+        }
+        opened = [group.clip_(with_gradient[name], rates[name], len(named)) for name, group in self.groups.items()]
+        if self._nonfinite == "skip" and self.culprit.count:
+            zero_(p.grad for part in with_gradient.values() for p in part.values() if p.grad is not None)
+        return any(opened)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rules remember from call to call, as plain numbers: for a checkpoint."""
+        return {name: group.remembered() for name, group in self.groups.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned.
+
+        Raises:
+            InputError: if it is of other groups.
+        """
+        if set(state) != set(self.groups):
+            raise InputError(f"the state is of the groups {', '.join(state)}; expected {', '.join(self.groups)}")
+        for name, group in self.groups.items():
+            group.remember(state[name])
+
+    def _rates(self, overflow_rate: float | Tensor | Mapping[str, float | Tensor]) -> dict[str, float]:
+        if not isinstance(overflow_rate, Mapping):
+            return dict.fromkeys(self.groups, check_rate("overflow_rate", float(overflow_rate)))
+        if set(overflow_rate) != set(self.groups):
+            raise InputError(
+                f"overflow_rate is given for {', '.join(overflow_rate)}; expected {', '.join(self.groups)}"
+            )
+        return {name: check_rate("overflow_rate", float(rate)) for name, rate in overflow_rate.items()}
 
 
-def _float_tensors(tensors: Iterable[Tensor] | Tensor) -> list[Tensor]:
-    listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    if not listed:
-        raise ValueError("there are no tensors to take a norm of; expected at least one")
-    for tensor in listed:
-        if not tensor.is_floating_point():
-            raise TypeError(f"gradients are real floating-point tensors; got one of {tensor.dtype}")
-    return listed
+def _named(model: Parameters, grouped: bool) -> dict[str, Tensor]:
+    if isinstance(model, torch.nn.Module):
+        return dict(model.named_parameters())
+    if grouped:
+        raise InputError("groups are found by the names of parameters: give the module, not its parameters")
+    listed = [model] if isinstance(model, Tensor) else list(model)
+    return {str(index): parameter for index, parameter in enumerate(listed)}
 
 
-def _with_gradient(parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
-    listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+def _with_gradient(listed: list[Tensor]) -> list[Tensor]:
     found = [parameter for parameter in listed if parameter.grad is not None]
     if not found:
         raise ValueError(f"none of the {len(listed)} parameters has a gradient; call loss.backward() before clipping")
     return found
-
-
-def _with_dimension(parameter: Tensor) -> Tensor:
-    """A stand-in for a parameter without dimensions whose gradient is a view of the parameter's, of one element.
-
-    torch would multiply a gradient without dimensions in the coefficient's float64, unlike all others.
-    """
-    if parameter.grad is None or parameter.grad.ndim > 0:
-        return parameter
-    stand_in = torch.empty_like(parameter.grad.reshape(1))
-    stand_in.grad = parameter.grad.detach().view(1)
-    return stand_in
-
-
-def _is_sharded(tensor: Tensor | None) -> bool:
-    """Whether this is a DTensor; asked this way because importing the class takes most of a second."""
-    return hasattr(tensor, "full_tensor")
-
-
-def _sum_of_squares(tensor: Tensor) -> Tensor:
-    if tensor.device.type != "cpu":
-        return torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
-    # In chunks that fit the cache: a float64 copy of the whole would cost ten times as much.
-    chunks = [chunk.to(torch.float64) for chunk in tensor.reshape(-1).split(_CHUNK)]
-    return torch.stack([torch.dot(chunk, chunk) for chunk in chunks]).sum()
-
-
-@torch.no_grad()
-def _zero_what_will_vanish(gradients: list[Tensor], max_norm: float, norm: float) -> None:
-    """Make zero, with the sign kept, what the coefficient brings below 2^-126, as XLA's CPU backend does.
-
-    Before the multiplication, because torch rounds what is just below 2^-126 up to it.
-    """
-    coefficient = max_norm / (norm + CLIP_EPSILON)
-    if math.isnan(coefficient):
-        return
-    coefficient = min(coefficient, 1.0)
-    single = float(np.float32(coefficient)) if coefficient >= _ROUNDS_TO_NORMAL else 0.0
-    survives_from = _float32_at_least(_ROUNDS_TO_NORMAL / single) if single else math.inf
-    for gradient in gradients:
-        if gradient.dtype != torch.float64:
-            gradient.mul_(gradient.to(torch.float32).abs() >= survives_from)
-
-
-def _float32_at_least(value: float) -> float:
-    """The smallest float32 that is not below a float64 value."""
-    nearest = np.float32(value)
-    return float(nearest if float(nearest) >= value else np.nextafter(nearest, np.float32(np.inf)))

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from altgrad_jax.clipping import global_norm, partition_relative_clip
+from altgrad_jax.clipping import partition_relative_clip
+from altgrad_jax.norms import global_norm
 from benchmarks.timing import show, side_by_side
 
 

@@ -22,11 +22,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import altgrad_jax
 import altgrad_jax.clipping as in_jax
+import altgrad_torch
 import altgrad_torch.clipping as in_torch
 from altgrad_core.formats import Format, parse
 from altgrad_core.stability import clip_threshold
-from altgrad_jax.casting import FormatParams
+from altgrad_jax.clip_groups import format_threshold
+from altgrad_jax.params import FormatParams
 from parity_tests.support import EIGHT, MIN_NORMAL, assert_same_bits, assert_same_values, widened
 
 Single = npt.NDArray[np.float32]
@@ -92,11 +95,11 @@ def correctly_rounded_norm(leaves: list[Single]) -> np.float32:
 
 @jax.jit
 def jax_norm(leaves: list[jax.Array]) -> jax.Array:
-    return in_jax.global_norm(leaves)
+    return altgrad_jax.global_norm(leaves)
 
 
 def torch_norm(leaves: list[Single]) -> torch.Tensor:
-    return in_torch.global_norm([torch.from_numpy(np.asarray(leaf)) for leaf in leaves])
+    return altgrad_torch.global_norm([torch.from_numpy(np.asarray(leaf)) for leaf in leaves])
 
 
 def parameters(leaves: list[Single], dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -185,22 +188,22 @@ def test_norm_of_half_precision(dtype: str) -> None:
     expected = correctly_rounded_norm([np.asarray(leaf.astype(jnp.float32)) for leaf in leaves])
     assert_same_bits(jax_norm(leaves), expected, what="jax")
     tensors = [torch.from_numpy(leaf).to(getattr(torch, dtype)) for leaf in FINITE_TREES["normal"]]
-    assert_same_bits(in_torch.global_norm(tensors), expected, what="torch")
+    assert_same_bits(altgrad_torch.global_norm(tensors), expected, what="torch")
 
 
 def test_norm_of_float64() -> None:
     leaves = [NORMAL * 1e-200, np.array([1e-60])]
     with jax.enable_x64(True):
-        assert float(in_jax.global_norm([jnp.asarray(leaf) for leaf in leaves])) == 0.0
-        from_jax = in_jax.global_norm([jnp.asarray(NORMAL)])
-    assert float(in_torch.global_norm([torch.from_numpy(leaf) for leaf in leaves])) == 0.0
-    assert_same_bits(from_jax, in_torch.global_norm([torch.from_numpy(NORMAL)]))
+        assert float(altgrad_jax.global_norm([jnp.asarray(leaf) for leaf in leaves])) == 0.0
+        from_jax = altgrad_jax.global_norm([jnp.asarray(NORMAL)])
+    assert float(altgrad_torch.global_norm([torch.from_numpy(leaf) for leaf in leaves])) == 0.0
+    assert_same_bits(from_jax, altgrad_torch.global_norm([torch.from_numpy(NORMAL)]))
 
 
 def test_norm_of_empty_tensors() -> None:
     leaves = [np.zeros((0, 3), np.float32), np.float32([3, 4])]
-    assert float(in_jax.global_norm(leaves)) == float(torch_norm(leaves)) == 5.0
-    assert float(in_jax.global_norm(leaves[:1])) == float(torch_norm(leaves[:1])) == 0.0
+    assert float(altgrad_jax.global_norm(leaves)) == float(torch_norm(leaves)) == 5.0
+    assert float(altgrad_jax.global_norm(leaves[:1])) == float(torch_norm(leaves[:1])) == 0.0
 
 
 # The clipped gradients
@@ -328,7 +331,7 @@ def test_where_clip_grad_norm_fails() -> None:
     assert float(torch.nn.utils.clip_grad_norm_(theirs, 1.0)) == math.inf
     assert all((parameter.grad == 0).all() for parameter in theirs)
     in_torch.clip_grad_norm_(ours, 1.0)
-    assert float(in_torch.global_norm([parameter.grad for parameter in ours])) == pytest.approx(1.0)
+    assert float(altgrad_torch.global_norm([parameter.grad for parameter in ours])) == pytest.approx(1.0)
 
 
 # The gate
@@ -392,7 +395,7 @@ def test_thresholds(format: Format, base_clip: float) -> None:
     """Core, torch and, under jit, JAX: a norm of far more than the threshold is clipped to it."""
     expected = clip_threshold(format, base_clip)
     assert in_torch.PartitionRelativeClipper(format, base_clip).clip_threshold == expected
-    traced = jax.jit(in_jax._threshold, static_argnums=1)(FormatParams.from_format(format), base_clip)
+    traced = jax.jit(format_threshold, static_argnums=1)(FormatParams.from_format(format), base_clip)
     assert_same_bits(traced, np.float32(expected))
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -28,7 +28,7 @@ from altgrad_jax import (
     partition_relative_clip,
     set_format,
 )
-from altgrad_jax.clipping import _threshold
+from altgrad_jax.clip_groups import format_threshold
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOAT32_MAX = np.finfo(np.float32).max
@@ -58,15 +58,6 @@ def exact_norm(*leaves: Any) -> np.float32:
     if guess < above and (up > 0 or (up == 0 and is_odd)):
         return above
     return below if down < 0 or (down == 0 and is_odd) else guess
-
-
-def nearly_a_tie(x: np.ndarray) -> bool:
-    """Whether a sum in float64 could land on the other side of a midpoint, and the norm on the other neighbour."""
-    total = sum(Fraction(float(each)) ** 2 for each in x)
-    norm = np.float32(min(math.sqrt(total), float(FLOAT32_MAX)))
-    ends = [np.nextafter(norm, np.float32(0)), np.nextafter(norm, FLOAT32_MAX)]
-    middles = [(Fraction(float(norm)) + Fraction(float(end))) / 2 for end in ends]
-    return any(middle and abs(total / middle**2 - 1) < Fraction(1, 2**46) for middle in middles)
 
 
 def clipped_by_hand(leaf: Any, norm: np.float32, max_norm: float, eps: float = 1e-6) -> np.ndarray:
@@ -102,7 +93,6 @@ def test_norm_is_the_exact_one(size: int, scale: float) -> None:
 
 @given(hnp.arrays(np.float32, 37, elements=st.floats(width=32, allow_nan=False, allow_infinity=False)))
 def test_norm_of_any_finite_input(x: np.ndarray) -> None:
-    assume(not nearly_a_tie(x))
     assert_same_bits(NORM([jnp.asarray(x)]), exact_norm(x))
 
 
@@ -174,7 +164,7 @@ def test_threshold_has_the_bits_of_core(name: str) -> None:
     assert_same_bits(got, [np.float32(clip_threshold(name, float(base))) for base in bases])
 
 
-THRESHOLD = jax.jit(lambda params, bases: [_threshold(params, base) for base in bases], static_argnums=1)
+THRESHOLD = jax.jit(lambda params, bases: [format_threshold(params, base) for base in bases], static_argnums=1)
 
 
 @pytest.mark.parametrize("name", ["E0M7", "E3M4", "E5M2", "E7M0"])
@@ -331,9 +321,10 @@ def test_other_bad_arguments() -> None:
         partition_relative_clip("e5m2")
     with pytest.raises(ValueError, match="window is 0"):
         partition_relative_clip("E5M2", window=0).init([jnp.ones(1)])
-    for bad in (-1.0, math.nan, math.inf):
+    for bad in (-1.0, math.nan):
         with pytest.raises(ValueError, match="max_norm"):
             clip_by_global_norm(bad)
+    for bad in (-1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="eps"):
             clip_by_global_norm(1.0, bad)
 

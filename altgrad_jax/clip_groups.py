@@ -1,0 +1,205 @@
+"""One group of gradients that are clipped together: its rate, its threshold, its gate. See ``clipping.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from altgrad_core.clip_rules import NORMS_NEEDED, REFERENCE_BINADES, ClipRule
+from altgrad_core.nonfinite import Nonfinite
+from altgrad_core.norms import NOT_MEASURED
+from altgrad_core.stability import CLIP_EPSILON, REFERENCE_MAX
+from altgrad_jax.casting import flush_subnormals, to_float32
+from altgrad_jax.nonfinite import Culprit, find_culprit, without_nonfinite
+from altgrad_jax.norms import AxisName, Norm, euclidean_norm
+from altgrad_jax.params import FormatParams
+from altgrad_jax.scaling import amax, delayed_scale, empty_history, push_amax
+from altgrad_jax.statistics import observe, overflow_rate_of
+
+
+class PartitionRelativeClipState(NamedTuple):
+    """State of :func:`~altgrad_jax.clipping.partition_relative_clip`: what it clips by, what it saw at the last update.
+
+    Attributes:
+        format: the format whose range sets the threshold; replace it with :func:`altgrad_jax.control.set_format`.
+        amax_history: float32 of shape ``(window, leaves)``, amax of past gradients, oldest first; moves only when the
+            rate is measured here, or the rule needs it.
+        norm_history: float32 of shape ``(norm_window,)``, norms of past gradients, oldest first, 0 where empty; of
+            shape ``(0,)`` unless the rule is ``quantile``.
+        overflow_rate: float32, the rate that the gate was given or measured.
+        threshold: float32, the norm that gradients are clipped to; inf where nothing would be.
+        total_norm: float32, the norm before clipping; -1 where none was taken, never that of an earlier update.
+        clipped: bool, whether the gate was open, so that the rule was applied.
+        culprit: the first leaf that was not finite.
+    """
+
+    format: FormatParams
+    amax_history: jax.Array
+    norm_history: jax.Array
+    overflow_rate: jax.Array
+    threshold: jax.Array
+    total_norm: jax.Array
+    clipped: jax.Array
+    culprit: Culprit
+
+
+@dataclass(frozen=True)
+class ClipGroup:
+    """What :func:`~altgrad_jax.clipping.partition_relative_clip` was told, of leaves that are clipped together."""
+
+    format: FormatParams
+    base_clip: float | jax.Array
+    overflow_threshold: float | jax.Array
+    rule: ClipRule
+    window: int
+    quantile: float
+    norm_window: int
+    nonfinite: Nonfinite
+    axis_name: AxisName | None
+
+    def init(self, leaves: Sequence[jax.Array]) -> PartitionRelativeClipState:
+        """The state before the first update."""
+        return PartitionRelativeClipState(
+            format=jax.tree.map(jnp.copy, self.format),
+            amax_history=empty_history(self.window, (len(leaves),)),
+            norm_history=empty_history(self.norm_window) if self.rule == "quantile" else jnp.zeros(0, jnp.float32),
+            overflow_rate=jnp.float32(0),
+            threshold=jnp.float32(np.inf),
+            total_norm=jnp.float32(NOT_MEASURED),
+            clipped=jnp.asarray(False),
+            culprit=Culprit.none(),
+        )
+
+    def update(
+        self, leaves: list[jax.Array], state: PartitionRelativeClipState, overflow_rate: jax.Array | None
+    ) -> tuple[list[jax.Array], PartitionRelativeClipState]:
+        """Clip leaves if the gate opens."""
+        rate, history = self._rate(leaves, state, overflow_rate)
+        culprit = Culprit.none() if self.nonfinite == "propagate" else find_culprit(leaves)
+        finite = [without_nonfinite(leaf) for leaf in leaves] if self.nonfinite == "zero" else leaves
+        # Not "rate >= threshold": a rate that is NaN must open the gate.
+        is_open = ~(rate < jnp.asarray(self.overflow_threshold, jnp.float32))
+        threshold, norms = self._threshold(state), state.norm_history
+        if self.rule == "quantile":
+            norm = euclidean_norm(finite, self.axis_name)
+            norms, total = push_amax(norms, norm.single), norm.single
+            clipped = lax.cond(is_open, lambda them: scaled_to(them, threshold, norm), lambda them: them, finite)
+        else:
+            clipped, total = lax.cond(
+                is_open,
+                lambda them: self._clip(them, threshold),
+                lambda them: (them, jnp.float32(NOT_MEASURED)),
+                finite,
+            )
+        if self.nonfinite == "propagate":
+            culprit = lax.cond(jnp.isfinite(total), Culprit.none, lambda: find_culprit(leaves))
+        after = PartitionRelativeClipState(state.format, history, norms, rate, threshold, total, is_open, culprit)
+        return clipped, after
+
+    def _clip(self, leaves: list[jax.Array], threshold: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        norm = euclidean_norm(leaves, self.axis_name)
+        return scaled_to(leaves, threshold, norm), norm.single
+
+    def _rate(
+        self, leaves: list[jax.Array], state: PartitionRelativeClipState, given: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The overflow rate, given or measured under delayed scales, and the amax history after this update."""
+        history = state.amax_history
+        if given is None:
+            rate, amaxes = _measure_overflow(leaves, state.format, history, self.axis_name)
+        elif self.rule == "scaled_max":
+            rate, amaxes = given, jnp.stack([amax(leaf) for leaf in leaves])
+        else:
+            return given, history
+        return rate, push_amax(history, amaxes if self.axis_name is None else lax.pmax(amaxes, self.axis_name))
+
+    def _threshold(self, state: PartitionRelativeClipState) -> jax.Array:
+        if self.rule == "max" or self.rule == "binades":
+            return format_threshold(state.format, self.base_clip, self.rule)
+        with jax.enable_x64(True):
+            base = lax.convert_element_type(jnp.asarray(self.base_clip, jnp.float32), jnp.float64)
+            if self.rule == "scaled_max":
+                measure = lax.convert_element_type(state.format.max_value, jnp.float64) * _largest_scale(state)
+            else:
+                measure = _quantile(state.norm_history, self.quantile)
+            return lax.convert_element_type(base * measure, jnp.float32)
+
+
+def format_threshold(
+    params: FormatParams, base_clip: float | jax.Array = 1.0, rule: Literal["max", "binades"] = "max"
+) -> jax.Array:
+    """:func:`altgrad_core.clip_rules.format_threshold` of traced params: float64 inside, rounded once to float32."""
+    with jax.enable_x64(True):
+        base = lax.convert_element_type(jnp.asarray(base_clip, jnp.float32), jnp.float64)
+        if rule == "binades":
+            return lax.convert_element_type(base * _binades(params) / REFERENCE_BINADES, jnp.float32)
+        # A divisor that hangs on data: XLA turns division by a constant into a product with its reciprocal.
+        reference = jnp.where(params.mantissa_bits >= 0, REFERENCE_MAX, 1.0)
+        return lax.convert_element_type(
+            base * lax.convert_element_type(params.max_value, jnp.float64) / reference, jnp.float32
+        )
+
+
+def scaled_to(
+    leaves: Sequence[jax.Array], max_norm: float | jax.Array, norm: Norm, eps: float | jax.Array = CLIP_EPSILON
+) -> list[jax.Array]:
+    """Leaves times ``min(1, max_norm / (norm + eps))``, in float64 and rounded once; below 2^-126 they are zero."""
+    with jax.enable_x64(True):
+        limit = lax.convert_element_type(max_norm, jnp.float64)
+        divisor = norm.double + eps
+        coefficient = jnp.minimum(limit / jnp.where(divisor == 0, 1.0, divisor), 1.0)
+        coefficient = jnp.where(jnp.isinf(limit) | (divisor == 0), 1.0, coefficient)
+        single = lax.convert_element_type(coefficient, jnp.float32)
+
+    def scaled(leaf: jax.Array) -> jax.Array:
+        if leaf.dtype == jnp.float64:
+            return leaf * coefficient
+        product = leaf.astype(jnp.float32) * single
+        return (flush_subnormals(product) if leaf.dtype == jnp.float32 else product).astype(leaf.dtype)
+
+    return [scaled(leaf) for leaf in leaves]
+
+
+def zeros_if(condition: jax.Array, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    """The leaves, or zeros in their place."""
+    return [jnp.where(condition, jnp.zeros_like(leaf), leaf) for leaf in leaves]
+
+
+def _measure_overflow(
+    leaves: Sequence[jax.Array], params: FormatParams, history: jax.Array, axis_name: AxisName | None
+) -> tuple[jax.Array, jax.Array]:
+    scales = delayed_scale(history, params.max_value)
+    has_history = jnp.max(history, axis=0) > 0
+    countable = [to_float32(leaf, "the clipper") if leaf.dtype == jnp.float64 else leaf for leaf in leaves]
+    counts, amaxes = zip(*(observe(leaf, params, scale=scales[k]) for k, leaf in enumerate(countable)), strict=True)
+    limbs = jnp.stack([count.limbs for count in counts])
+    overflow_seen = limbs.at[:, 1].multiply(has_history[:, None].astype(jnp.int32))
+    return overflow_rate_of(overflow_seen, axis_name), jnp.stack(amaxes)
+
+
+def _binades(params: FormatParams) -> jax.Array:
+    """float64: :func:`altgrad_core.clip_rules.binades` of params."""
+    max_exponent = (lax.bitcast_convert_type(params.max_value, jnp.int32) >> 23) - 127
+    return lax.convert_element_type(max_exponent - params.min_exponent + params.mantissa_bits + 1, jnp.float64)
+
+
+def _largest_scale(state: PartitionRelativeClipState) -> jax.Array:
+    """float64: the largest delayed scale of leaves that have a history; inf without any, so that nothing is clipped."""
+    scales = delayed_scale(state.amax_history, state.format.max_value)
+    has_history = jnp.max(state.amax_history, axis=0) > 0
+    largest = jnp.max(jnp.where(has_history, scales, 0))
+    return lax.convert_element_type(jnp.where(largest > 0, largest, jnp.float32(np.inf)), jnp.float64)
+
+
+def _quantile(norms: jax.Array, quantile: float) -> jax.Array:
+    """float64: the quantile of the norms so far, as it stands among them; inf while there are too few."""
+    count = jnp.sum(norms > 0)
+    ordered = jnp.sort(jnp.where(norms > 0, norms, jnp.inf))
+    chosen = ordered[jnp.floor(quantile * jnp.maximum(count - 1, 0)).astype(jnp.int32)]
+    return lax.convert_element_type(jnp.where(count >= NORMS_NEEDED, chosen, jnp.inf), jnp.float64)

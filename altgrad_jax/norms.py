@@ -1,0 +1,286 @@
+"""Norms of trees of gradients, taken in float64. The Euclidean one is correctly rounded, whatever the order of the sum.
+
+A float64 sum of squares has a known worst error. Almost always both ends of that interval round to the same float32,
+which then is the norm; where they do not, the sum is taken again in integers. ``altgrad_torch/norms.py`` does the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from altgrad_core.norms import EXPONENTS, FLOAT64_ROUNDOFF, LIMB_BITS
+
+AxisName = Hashable | Sequence[Hashable]
+
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+_IMPLICIT_ONE = np.int32(1 << 23)
+_MAX_BITS = np.int32(0x7F7FFFFF)
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_MIN_NORMAL = 2.0**-126
+_SUBNORMALS_COUNT_BELOW = 2.0**-160
+_ROW = 1024
+_CHUNK = 2**16
+_WORDS = 20
+_WORD = (1 << 32) - 1
+
+
+class Norm(NamedTuple):
+    """A norm rounded to float32, in two dtypes.
+
+    Attributes:
+        single: float32.
+        double: float64, the same value: a subnormal float32, which XLA's CPU backend reads as zero, keeps its value.
+    """
+
+    single: jax.Array
+    double: jax.Array
+
+
+def global_norm(tree: optax.Updates, *, axis_name: AxisName | None = None) -> jax.Array:
+    """The Euclidean norm of all leaves together: the float32 nearest to the true one, ties to even.
+
+    It does not depend on the order of the sum, and so neither on devices nor on the framework. Nothing overflows or
+    vanishes on the way, float32 subnormals included. A norm beyond float32's maximum, of leaves that are all finite, is
+    that maximum: not inf, which would clip them all to zero. Under ``vmap`` the exact sum, which is hardly ever needed,
+    is taken every time.
+
+    float64 leaves are the exception: with one of them the result may be off by one step next to a tie, and a norm
+    beyond 2^511 overflows.
+
+    Args:
+        tree: pytree of floating-point arrays of any shapes and dtypes.
+        axis_name: inside ``shard_map`` or ``vmap``, the axes over which every leaf is a part of a larger one.
+
+    Returns:
+        float32 scalar; inf or NaN if a leaf holds one.
+
+    Raises:
+        ValueError: if the tree has no leaves.
+        TypeError: if a leaf is not real floating point.
+
+    >>> norm = global_norm({"w": jnp.array([3.0, 4.0]) * 2.0**-120, "b": jnp.zeros(2)})
+    >>> float(norm) == 5 * 2.0**-120
+    True
+    """
+    return euclidean_norm(float_leaves(tree), axis_name).single
+
+
+def float_leaves(tree: optax.Updates) -> list[jax.Array]:
+    """The leaves of a tree of gradients.
+
+    Raises:
+        ValueError: if there are none.
+        TypeError: if one is not real floating point.
+    """
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+    if not leaves:
+        raise ValueError("the tree of gradients is empty; expected at least one array")
+    for leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"gradients are real floating-point arrays; got one of {leaf.dtype}")
+    return leaves
+
+
+def norm_of(leaves: Sequence[jax.Array], norm_type: float = 2.0, axis_name: AxisName | None = None) -> Norm:
+    """The norm of order p of all leaves together, ``(sum |x|^p)^(1/p)``; the largest magnitude for inf.
+
+    That of order 2 is :func:`euclidean_norm`, and that of order inf is exact. The others are float64 sums, rounded
+    once: right but next to a tie.
+    """
+    if norm_type == 2:
+        return euclidean_norm(leaves, axis_name)
+    largest = _largest_magnitude(leaves, axis_name)
+    if math.isinf(norm_type):
+        return _as_norm(largest)
+    with jax.enable_x64(True):
+        # Relative to the largest, no power overflows. Infinities and NaN, which that would lose, are the largest.
+        finite = jnp.isfinite(largest)
+        unit = jnp.where(finite & (largest > 0), largest, 1.0)
+        total = jnp.float64(0)
+        for leaf in leaves:
+            total = total + jnp.sum((jnp.abs(_widen_subnormals(leaf)) / unit) ** norm_type)
+        total = total if axis_name is None else lax.psum(total, axis_name)
+        return _as_norm(jnp.where(finite, unit * total ** (1 / norm_type), largest))
+
+
+def euclidean_norm(leaves: Sequence[jax.Array], axis_name: AxisName | None = None) -> Norm:
+    """:func:`global_norm` of leaves, in two dtypes."""
+    with jax.enable_x64(True):
+        total, slack = _sum_of_squares(leaves, axis_name)
+        root = jnp.sqrt(total)
+        bits = _rounded_bits(root)
+        if all(leaf.dtype != jnp.float64 for leaf in leaves):
+            is_certain = _rounded_bits(root * (1 - slack)) == _rounded_bits(root * (1 + slack))
+            bits = lax.cond(
+                is_certain | ~jnp.isfinite(total),
+                lambda bits, _: bits,
+                lambda bits, leaves: _rounded_exactly(bits, leaves, axis_name),
+                bits,
+                list(leaves),
+            )
+        return _of_bits(bits)
+
+
+def _sum_of_squares(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> tuple[jax.Array, float]:
+    """The sum in float64, and by how much its root may be off, relatively, from the true norm."""
+    total = _added_up(leaves, _widen, axis_name)
+    # Subnormals add less than 2^-252 each: they count only in a sum so small that XLA may have dropped some of it.
+    total = lax.cond(
+        total < _SUBNORMALS_COUNT_BELOW,
+        lambda them: _added_up(them, _widen_subnormals, axis_name),
+        lambda _: total,
+        list(leaves),
+    )
+    # Of positive numbers n are added with at most n - 1 roundings in a row, in any order whatever. Twice the devices'
+    # shares, for what is added up over them; one for each square; the root halves it all, and adds two of its own.
+    levels = max(_levels(leaf.size) for leaf in leaves)
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+    return total, (levels * _ROW + 2 * len(leaves) + devices + 4) * FLOAT64_ROUNDOFF
+
+
+def _levels(size: int) -> int:
+    return 1 + _levels(-(-size // _ROW)) if size > _ROW else 1
+
+
+def _added_up(
+    leaves: Sequence[jax.Array], widen: Callable[[jax.Array], jax.Array], axis_name: AxisName | None
+) -> jax.Array:
+    total = jnp.float64(0)
+    for leaf in leaves:
+        flat = leaf.reshape(-1)
+        whole = flat.size - flat.size % _ROW
+        # Sums over rows run at the speed of memory; one long float64 sum would run ten times slower on a CPU.
+        rows = widen(flat[:whole].reshape(-1, _ROW))
+        rest = widen(flat[whole:])
+        total = total + (_row_sums(rows * rows) + jnp.sum(rest * rest))
+    return total if axis_name is None else lax.psum(total, axis_name)
+
+
+def _row_sums(rows: jax.Array) -> jax.Array:
+    """The sum of rows of ``_ROW`` numbers in which no number takes part in more than a row's additions a level."""
+    sums = jnp.sum(rows, axis=1)
+    if len(sums) <= _ROW:
+        return jnp.sum(sums)
+    # Sums of squares are not negative, but XLA cannot know: else it would make one long sum of the two.
+    sums = jnp.where(sums < 0, jnp.nan, sums)
+    missing = -len(sums) % _ROW
+    return _row_sums(jnp.pad(sums, (0, missing)).reshape(-1, _ROW))
+
+
+def _largest_magnitude(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> jax.Array:
+    """float64; NaN if there is one."""
+    with jax.enable_x64(True):
+        largest = jnp.float64(0)
+        for leaf in leaves:
+            # As integers: a float maximum may lose a NaN.
+            wide = jnp.abs(_widen_subnormals(leaf))
+            bits = jnp.max(lax.bitcast_convert_type(wide, jnp.int64), initial=0)
+            largest = jnp.maximum(largest, lax.bitcast_convert_type(bits, jnp.float64))
+        bits = lax.bitcast_convert_type(largest, jnp.int64)
+        bits = bits if axis_name is None else lax.pmax(bits, axis_name)
+        return lax.bitcast_convert_type(bits, jnp.float64)
+
+
+def _widen(leaf: jax.Array) -> jax.Array:
+    return lax.convert_element_type(leaf, jnp.float64)
+
+
+def _widen_subnormals(leaf: jax.Array) -> jax.Array:
+    """Exact conversion to float64 of float32 subnormals too, which XLA's CPU backend would read as zero."""
+    if leaf.dtype == jnp.float64:
+        return leaf
+    with jax.enable_x64(True):
+        leaf = leaf.astype(jnp.float32)
+        bits = lax.bitcast_convert_type(leaf, jnp.int32)
+        magnitude = bits & _MAGNITUDE
+        return jnp.where(magnitude < _IMPLICIT_ONE, _widen(magnitude) * 2.0**-149, _widen(leaf))
+
+
+def _as_norm(value: jax.Array) -> Norm:
+    with jax.enable_x64(True):
+        return _of_bits(_rounded_bits(value))
+
+
+def _rounded_bits(value: jax.Array) -> jax.Array:
+    """The bits of a non-negative float64 rounded to float32: subnormals from their steps, no overflow to infinity."""
+    bounded = jnp.where(jnp.isfinite(value), jnp.minimum(value, _FLOAT32_MAX), value)
+    normal = lax.bitcast_convert_type(lax.convert_element_type(bounded, jnp.float32), jnp.int32)
+    steps = lax.convert_element_type(jnp.round(jnp.minimum(bounded, _MIN_NORMAL) * 2.0**149), jnp.int32)
+    return jnp.where(bounded < _MIN_NORMAL, steps, normal)
+
+
+def _of_bits(bits: jax.Array) -> Norm:
+    single = lax.bitcast_convert_type(bits, jnp.float32)
+    return Norm(single, jnp.where(bits < _IMPLICIT_ONE, _widen(bits) * 2.0**-149, _widen(single)))
+
+
+# --- the exact sum --------------------------------------------------------------------------------------------------
+
+
+def _rounded_exactly(bits: jax.Array, leaves: Sequence[jax.Array], axis_name: AxisName | None) -> jax.Array:
+    """The right one of a float32 and its two neighbours, by comparing the exact sum with the squares half way."""
+    sums = jnp.zeros((EXPONENTS, 2), jnp.int64)
+    for leaf in leaves:
+        sums = _add_exponent_sums(sums, leaf.astype(jnp.float32).reshape(-1))
+    sums = sums if axis_name is None else lax.psum(sums, axis_name)
+    positions = 2 * np.maximum(np.arange(EXPONENTS) - 1, 0) + 2
+    total = _limbs(sums.reshape(-1), (positions[:, None] + np.array([0, LIMB_BITS])).reshape(-1))
+    above = _sign_of_difference(total, _square_half_way(bits))
+    below = jnp.where(bits > 0, _sign_of_difference(total, _square_half_way(jnp.maximum(bits - 1, 0))), 1)
+    is_odd = (bits & 1) == 1
+    up = (above > 0) | ((above == 0) & is_odd)
+    down = (below < 0) | ((below == 0) & is_odd)
+    return jnp.minimum(bits + up.astype(jnp.int32) - down.astype(jnp.int32), _MAX_BITS)
+
+
+def _add_exponent_sums(sums: jax.Array, flat: jax.Array) -> jax.Array:
+    """Add squares of significands, in two limbs, to int64 sums for each exponent field: a part at a time."""
+
+    def add(sums: jax.Array, part: jax.Array) -> tuple[jax.Array, None]:
+        magnitude = lax.bitcast_convert_type(part, jnp.int32) & _MAGNITUDE
+        field = jnp.maximum(magnitude >> 23, 1)
+        significand = (magnitude - ((field - 1) << 23)).astype(jnp.int64)
+        square = significand * significand
+        limbs = jnp.stack([square & ((1 << LIMB_BITS) - 1), square >> LIMB_BITS], -1)
+        return sums.at[field].add(limbs), None
+
+    whole = flat.size - flat.size % _CHUNK
+    if whole:
+        sums, _ = lax.scan(add, sums, flat[:whole].reshape(-1, _CHUNK))
+    return add(sums, flat[whole:])[0]
+
+
+def _square_half_way(bits: jax.Array) -> jax.Array:
+    """The square of what lies half way to the next float32, in limbs."""
+    field = jnp.maximum(bits >> 23, 1)
+    middle = (2 * (bits - ((field - 1) << 23)) + 1).astype(jnp.int64)
+    return _limbs((middle * middle)[None], 2 * (field - 1)[None])
+
+
+def _limbs(values: jax.Array, positions: jax.Array | np.ndarray) -> jax.Array:
+    """``sum(values * 2^positions)`` in units of 2^-300, as 32-bit words in int64, the lowest first."""
+    # Values below 2^62 in two pieces of 31 bits, each of which covers at most two words.
+    pieces = jnp.concatenate([values & ((1 << 31) - 1), values >> 31])
+    at = jnp.concatenate([jnp.asarray(positions), jnp.asarray(positions) + 31]).astype(jnp.int64)
+    moved, word = pieces << (at & 31), at >> 5
+    words = jnp.zeros(_WORDS, jnp.int64).at[word].add(moved & _WORD).at[word + 1].add(moved >> 32)
+
+    def carry(carried: jax.Array, word: jax.Array) -> tuple[jax.Array, jax.Array]:
+        whole = word + carried
+        return whole >> 32, whole & _WORD
+
+    return lax.scan(carry, jnp.int64(0), words)[1]
+
+
+def _sign_of_difference(left: jax.Array, right: jax.Array) -> jax.Array:
+    """-1, 0 or 1 as the number in limbs on the left is less than, equal to or more than that on the right."""
+    # The highest word that differs outweighs all below it.
+    return jnp.sign(jnp.sum(jnp.sign(left - right) * 2 ** np.arange(_WORDS)))

@@ -1,0 +1,197 @@
+"""One group of gradients that are clipped together: its rate, its threshold, its gate. See ``clipping.py``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
+
+from altgrad_core.clip_rules import NORMS_NEEDED, ClipRule, format_threshold, quantile_index
+from altgrad_core.formats import Format
+from altgrad_core.nonfinite import Nonfinite
+from altgrad_core.norms import NOT_MEASURED
+from altgrad_core.stability import CLIP_EPSILON
+from altgrad_torch.nonfinite import Culprit, find_culprit, raise_for, zero_nonfinite_
+from altgrad_torch.norms import euclidean_norm, float_tensors, is_sharded, local, over_shards
+from altgrad_torch.scaling import amax, power_of_two_scale
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_ROUNDS_TO_NORMAL = 2.0**-126 * (1 - 2.0**-25)
+"""The smallest real number that 24 significant bits round to 2^-126, and not to something below."""
+
+
+class ClipGroup:
+    """What :class:`~altgrad_torch.clipping.PartitionRelativeClipper` was told, of parameters clipped together.
+
+    Attributes:
+        format: whose range sets the threshold.
+        clip_threshold: the norm that gradients are clipped to; inf where nothing would be.
+        total_norm: the norm before clipping at the last call; -1 where none was taken.
+        clipped: whether the gate was open at the last call.
+        culprit: the first gradient that was not finite at the last call.
+    """
+
+    def __init__(
+        self,
+        format: Format,
+        base_clip: float,
+        overflow_threshold: float,
+        rule: ClipRule,
+        window: int,
+        quantile: float,
+        norm_window: int,
+        nonfinite: Nonfinite,
+    ) -> None:
+        self.format = format
+        self._base = float(np.float32(base_clip))
+        self._overflow_threshold = np.float32(overflow_threshold)
+        self._rule, self._window, self._quantile, self._norm_window = rule, window, quantile, norm_window
+        self._nonfinite = nonfinite
+        self._norms: list[float] = []
+        self._amaxes: dict[str, list[float]] = {}
+        self.clip_threshold = format_threshold(format, base_clip, rule) if rule in ("max", "binades") else math.inf
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what was seen at the last call, so that nothing of it can be taken for this one's."""
+        self.total_norm, self.clipped, self.culprit = NOT_MEASURED, False, Culprit.none()
+
+    def clip_(self, parameters: Mapping[str, Tensor], overflow_rate: float, of: int) -> bool:
+        """Clip the gradients of parameters, which all have one, if the gate opens.
+
+        Args:
+            parameters: by name.
+            overflow_rate: 0 to 1.
+            of: how many parameters there are, with or without a gradient, for the error.
+        """
+        self.clipped = bool(np.float32(overflow_rate) >= self._overflow_threshold)
+        gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+        if not gradients:
+            if self.clipped:
+                raise ValueError(f"none of the {of} parameters has a gradient; call loss.backward() before clipping")
+            return False
+        float_tensors(gradients)
+        threshold = self._threshold(parameters)
+        if self._nonfinite != "propagate":
+            self._deal_with_nonfinite(gradients, list(parameters))
+        if self.clipped or self._rule == "quantile":
+            self.total_norm = euclidean_norm(gradients)
+            if self._nonfinite == "propagate" and not math.isfinite(self.total_norm):
+                self.culprit = find_culprit(gradients, list(parameters))
+        if self._rule == "quantile" and math.isfinite(self.total_norm) and self.total_norm > 0:
+            self._norms = [*self._norms, self.total_norm][-self._norm_window :]
+        if self.clipped:
+            scale_to_(list(parameters.values()), threshold, self.total_norm)
+        return self.clipped
+
+    def remembered(self) -> dict[str, Any]:
+        """Norms and amaxes of past gradients, as plain numbers."""
+        return {"norms": list(self._norms), "amaxes": {name: list(each) for name, each in self._amaxes.items()}}
+
+    def remember(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`remembered` returned."""
+        self._norms = list(state["norms"])
+        self._amaxes = {name: list(each) for name, each in state["amaxes"].items()}
+
+    def _threshold(self, parameters: Mapping[str, Tensor]) -> float:
+        """By the gradients before this call, which are then remembered."""
+        if self._rule == "scaled_max":
+            self.clip_threshold = self._rounded(self.format.max_representable_value * self._largest_scale())
+            self._push_amaxes(parameters)
+        elif self._rule == "quantile":
+            self.clip_threshold = self._rounded(self._quantile_of_norms())
+        return self.clip_threshold
+
+    def _rounded(self, measure: float) -> float:
+        with np.errstate(over="ignore"):
+            return float(np.float32(self._base * measure))
+
+    def _largest_scale(self) -> float:
+        amaxes = torch.tensor([max(each) for each in self._amaxes.values() if max(each) > 0], dtype=torch.float32)
+        if not amaxes.numel():
+            return math.inf
+        return float(power_of_two_scale(amaxes, self.format.max_representable_value).max())
+
+    def _push_amaxes(self, parameters: Mapping[str, Tensor]) -> None:
+        gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+        seen = over_shards([amax(local(gradient)) for gradient in gradients], gradients, "max").tolist()
+        for name, value in zip(parameters, seen, strict=True):
+            if math.isfinite(value):
+                self._amaxes[name] = [*self._amaxes.get(name, []), value][-self._window :]
+
+    def _quantile_of_norms(self) -> float:
+        if len(self._norms) < NORMS_NEEDED:
+            return math.inf
+        return sorted(self._norms)[quantile_index(len(self._norms), self._quantile)]
+
+    def _deal_with_nonfinite(self, gradients: Sequence[Tensor], names: Sequence[str]) -> None:
+        self.culprit = find_culprit(gradients, names)
+        if self.culprit.count and self._nonfinite == "raise":
+            raise_for(gradients, names)
+        if self.culprit.count and self._nonfinite == "zero":
+            zero_nonfinite_(gradients)
+
+
+@torch.no_grad()
+def scale_to_(parameters: Sequence[Tensor], max_norm: float, norm: float) -> None:
+    """Scale gradients in place by ``min(1, max_norm / (norm + 1e-6))``; below 2^-126 they become zero.
+
+    Args:
+        parameters: each with a gradient.
+        max_norm: at least 0.
+        norm: the norm of all gradients, a float that float32 holds.
+    """
+    if math.isinf(max_norm):
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    _zero_what_will_vanish(gradients, max_norm / (norm + CLIP_EPSILON))
+    # torch does not multiply sharded and plain gradients in one call. Handed a float64 norm, it forms the coefficient
+    # in float64 and rounds it once.
+    for kind in (False, True):
+        group = [_with_dimension(p) for p in parameters if is_sharded(p.grad) == kind]
+        if group:
+            clip_grads_with_norm_(group, max_norm, torch.tensor(norm, dtype=torch.float64))
+
+
+def zero_(gradients: Iterable[Tensor]) -> None:
+    """Make gradients zero in place, whatever they hold."""
+    for gradient in gradients:
+        gradient.zero_()
+
+
+def _with_dimension(parameter: Tensor) -> Tensor:
+    """A stand-in for a parameter without dimensions whose gradient is a view of the parameter's, of one element.
+
+    torch would multiply a gradient without dimensions in the coefficient's float64, unlike all others.
+    """
+    if parameter.grad is None or parameter.grad.ndim > 0:
+        return parameter
+    stand_in = torch.empty_like(parameter.grad.reshape(1))
+    stand_in.grad = parameter.grad.detach().view(1)
+    return stand_in
+
+
+def _zero_what_will_vanish(gradients: Sequence[Tensor], coefficient: float) -> None:
+    """Make zero, with the sign kept, what the coefficient brings below 2^-126, as XLA's CPU backend does.
+
+    Before the multiplication, because torch rounds what is just below 2^-126 up to it.
+    """
+    if math.isnan(coefficient):
+        return
+    coefficient = min(coefficient, 1.0)
+    single = float(np.float32(coefficient)) if coefficient >= _ROUNDS_TO_NORMAL else 0.0
+    survives_from = _float32_at_least(_ROUNDS_TO_NORMAL / single) if single else math.inf
+    for gradient in gradients:
+        if gradient.dtype != torch.float64:
+            gradient.mul_(gradient.to(torch.float32).abs() >= survives_from)
+
+
+def _float32_at_least(value: float) -> float:
+    """The smallest float32 that is not below a float64 value."""
+    nearest = np.float32(value)
+    return float(nearest if float(nearest) >= value else np.nextafter(nearest, np.float32(np.inf)))
