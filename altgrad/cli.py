@@ -12,6 +12,7 @@ from altgrad_core.errors import InputError
 
 _INTERRUPTED = 130
 _USAGE = 2
+_DIFFERS = 1
 _MOST_DEVICES = 16
 _TRAIN, _REPORT, _CLI = "train", "report", "cli"
 _EXTRAS = (
@@ -19,7 +20,7 @@ _EXTRAS = (
     | dict.fromkeys(("plotly", "jinja2", "scipy"), _REPORT)
     | dict.fromkeys(("tyro", "rich", "ml_dtypes"), _CLI)
 )
-_TRAINING = ("train", "study", "report")
+_TRAINING = ("train", "replay", "study", "report")
 _DESCRIPTION = "Train in any 8-bit floating-point format, and see why a format fails."
 
 
@@ -35,6 +36,7 @@ class _Command:
 
 _COMMANDS = {
     "train": _Command("altgrad.train", "TrainConfig", "train", "train a character GPT in a format"),
+    "replay": _Command("altgrad.replay", "ReplayConfig", "replay", "decide again from a run's log, and compare"),
     "study": _Command("altgrad.study.cli", "StudyConfig", "study", "train in many formats and write a report"),
     "report": _Command("altgrad.study.cli", "ReportConfig", "report", "write a study's report again"),
     "formats": _Command("altgrad.show.cli", "FormatsConfig", "formats", "list the formats, or tell all about one"),
@@ -78,8 +80,11 @@ def _run(arguments: list[str]) -> None:
     config = tyro.cli(
         getattr(module, command.config), prog=f"altgrad {name}", args=rest, config=(tyro.conf.OmitArgPrefixes,)
     )
-    if getattr(module, command.function)(config) is None and name == "train":
+    result = getattr(module, command.function)(config)
+    if result is None and name == "train":
         sys.exit(_INTERRUPTED)
+    if result is False:
+        sys.exit(_DIFFERS)
 
 
 def _overview() -> str:

@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from altgrad_core.errors import InputError
 from altgrad_core.events import Event, jsonable
 from altgrad_core.formats import Overflow, parse
+from altgrad_core.settings import Policy, PolicyName, check_count
 from altgrad_core.stability import check_base_clip, check_rate
 from altgrad_jax.checkpoint import CheckpointError, Checkpoints
-from altgrad_jax.control import Policy, StallRule
 from altgrad_jax.data import Corpus, load_corpus
 from altgrad_jax.faults import check_faults
 from altgrad_jax.job import Job, RunPlan, StepReport
@@ -75,8 +75,12 @@ class TrainConfig:
     """NaN batches in a row before a shift."""
     stall_threshold: float = 0.5
     """Windowed stall rate above which a shift is considered."""
-    stall_rule: StallRule = "relative"
-    """relative: only a stall that grew, of committed weights, on a plateau. literal: any stall above the threshold."""
+    policy: PolicyName = "relative_stall"
+    """What else a shift may answer. relative_stall: a stall of committed weights that grew, on a plateau.
+    fallback_chain: any stall above the threshold. by_cause: overflow, underflow and stalls of committed weights, each
+    with what is missing: exponent bits, mantissa bits, stochastic rounding. off: nothing, NaN batches alone shift."""
+    recover_after: int | None = None
+    """Quiet steps after which --format is tried again; twice as many after each return that failed."""
 
     steps: int = 300
     """Optimizer steps."""
@@ -114,10 +118,13 @@ class TrainConfig:
         check_base_clip(self.base_clip)
         check_rate("overflow_threshold", self.overflow_threshold)
         self._refuse_without(self.clip, "--clip", ("base_clip", "overflow_threshold"))
-        self._refuse_without(self.shift, "--shift", ("nan_patience", "stall_threshold", "stall_rule"))
+        self._refuse_without(self.shift, "--shift", ("nan_patience", "stall_threshold", "policy", "recover_after"))
         self._refuse_without(self.recover, "--recover", ("snapshot_every",))
-        stalls_count = self.stall_rule == "literal" or (self.stall_rule == "relative" and self.storage == "committed")
-        self._refuse_without(stalls_count, "--storage committed or --stall-rule literal", ("stall_threshold",))
+        stalls_count = self.policy == "fallback_chain" or (self.policy != "off" and self.storage == "committed")
+        told = "--storage committed (and a --policy) or --policy fallback_chain"
+        self._refuse_without(stalls_count, told, ("stall_threshold",))
+        if self.recover_after is not None and check_count("--recover-after", self.recover_after, 1) >= self.steps:
+            raise RunError(f"--recover-after {self.recover_after} would never happen: the run has {self.steps} steps")
         if parse(self.format).is_float32:
             self._refuse_without(False, "a format other than float32", ("operand_overflow", "gradient_overflow"))
             if self.storage == "committed":
@@ -144,7 +151,7 @@ class TrainConfig:
             ),
             check_faults(self.inject, self.steps),
             shift=self.shift,
-            policy=Policy(stall_rule=self.stall_rule),
+            policy=Policy(self.policy, recover_after=self.recover_after),
             nan_patience=self.nan_patience,
             stall_threshold=self.stall_threshold,
         )
@@ -166,6 +173,20 @@ class TrainConfig:
         """What a resumed run must agree in, JSON-ready: all but where it lives and how it is kept."""
         kept = {name: value for name, value in asdict(self).items() if name not in ("out", "resume", "data")}
         return {**kept, "inject": list(self.inject), "data_sha256": corpus.digest()}
+
+    @classmethod
+    def of_identity(cls, identity: Mapping[str, Any]) -> TrainConfig:
+        """The config of a run with an identity, with ``out`` and ``data`` at their defaults.
+
+        Raises:
+            RunError: for what :meth:`identity` of this version did not return.
+        """
+        options: dict[str, Any] = {name: value for name, value in identity.items() if name != "data_sha256"}
+        try:
+            options["inject"] = tuple(options["inject"])
+            return cls(**options)
+        except (TypeError, KeyError) as error:
+            raise RunError(f"these are not the options of this version's altgrad train: {error}") from None
 
 
 def train(config: TrainConfig, console: Console | None = None) -> float | None:
@@ -270,10 +291,11 @@ class _Log:
     def write(self, report: StepReport) -> tuple[Event, ...]:
         numbers = {name: values[0].item() for name, values in report.metrics.items()}
         line = {"step": report.step, "format": report.formats[0], **jsonable(numbers)}
-        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        # The events first: whatever stops the run here, a step that is logged has all of its events.
         self._events.writelines(event.to_json() + "\n" for event in report.events[0])
-        self._metrics.flush()
         self._events.flush()
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        self._metrics.flush()
         return report.events[0]
 
 

@@ -10,8 +10,6 @@ from altgrad_core.events import Event
 from altgrad_core.evidence import Observation
 from altgrad_core.settings import Policy
 
-_MEMORY = 0.9
-
 
 @dataclass
 class _Memory:
@@ -51,8 +49,7 @@ class Health:
         )
         memory.runaway = memory.runaway + 1 if running_away else 0
         if seen.finite and not running_away:
-            mean = seen.loss if memory.mean_loss is None else memory.mean_loss
-            memory.mean_loss = _MEMORY * mean + (1 - _MEMORY) * seen.loss
+            memory.mean_loss = seen.loss if memory.mean_loss is None else 0.9 * memory.mean_loss + 0.1 * seen.loss
         if not seen.params_finite:
             return Event(seen.step, "rollback", "poisoned weights", {"loss": seen.loss})
         if memory.nans >= policy.rollback_patience:

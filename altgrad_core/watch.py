@@ -14,7 +14,7 @@ from altgrad_core.settings import Policy
 
 @dataclass
 class _Memory:
-    """Plain numbers, so that they can be saved. The first six start anew after a decision."""
+    """Plain numbers, so that they can be saved. The first five start anew after a decision."""
 
     recent: list[Reading] = field(default_factory=list)
     count: int = 0
@@ -48,9 +48,7 @@ class Watch:
         """Whether a step was on its way when the last decision landed, so that it says nothing about it."""
         return step <= self._memory.ignore_through
 
-    def take(
-        self, seen: Observation, format: str, rounding: Rounding | None, learning_rate: float | None, *, calm: bool
-    ) -> Evidence:
+    def take(self, seen: Observation, format: str, rounding: Rounding | None, learning_rate: float | None) -> Evidence:
         """Take one observation.
 
         Args:
@@ -58,14 +56,13 @@ class Watch:
             format: the format in force.
             rounding: of committed weights; None for float32 masters.
             learning_rate: the factor in force; None where it cannot be changed.
-            calm: whether the step gives no reason to doubt the run.
 
         Returns:
             What a policy may judge.
         """
         memory = self._memory
         memory.nans = 0 if seen.finite else memory.nans + 1
-        memory.quiet = memory.quiet + 1 if calm else 0
+        memory.quiet = memory.quiet + 1 if seen.finite else 0
         mean = self._mean_with(seen) if seen.finite else None
         whole = mean is not None and memory.count % self._policy.window == 0
         evidence = Evidence(
@@ -97,8 +94,8 @@ class Watch:
         for call in calls:
             triggers = [f"{call.cause}:{kind}" for kind in call.kinds]
             if not any(trigger in memory.spent for trigger in triggers):
-                levels = {rate: self._policy.release * limit for rate, limit in call.limits.items()}
-                memory.spent.update(dict.fromkeys(triggers, levels) if levels else {})
+                levels: dict[str, float] = {rate: self._policy.release * limit for rate, limit in call.limits.items()}
+                memory.spent |= {trigger: levels for trigger in triggers if levels}
                 memory.nans = 0
                 return call
         return None
@@ -132,14 +129,10 @@ class Watch:
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take up what :meth:`saved` returned."""
-        previous, baseline = (
-            None if saved[name] is None else Reading(**saved[name]) for name in ("previous", "baseline")
-        )
-        recent = [Reading(**each) for each in saved["recent"]]
-        spent = {trigger: dict(levels) for trigger, levels in saved["spent"].items()}
-        self._memory = _Memory(
-            **{**saved, "recent": recent, "previous": previous, "baseline": baseline, "spent": spent}
-        )
+        self._memory = memory = _Memory(**saved)
+        memory.recent = [Reading(**each) for each in saved["recent"]]
+        memory.previous, memory.baseline = _reading(saved["previous"]), _reading(saved["baseline"])
+        memory.spent = dict(saved["spent"])
 
     def _mean_with(self, seen: Observation) -> Reading | None:
         """The mean over the window that a finite step completes, and the triggers that it sets free again."""
@@ -155,3 +148,7 @@ class Watch:
             if any(getattr(mean, rate) >= level for rate, level in levels.items())
         }
         return mean
+
+
+def _reading(saved: Mapping[str, float] | None) -> Reading | None:
+    return None if saved is None else Reading(**saved)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import jax
@@ -30,8 +30,8 @@ class PartitionRelativeClipState(NamedTuple):
         format: the format whose range sets the threshold; replace it with :func:`altgrad_jax.control.set_format`.
         amax_history: float32 of shape ``(window, leaves)``, amax of past gradients, oldest first; moves only when the
             rate is measured here, or the rule needs it.
-        norm_history: float32 of shape ``(norm_window,)``, norms of past gradients, oldest first, 0 where empty; of
-            shape ``(0,)`` unless the rule is ``quantile``.
+        norm_history: float32 of shape ``(norm_window,)``, norms of past gradients, oldest first, 0 where empty; None
+            unless the rule is ``quantile``.
         overflow_rate: float32, the rate that the gate was given or measured.
         threshold: float32, the norm that gradients are clipped to; inf where nothing would be.
         total_norm: float32, the norm before clipping; -1 where none was taken, never that of an earlier update.
@@ -41,12 +41,27 @@ class PartitionRelativeClipState(NamedTuple):
 
     format: FormatParams
     amax_history: jax.Array
-    norm_history: jax.Array
+    norm_history: jax.Array | None
     overflow_rate: jax.Array
     threshold: jax.Array
     total_norm: jax.Array
     clipped: jax.Array
     culprit: Culprit
+
+
+class _Seen(NamedTuple):
+    """What was seen of gradients before they were clipped."""
+
+    total_norm: jax.Array
+    culprit: Culprit
+
+    @classmethod
+    def nothing(cls) -> _Seen:
+        return cls(jnp.float32(NOT_MEASURED), Culprit.none())
+
+    @classmethod
+    def of(cls, norm: Norm, leaves: Sequence[jax.Array]) -> _Seen:
+        return cls(norm.single, culprit_of_norm(norm, leaves))
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,7 @@ class ClipGroup:
         return PartitionRelativeClipState(
             format=jax.tree.map(jnp.copy, self.format),
             amax_history=empty_history(self.window, (len(leaves),)),
-            norm_history=empty_history(self.norm_window) if self.rule == "quantile" else jnp.zeros(0, jnp.float32),
+            norm_history=empty_history(self.norm_window) if self.rule == "quantile" else None,
             overflow_rate=jnp.float32(0),
             threshold=jnp.float32(np.inf),
             total_norm=jnp.float32(NOT_MEASURED),
@@ -81,30 +96,32 @@ class ClipGroup:
     ) -> tuple[list[jax.Array], PartitionRelativeClipState]:
         """Clip leaves if the gate opens."""
         rate, history = self._rate(leaves, state, overflow_rate)
-        culprit = Culprit.none() if self.nonfinite == "propagate" else find_culprit(leaves)
+        culprit = None if self.nonfinite == "propagate" else find_culprit(leaves)
         finite = [without_nonfinite(leaf) for leaf in leaves] if self.nonfinite == "zero" else leaves
         # Not "rate >= threshold": a rate that is NaN must open the gate.
         is_open = ~(rate < jnp.asarray(self.overflow_threshold, jnp.float32))
         threshold, norms = self._threshold(state), state.norm_history
-        if self.rule == "quantile":
-            norm = euclidean_norm(finite, self.axis_name)
-            norms, total = push_amax(norms, norm.single), norm.single
-            clipped = lax.cond(is_open, lambda them: scaled_to(them, threshold, norm), lambda them: them, finite)
-        else:
-            clipped, total = lax.cond(
-                is_open,
-                lambda them: self._clip(them, threshold),
-                lambda them: (them, jnp.float32(NOT_MEASURED)),
-                finite,
+        # Leaves that nobody reads after the conditional pass through a shut gate without a copy, if they are donated.
+        if norms is None:
+            clipped, seen = lax.cond(
+                is_open, lambda them: self._clip(them, threshold), lambda them: (them, _Seen.nothing()), finite
             )
-        if self.nonfinite == "propagate":
-            culprit = lax.cond(jnp.isfinite(total), Culprit.none, lambda: find_culprit(leaves))
-        after = PartitionRelativeClipState(state.format, history, norms, rate, threshold, total, is_open, culprit)
+        else:
+            norm = euclidean_norm(finite, self.axis_name)
+            seen, norms = _Seen.of(norm, finite), _remember(norms, norm.single)
+            clipped = lax.cond(is_open, lambda them: scaled_to(them, threshold, norm), lambda them: them, finite)
+        culprit = seen.culprit if culprit is None else culprit
+        after = PartitionRelativeClipState(
+            state.format, history, norms, rate, threshold, seen.total_norm, is_open, culprit
+        )
         return clipped, after
 
-    def _clip(self, leaves: list[jax.Array], threshold: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    def _clip(self, leaves: list[jax.Array], threshold: jax.Array) -> tuple[list[jax.Array], _Seen]:
         norm = euclidean_norm(leaves, self.axis_name)
-        return scaled_to(leaves, threshold, norm), norm.single
+        seen = _Seen.of(norm, leaves)
+        # Never so, but XLA cannot know: it has to look for the culprit first, and then scales donated leaves in place.
+        after_looking = jnp.where(seen.culprit.count < 0, jnp.float32(0), threshold)
+        return scaled_to(leaves, after_looking, norm), seen
 
     def _rate(
         self, leaves: list[jax.Array], state: PartitionRelativeClipState, given: jax.Array | None
@@ -124,7 +141,7 @@ class ClipGroup:
             return format_threshold(state.format, self.base_clip, self.rule)
         with jax.enable_x64(True):
             base = lax.convert_element_type(jnp.asarray(self.base_clip, jnp.float32), jnp.float64)
-            if self.rule == "scaled_max":
+            if state.norm_history is None:
                 measure = lax.convert_element_type(state.format.max_value, jnp.float64) * _largest_scale(state)
             else:
                 measure = _quantile(state.norm_history, self.quantile)
@@ -144,6 +161,11 @@ def format_threshold(
         return lax.convert_element_type(
             base * lax.convert_element_type(params.max_value, jnp.float64) / reference, jnp.float32
         )
+
+
+def culprit_of_norm(norm: Norm, leaves: Sequence[jax.Array]) -> Culprit:
+    """Look for the culprit only if the norm says that there is one."""
+    return lax.cond(jnp.isfinite(norm.single), lambda _: Culprit.none(), find_culprit, list(leaves))
 
 
 def scaled_to(
@@ -174,10 +196,12 @@ def zeros_if(condition: jax.Array, leaves: Sequence[jax.Array]) -> list[jax.Arra
 def _measure_overflow(
     leaves: Sequence[jax.Array], params: FormatParams, history: jax.Array, axis_name: AxisName | None
 ) -> tuple[jax.Array, jax.Array]:
-    scales = delayed_scale(history, params.max_value)
+    # Where the grid ends is moved, instead of every gradient: on the wide path, which reaches as far as float32 does.
+    wide = replace(params, path="wide") if params.path == "fast" else params
+    grids = wide.scaled(delayed_scale(history, params.max_value))
     has_history = jnp.max(history, axis=0) > 0
     countable = [to_float32(leaf, "the clipper") if leaf.dtype == jnp.float64 else leaf for leaf in leaves]
-    counts, amaxes = zip(*(observe(leaf, params, scale=scales[k]) for k, leaf in enumerate(countable)), strict=True)
+    counts, amaxes = zip(*(observe(leaf, grids.at(k)) for k, leaf in enumerate(countable)), strict=True)
     limbs = jnp.stack([count.limbs for count in counts])
     overflow_seen = limbs.at[:, 1].multiply(has_history[:, None].astype(jnp.int32))
     return overflow_rate_of(overflow_seen, axis_name), jnp.stack(amaxes)
@@ -195,6 +219,11 @@ def _largest_scale(state: PartitionRelativeClipState) -> jax.Array:
     has_history = jnp.max(state.amax_history, axis=0) > 0
     largest = jnp.max(jnp.where(has_history, scales, 0))
     return lax.convert_element_type(jnp.where(largest > 0, largest, jnp.float32(np.inf)), jnp.float64)
+
+
+def _remember(norms: jax.Array, norm: jax.Array) -> jax.Array:
+    """The norms with one more, if it is finite and not zero: an amax repeats itself in such a step, a norm must not."""
+    return jnp.where(jnp.isfinite(norm) & (norm > 0), push_amax(norms, norm), norms)
 
 
 def _quantile(norms: jax.Array, quantile: float) -> jax.Array:

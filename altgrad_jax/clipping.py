@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 
 from altgrad_core.clip_rules import ClipRule, check_quantile, check_rule
 from altgrad_core.errors import InputError
@@ -22,7 +21,7 @@ from altgrad_core.nonfinite import Nonfinite, check_nonfinite
 from altgrad_core.norms import NOT_MEASURED, check_norm_type
 from altgrad_core.patterns import group_by_pattern
 from altgrad_core.stability import CLIP_EPSILON, check_base_clip, check_max_norm, check_rate
-from altgrad_jax.clip_groups import ClipGroup, PartitionRelativeClipState, scaled_to, zeros_if
+from altgrad_jax.clip_groups import ClipGroup, PartitionRelativeClipState, culprit_of_norm, scaled_to, zeros_if
 from altgrad_jax.nonfinite import Culprit, find_culprit, leaf_paths, raise_if_nonfinite, without_nonfinite
 from altgrad_jax.norms import AxisName, float_leaves, norm_of
 from altgrad_jax.params import FormatParams, as_params
@@ -100,12 +99,10 @@ def clip_by_global_norm(
         if nonfinite == "raise":
             raise_if_nonfinite(updates)
         leaves, structure = float_leaves(updates), jax.tree.structure(updates)
-        culprit = None if nonfinite == "propagate" else find_culprit(leaves)
         finite = [without_nonfinite(leaf) for leaf in leaves] if nonfinite == "zero" else leaves
         norm = norm_of(finite, norm_type, axis_name)
+        culprit = culprit_of_norm(norm, leaves) if nonfinite == "propagate" else find_culprit(leaves)
         clipped = scaled_to(finite, max_norm, norm, eps)
-        if culprit is None:
-            culprit = lax.cond(jnp.isfinite(norm.single), Culprit.none, lambda: find_culprit(leaves))
         if nonfinite == "skip":
             clipped = zeros_if(culprit.count > 0, clipped)
         return jax.tree.unflatten(structure, clipped), ClipByGlobalNormState(norm.single, culprit)

@@ -114,6 +114,11 @@ class Fleet:
         rounded = replace(storage, rounding=replace_data(storage.rounding, self._fill(codes)))
         return replace(state, run=replace(state.run, storage=rounded))
 
+    def set_learning_rates(self, state: TrainState, factors: Sequence[float]) -> TrainState:
+        """Write the factor on every run's learning rate into the state."""
+        filled = self._fill(np.array(factors, np.float32))
+        return replace(state, run=replace(state.run, learning_rate=replace_data(state.run.learning_rate, filled)))
+
     def _mapped(self, function: Callable[..., Result], donate: tuple[int, ...] = ()) -> Callable[..., Result]:
         """Run a function of one run on all of them, each device taking its share in turn."""
 

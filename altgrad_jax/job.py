@@ -31,7 +31,7 @@ class RunPlan:
     Attributes:
         spec: what it computes.
         injections: the faults it suffers.
-        shift: whether its format may shift.
+        shift: whether its format, and the learning rate with it, may change.
         policy: when its controller acts.
         nan_patience: NaN batches in a row before a shift.
         stall_threshold: stall rate above which a shift is considered.
@@ -58,6 +58,7 @@ class RunPlan:
             shifter=EmergencyMantissaShift(self.nan_patience, self.stall_threshold) if self.shift else None,
             rounding=self.spec.storage_rounding if self.shift and self.spec.storage == "committed" else None,
             can_roll_back=self.spec.recover,
+            learning_rate=1.0 if self.shift else None,
         )
 
 
@@ -186,7 +187,7 @@ class Job:
         events, decisions = [], []
         for index, (plan, controller) in enumerate(zip(self.plans, self.controllers, strict=True)):
             seen = {name: values[index].item() for name, values in metrics.items()}
-            decision = controller.observe(_observation(earlier.step, seen), in_flight=in_flight)
+            decision = controller.observe(Observation.of(earlier.step, seen), in_flight=in_flight)
             decisions.append(decision)
             events.append((*_noted(earlier.step, seen, plan, self._sites), *decision.events))
         self._carry_out(decisions)
@@ -205,6 +206,9 @@ class Job:
                 for controller, plan in zip(self.controllers, self.plans, strict=True)
             ]
             self.state = self._fleet.set_roundings(self.state, roundings)
+        if any(decision.learning_rate for decision in decisions):
+            factors = [controller.learning_rate or 1.0 for controller in self.controllers]
+            self.state = self._fleet.set_learning_rates(self.state, factors)
 
     def _tokens(self, step: int) -> npt.NDArray[np.int32]:
         """The batch of each run: one for each seed, the same for all runs that share it."""
@@ -213,12 +217,6 @@ class Job:
             for seed in {plan.spec.seed for plan in self.plans}
         }
         return np.stack([drawn[plan.spec.seed] for plan in self.plans])
-
-
-def _observation(step: int, seen: Mapping[str, Any]) -> Observation:
-    return Observation(
-        step, seen["loss"], finite=seen["finite"], params_finite=seen["params_finite"], stall_rate=seen["stall_rate"]
-    )
 
 
 def _noted(step: int, seen: Mapping[str, Any], plan: RunPlan, sites: Sequence[str]) -> list[Event]:

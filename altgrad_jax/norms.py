@@ -26,7 +26,10 @@ _MAX_BITS = np.int32(0x7F7FFFFF)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _MIN_NORMAL = 2.0**-126
 _SUBNORMALS_COUNT_BELOW = 2.0**-160
-_ROW = 1024
+_ROW = 64
+"""The last axis makes rows from this length on."""
+_LONG = 2**20
+"""Numbers that are summed up in one go at most."""
 _CHUNK = 2**16
 _WORDS = 20
 _WORD = (1 << 32) - 1
@@ -139,15 +142,11 @@ def _sum_of_squares(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> 
         lambda _: total,
         list(leaves),
     )
-    # Of positive numbers n are added with at most n - 1 roundings in a row, in any order whatever. Twice the devices'
-    # shares, for what is added up over them; one for each square; the root halves it all, and adds two of its own.
-    levels = max(_levels(leaf.size) for leaf in leaves)
+    # Of positive numbers n are added with at most n - 1 roundings in a row, in any order whatever. Twice that for what
+    # is added up over leaves and devices; one for each square; the root halves it all, and adds two of its own.
+    in_a_row = max(_roundings_in_a_row(leaf) for leaf in leaves) + 2 * len(leaves)
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    return total, (levels * _ROW + 2 * len(leaves) + devices + 4) * FLOAT64_ROUNDOFF
-
-
-def _levels(size: int) -> int:
-    return 1 + _levels(-(-size // _ROW)) if size > _ROW else 1
+    return total, (in_a_row + 2 * devices + 4) * FLOAT64_ROUNDOFF
 
 
 def _added_up(
@@ -155,24 +154,40 @@ def _added_up(
 ) -> jax.Array:
     total = jnp.float64(0)
     for leaf in leaves:
-        flat = leaf.reshape(-1)
-        whole = flat.size - flat.size % _ROW
-        # Sums over rows run at the speed of memory; one long float64 sum would run ten times slower on a CPU.
-        rows = widen(flat[:whole].reshape(-1, _ROW))
-        rest = widen(flat[whole:])
-        total = total + (_row_sums(rows * rows) + jnp.sum(rest * rest))
+        total = total + _squares_of(leaf, widen)
     return total if axis_name is None else lax.psum(total, axis_name)
 
 
-def _row_sums(rows: jax.Array) -> jax.Array:
-    """The sum of rows of ``_ROW`` numbers in which no number takes part in more than a row's additions a level."""
-    sums = jnp.sum(rows, axis=1)
-    if len(sums) <= _ROW:
-        return jnp.sum(sums)
-    # Sums of squares are not negative, but XLA cannot know: else it would make one long sum of the two.
-    sums = jnp.where(sums < 0, jnp.nan, sums)
-    missing = -len(sums) % _ROW
-    return _row_sums(jnp.pad(sums, (0, missing)).reshape(-1, _ROW))
+def _squares_of(leaf: jax.Array, widen: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The sum of squares, in as few roundings in a row as the speed of memory allows.
+
+    XLA's CPU backend is fast at sums over the last axis, as it is, and over all, and slow where it has to cut anew.
+    """
+    if _by_rows(leaf):
+        sums = jnp.sum(widen(leaf) * widen(leaf), axis=-1)
+        # Sums of squares are not negative, but XLA cannot know: else it would make one long sum of the two.
+        return jnp.sum(jnp.where(sums < 0, jnp.nan, sums))
+    flat = leaf.reshape(-1)
+    if flat.size <= _LONG:
+        return jnp.sum(widen(flat) * widen(flat))
+
+    def add(k: jax.Array, total: jax.Array) -> jax.Array:
+        part = widen(lax.dynamic_slice_in_dim(flat, k * _LONG, _LONG))
+        return total + jnp.sum(part * part)
+
+    whole = flat.size // _LONG
+    rest = widen(flat[whole * _LONG :])
+    return lax.fori_loop(0, whole, add, jnp.sum(rest * rest))
+
+
+def _by_rows(leaf: jax.Array) -> bool:
+    return leaf.ndim > 1 and leaf.shape[-1] >= _ROW and leaf.size <= leaf.shape[-1] * _LONG
+
+
+def _roundings_in_a_row(leaf: jax.Array) -> int:
+    if _by_rows(leaf):
+        return leaf.shape[-1] + leaf.size // leaf.shape[-1]
+    return min(leaf.size, _LONG) + leaf.size // _LONG
 
 
 def _largest_magnitude(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> jax.Array:

@@ -78,6 +78,7 @@ class RunData:
         storage: format and rounding of committed weights.
         switches: what the run does.
         seed: uint32, of stochastic rounding.
+        learning_rate: float32, the factor on the scheduled learning rate; 1 is the schedule itself.
     """
 
     operand: FormatParams
@@ -85,6 +86,7 @@ class RunData:
     storage: FormatParams
     switches: Switches
     seed: jax.Array
+    learning_rate: jax.Array
 
 
 @jax.tree_util.register_dataclass

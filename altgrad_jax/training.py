@@ -103,13 +103,14 @@ class Program:
                 committed=jnp.asarray(run.storage == "committed"),
             ),
             seed=jnp.uint32(run.seed),
+            learning_rate=jnp.float32(1),
         )
 
     def start(self, params: Params, run: RunData) -> TrainState:
         """The state of a run before its first step: pure. Its scales are not calibrated yet, see :meth:`calibrate`."""
         state = TrainState(
             params=params,
-            opt_state=self._optimizer(run.operand).init(params),
+            opt_state=self._optimizer(run).init(params),
             amax_history=empty_history(self.amax_window, (self.model.sites, 3)),
             norm_history=empty_history(_NORM_WINDOW),
             run=run,
@@ -140,7 +141,7 @@ class Program:
         seen = _Seen.of(record)
         norm = global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = self._optimizer(state.run.operand).update(
+        updates, opt_state = self._optimizer(state.run).update(
             gradients,
             state.opt_state,
             state.params,
@@ -215,8 +216,12 @@ class Program:
             operand_dtype=jnp.dtype(jnp.bfloat16) if self.bf16_operands else None,
         )
 
-    def _optimizer(self, format: FormatParams) -> optax.GradientTransformationExtraArgs:
-        """Clipper, AdamW, stall monitor; the format matters to ``init`` alone, which puts it into the state."""
+    def _optimizer(self, run: RunData) -> optax.GradientTransformationExtraArgs:
+        """Clipper, AdamW, stall monitor; the format matters to ``init`` alone, which puts it into the state.
+
+        The factor on the learning rate scales the step size and not the updates: a product with these would be rounded
+        before it is added to the parameters, also by a factor of 1, where otherwise both happen in one operation.
+        """
         config = self.optimizer
         schedule = optax.warmup_cosine_decay_schedule(
             config.learning_rate / max(config.warmup, 1),
@@ -226,14 +231,14 @@ class Program:
             config.learning_rate / 10,
         )
         return optax.chain(
-            partition_relative_clip(format, config.base_clip, config.overflow_threshold, window=1),
+            partition_relative_clip(run.operand, config.base_clip, config.overflow_threshold, window=1),
             optax.adamw(
-                schedule,
+                lambda count: schedule(count) * run.learning_rate,
                 b2=config.beta2,
                 weight_decay=config.weight_decay,
                 mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
             ),
-            stall_monitor(format, self._matmul_weights),
+            stall_monitor(run.operand, self._matmul_weights),
         )
 
     def _store(self, state: TrainState, params: Params) -> Params:

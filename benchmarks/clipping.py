@@ -1,30 +1,135 @@
-"""The exact norm and the gated clip against optax's, in one run."""
+"""The exact norm and the gated clip against optax's and torch's, on gradients of GPT-2's shapes, in one run.
+
+Gradients are donated, and doubled at every call, so that a clip to their norm always has something to clip.
+"""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import torch
 
+import altgrad_torch
 from altgrad_jax.clipping import partition_relative_clip
 from altgrad_jax.norms import global_norm
-from benchmarks.timing import show, side_by_side
+from benchmarks.page import write_page
+from benchmarks.timing import Comparison, side_by_side
+
+Gradients = list[jax.Array]
+
+_ROUNDS = 11
+
+
+def gpt2_shapes() -> list[tuple[int, ...]]:
+    """Of the 148 parameters of GPT-2 (124 million)."""
+    block = [(768,), (768,), (768, 2304), (2304,), (768, 768), (768,), (768,), (768,), (768, 3072), (3072,)]
+    return [(50257, 768), (1024, 768), *[*block, (3072, 768), (768,)] * 12, (768,), (768,)]
 
 
 def main() -> None:
+    for comparison in comparisons():
+        comparison.show()
+
+
+def comparisons() -> Iterator[Comparison]:
+    """One after the other, measured when asked for."""
     rng = np.random.default_rng(0)
-    grads = [jnp.asarray(rng.standard_normal(shape).astype(np.float32)) for shape in ((2048, 1024), (1 << 20,), (513,))]
-    clip = partition_relative_clip("E5M2")
-    state = clip.init(grads)
-    given = jax.jit(lambda g, s, rate: clip.update(g, s, overflow_rate=rate))
-    measured = jax.jit(lambda g, s: clip.update(g, s))
+    arrays = [rng.standard_normal(shape, np.float32) for shape in gpt2_shapes()]
+    yield _norms(arrays)
+    yield _gates(arrays)
+    yield _clips(arrays)
+    yield _torch(arrays)
+
+
+class _Stepped:
+    """An update applied to its own result over and over, gradients and state donated."""
+
+    def __init__(
+        self, tx: optax.GradientTransformation, arrays: list[np.ndarray], factor: float, **extra: float
+    ) -> None:
+        update = optax.with_extra_args_support(tx).update
+        self._step = jax.jit(
+            lambda g, s, c, extra: update([leaf * c for leaf in g] if factor != 1 else g, s, **extra),
+            donate_argnums=(0, 1),
+        )
+        self._grads: Gradients = [jnp.asarray(each) for each in arrays]
+        self._state = tx.init(self._grads)
+        self._factor, self._extra = jnp.float32(factor), {key: jnp.float32(value) for key, value in extra.items()}
+
+    def __call__(self) -> Gradients:
+        self._grads, self._state = self._step(self._grads, self._state, self._factor, self._extra)
+        return self._grads
+
+
+def _norms(arrays: list[np.ndarray]) -> Comparison:
+    grads = [jnp.asarray(each) for each in arrays]
+    sums = jax.jit(lambda g: sum(jnp.sum(leaf) for leaf in g))
     theirs, ours = jax.jit(optax.tree.norm), jax.jit(global_norm)
-    contestants = {
-        "optax.tree.norm (float32)": lambda: theirs(grads),
-        "global_norm (float64 inside)": lambda: ours(grads),
-        "gate shut, rate given": lambda: given(grads, state, jnp.float32(0)),
-        "gate open, rate given": lambda: given(grads, state, jnp.float32(0.02)),
-        "gate shut, rate measured": lambda: measured(grads, state),
+    contestants: dict[str, Callable[[], object]] = {
+        "optax.tree.norm": lambda: theirs(grads),
+        "global_norm": lambda: ours(grads),
+        "a sum": lambda: sums(grads),
     }
-    show("3.1 million gradients", side_by_side(contestants, rounds=20), "optax.tree.norm (float32)")
+    wanted = {"global_norm": 1 / 2.2}
+    return Comparison("The norm", "optax.tree.norm", side_by_side(contestants, _ROUNDS), wanted)
+
+
+def _gates(arrays: list[np.ndarray]) -> Comparison:
+    grads = [jnp.asarray(each) for each in arrays]
+    norm, sums = jax.jit(global_norm), jax.jit(lambda g: sum(jnp.sum(leaf) for leaf in g))
+    contestants: dict[str, Callable[[], object]] = {
+        "global_norm": lambda: norm(grads),
+        "a sum": lambda: sums(grads),
+        "gate shut, rate given": _Stepped(partition_relative_clip("E5M2"), arrays, 1.0, overflow_rate=0.0),
+        "gate shut, rate measured": _Stepped(partition_relative_clip("E5M2"), arrays, 1.0),
+    }
+    return Comparison("The gate", "global_norm", side_by_side(contestants, _ROUNDS), {"gate shut, rate given": 10.0})
+
+
+def _clips(arrays: list[np.ndarray]) -> Comparison:
+    contestants: dict[str, Callable[[], object]] = {
+        "optax.clip_by_global_norm": _Stepped(optax.clip_by_global_norm(1.0), arrays, 2.0),
+        "gate open, rate given": _Stepped(partition_relative_clip("E5M2"), arrays, 2.0, overflow_rate=0.5),
+    }
+    timings = side_by_side(contestants, _ROUNDS)
+    wanted = {"gate open, rate given": 1 / 1.5}
+    return Comparison("The clip, triggered", "optax.clip_by_global_norm", timings, wanted)
+
+
+def _torch(arrays: list[np.ndarray]) -> Comparison:
+    parameters = [torch.nn.Parameter(torch.zeros(each.shape)) for each in arrays]
+    for parameter, each in zip(parameters, arrays, strict=True):
+        parameter.grad = torch.from_numpy(each.copy())
+    clipper = altgrad_torch.PartitionRelativeClipper("E5M2")
+
+    def doubled() -> None:
+        torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], 2.0)
+
+    def theirs() -> None:
+        doubled()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+
+    def ours() -> None:
+        doubled()
+        clipper.clip_if_needed(parameters, 0.5)
+
+    contestants: dict[str, Callable[[], object]] = {
+        "clip_grad_norm_, foreach": theirs,
+        "gate open": ours,
+        "gate shut": lambda: clipper.clip_if_needed(parameters, 0.0),
+    }
+    wanted = {"gate open": 1 / 1.5}
+    return Comparison("torch", "clip_grad_norm_, foreach", side_by_side(contestants, _ROUNDS), wanted)
+
+
+if __name__ == "__main__":
+    measured = list(comparisons())
+    for measurement in measured:
+        measurement.show()
+    if "--write" in sys.argv[1:]:
+        print(write_page("clipping", "What clipping costs", measured, ["jax", "optax", "torch"]))

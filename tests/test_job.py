@@ -34,6 +34,8 @@ MARGIN = 0.1
 EAGER = Policy(window=4, warmup=0, cooldown=20, moving_share=2.0, plateau=10.0)
 """Judges every second window of a committed run."""
 LITERAL = Policy(stall_rule="literal", window=4, warmup=0, cooldown=20)
+ALWAYS_OVERFLOWING = Policy("by_cause", window=4, warmup=0, overflow_limit=0.0)
+RETURNING = Policy("off", window=4, cooldown=0, recover_after=25)
 
 
 def guarded(*faults: str, format: str = "E4M3") -> RunPlan:
@@ -54,6 +56,8 @@ PLANS = {
     "weight, off": bare(f"weight@{FAULT}:nan"),
     "rounding": RunPlan(RunSpec("E5M2", storage="committed"), shift=True, policy=EAGER, stall_threshold=0.0),
     "literal": RunPlan(RunSpec("E0M7"), shift=True, policy=LITERAL, stall_threshold=0.1),
+    "slower": RunPlan(RunSpec("E7M0"), shift=True, policy=ALWAYS_OVERFLOWING),
+    "back again": RunPlan(RunSpec("E4M3"), check_faults(["nan@10:3"], 1000), shift=True, policy=RETURNING),
 }
 
 
@@ -186,6 +190,20 @@ def test_literal_rule_goes_down_the_chain_with_pauses(trained: Trained) -> None:
     assert [(event.numbers["from"], event.numbers["to"]) for event in shifts] == [("E0M7", "E3M4"), ("E3M4", "E5M2")]
     assert shifts[1].step - shifts[0].step >= LITERAL.cooldown
     assert trained.events("literal", "exhausted")
+
+
+def test_overflow_with_no_format_left_lowers_the_learning_rate(trained: Trained) -> None:
+    (event,) = trained.events("slower")
+    assert (event.step, event.kind, event.cause) == (3, "learning_rate", "overflow")
+    assert (event.numbers["from"], event.numbers["to"]) == (1.0, 0.5)
+    factors = {name: float(state.run.learning_rate) for name, state in trained.states.items()}
+    assert factors == {name: 0.5 if name == "slower" else 1.0 for name in PLANS}
+
+
+def test_the_first_format_is_tried_again_after_quiet_steps(trained: Trained) -> None:
+    shifts = [(event.step, event.cause, event.numbers["to"]) for event in trained.events("back again", "shift")]
+    assert shifts == [(12, "nan", "E5M2"), (38, "quiet", "E4M3")]  # step 13 was in flight; 14 to 38 are 25
+    assert trained.formats("back again") == ["E4M3"] * 14 + ["E5M2"] * 26 + ["E4M3"] * (STEPS - 40)
 
 
 def test_events_and_metrics_are_json(trained: Trained) -> None:

@@ -169,6 +169,21 @@ def test_format_can_be_set_between_steps() -> None:
 FAULTLESS = Fault(jnp.float32(1), jnp.asarray(False), jnp.float32(0))
 
 
+def test_factor_on_the_learning_rate_is_data() -> None:
+    """Half of it is the schedule of half the learning rate, in every bit, and nothing is compiled again."""
+    slower = Program.for_format("E5M2", MODEL, replace(OPTIMIZER, learning_rate=OPTIMIZER.learning_rate / 2))
+    step_slower, expected = jax.jit(slower.step), fast().start(RunSpec("E5M2"))
+    halved = replace(expected, run=replace(expected.run, learning_rate=jnp.float32(0.5)))
+    whole = expected
+    for step in range(4):
+        halved, _ = fast().step(halved, tokens(step), FAULTLESS)
+        whole, _ = fast().step(whole, tokens(step), FAULTLESS)
+        expected, _ = step_slower(expected, tokens(step), FAULTLESS)
+    assert_same_bits(halved.params, expected.params)
+    assert not np.array_equal(halved.params["logits"]["weight"], whole.params["logits"]["weight"])
+    assert fast().step._cache_size() == 1
+
+
 def test_same_seed_same_bits_other_seed_other_bits() -> None:
     stochastic = RunSpec("E4M3", storage="committed", storage_rounding="stochastic")
     first, again, other = (

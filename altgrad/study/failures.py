@@ -49,6 +49,7 @@ _ACTIONS = {
     "gate": ("open gate", "open gates"),
     "rollback": ("rollback", "rollbacks"),
     "rounding": ("change to stochastic rounding", "changes to stochastic rounding"),
+    "learning_rate": ("change of the learning rate", "changes of the learning rate"),
     "exhausted": ("shift wanted without a format to fall back to", "shifts wanted without a format to fall back to"),
 }
 

@@ -105,6 +105,7 @@ MARKS: Mapping[str, Mark] = MappingProxyType(
         "shift": Mark("triangle-down", "▼", "#d55e00", "format shifted"),
         "rollback": Mark("triangle-left", "◀", "#9c4f7d", "rolled back"),
         "rounding": Mark("square", "■", "#009e73", "rounding changed"),
+        "learning_rate": Mark("triangle-up", "▲", "#8a6d00", "learning rate changed"),
         "exhausted": Mark("circle-open", "○", "#1a1a1a", "no format left to shift to"),
     }
 )

@@ -1,0 +1,133 @@
+"""When a controller acts: which policy decides, over which windows, and within which limits."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal, get_args
+
+from altgrad_core.errors import InputError
+from altgrad_core.stability import check_rate
+
+if TYPE_CHECKING:
+    from altgrad_core.remedies import Rule
+
+PolicyName = Literal["relative_stall", "fallback_chain", "by_cause", "off"]
+"""The policies that have a name; :mod:`altgrad_core.policies` says what each of them does."""
+
+POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
+
+StallRule = Literal["relative", "literal", "off"]
+"""Shorter names of three of them."""
+
+_BY_STALL_RULE: MappingProxyType[StallRule, PolicyName] = MappingProxyType(
+    {"relative": "relative_stall", "literal": "fallback_chain", "off": "off"}
+)
+_COUNTS = (("window", 1), ("warmup", 0), ("cooldown", 0), ("runaway_patience", 1), ("rollback_patience", 1))
+_RATES = (
+    "overflow_limit",
+    "worst_overflow_limit",
+    "underflow_limit",
+    "worst_underflow_limit",
+    "saturation_limit",
+    "release",
+)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """When the controller acts. Rates are means over a window that starts anew after every decision.
+
+    Attributes:
+        rule: the policy, by name or as a function of :data:`~altgrad_core.remedies.Rule`'s kind.
+        window: finite steps in a window.
+        warmup: steps before the first decision on a rate.
+        cooldown: steps after a decision in which no rate is judged.
+        moving_share: ``relative_stall`` needs the share of updates that move to be below this much of the baseline's.
+        plateau: improvement of the mean loss from one window to the next, in nats, below which it is on a plateau.
+        runaway_margin: nats above the running mean at which a loss counts as running away.
+        runaway_patience: losses in a row that far up before the run goes back to a snapshot.
+        rollback_patience: non-finite steps in a row before it does; at once if parameters are not finite.
+        recover_after: quiet steps before the format that the run began in is tried again; None for never.
+        release: share of its limit that a rate must fall below before ``by_cause`` answers it with the same kind of
+            remedy again: hysteresis.
+        overflow_limit: overflow rate at and above which ``by_cause`` acts.
+        worst_overflow_limit: the same, of the worst site.
+        underflow_limit: underflow rate at and above which ``by_cause`` acts.
+        worst_underflow_limit: the same, of the worst site.
+        saturation_limit: share of updates stalled at ±max at and above which ``by_cause`` acts.
+        smallest_learning_rate: the factor below which ``by_cause`` does not lower the learning rate.
+        stall_rule: sets ``rule`` by a shorter name: ``relative``, ``literal`` (``fallback_chain``) or ``off``.
+
+    Raises:
+        InputError: for an unknown name and for values out of range.
+
+    >>> Policy(stall_rule="literal").rule, Policy("by_cause", window=10).cooldown
+    ('fallback_chain', 50)
+    """
+
+    rule: PolicyName | Rule = "relative_stall"
+    window: int = 20
+    warmup: int = 20
+    cooldown: int = 50
+    moving_share: float = 0.75
+    plateau: float = 0.01
+    runaway_margin: float = 0.3
+    runaway_patience: int = 3
+    rollback_patience: int = 6
+    recover_after: int | None = None
+    release: float = 0.5
+    overflow_limit: float = 0.01
+    worst_overflow_limit: float = 0.1
+    underflow_limit: float = 0.2
+    worst_underflow_limit: float = 0.5
+    saturation_limit: float = 0.2
+    smallest_learning_rate: float = 0.125
+    stall_rule: InitVar[StallRule | None] = None
+
+    def __post_init__(self, stall_rule: StallRule | None) -> None:
+        """Refuse what could not work."""
+        if stall_rule is not None:
+            _check_known("stall_rule", stall_rule, tuple(_BY_STALL_RULE))
+            object.__setattr__(self, "rule", _BY_STALL_RULE[stall_rule])
+        if not callable(self.rule):
+            _check_known("policy", self.rule, POLICY_NAMES)
+        for name, least in _COUNTS:
+            check_count(name, getattr(self, name), least)
+        for name in _RATES:
+            check_rate(name, getattr(self, name))
+        if self.recover_after is not None:
+            check_count("recover_after", self.recover_after, 1)
+        check_factor("smallest_learning_rate", self.smallest_learning_rate)
+
+
+def check_count(name: str, value: int, least: int) -> int:
+    """Return a number of steps that is at least ``least``.
+
+    Raises:
+        InputError: for anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} is {value!r}; expected an integer of at least {least}")
+    return value
+
+
+def check_factor(name: str, value: float) -> float:
+    """Return a factor that is positive and finite.
+
+    Raises:
+        InputError: for anything else.
+    """
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        raise InputError(f"{name} is {value!r}; expected a positive finite number")
+    return float(value)
+
+
+def _check_known(name: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"{name} is {value!r}; {hint}Known: {', '.join(known)}")

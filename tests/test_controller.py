@@ -1,0 +1,357 @@
+"""The controller over sequences of steps: windows, warm-up, cooldown, hysteresis, returns, and its saved state."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from altgrad_core.control import DECISIONS, Controller, Decision
+from altgrad_core.errors import InputError
+from altgrad_core.evidence import Evidence, Observation, Reading
+from altgrad_core.remedies import Remedy
+from altgrad_core.settings import POLICY_NAMES, Policy
+from altgrad_core.stability import FORMAT_FALLBACK, EmergencyMantissaShift
+
+CALM = Observation(0, 1.0, finite=True)
+HOT = replace(CALM, overflow_rate=0.5)
+STALLED = replace(CALM, stall_rate=0.9)
+NAN = Observation(0, math.nan, finite=False)
+
+
+def by_cause(**settings: Any) -> Policy:
+    return Policy("by_cause", **{"window": 1, "warmup": 0, "cooldown": 0, **settings})
+
+
+def shifting(format: str, policy: Any, **more: Any) -> Controller:
+    return Controller(format, policy=policy, shifter=EmergencyMantissaShift(), **more)
+
+
+def feed(controller: Controller, seen: Iterable[Observation], start: int = 0, lag: int = 0) -> list[Decision]:
+    return [controller.observe(replace(each, step=step), in_flight=step + lag) for step, each in enumerate(seen, start)]
+
+
+def log(controller: Controller) -> list[tuple[int, str, str]]:
+    return [(event.step, event.kind, event.cause) for event in controller.events]
+
+
+# ---- windows
+
+
+def test_a_window_is_judged_when_it_is_full_and_by_its_mean() -> None:
+    controller = shifting("E4M3", by_cause(window=4, overflow_limit=0.25, worst_overflow_limit=1.0))
+    rates = [0.0, 0.0, 0.5, 0.499, 0.501]  # the last four have a mean of 0.375; the first four of less than 0.25
+    feed(controller, [replace(CALM, overflow_rate=rate) for rate in rates])
+    assert log(controller) == [(4, "shift", "overflow")]
+
+
+def test_the_worst_site_counts_beside_the_mean() -> None:
+    controller = shifting("E4M3", by_cause(window=2))
+    feed(controller, [replace(CALM, overflow_rate=1e-3, worst_overflow_rate=0.1)] * 2)
+    assert log(controller) == [(1, "shift", "overflow")]
+    assert controller.events[0].numbers == {
+        "overflow_rate": 1e-3,
+        "worst_overflow_rate": 0.1,
+        "from": "E4M3",
+        "to": "E5M2",
+    }
+
+
+def test_operands_count_as_gradients_do() -> None:
+    for name in ("overflow_rate", "operand_overflow_rate", "underflow_rate", "operand_underflow_rate"):
+        controller = shifting("E4M3", by_cause())
+        feed(controller, [replace(CALM, **{name: 0.3})])
+        assert controller.format == "E5M2"
+
+
+def test_a_window_starts_anew_after_a_decision() -> None:
+    controller = shifting("E4M3", by_cause(window=3, release=1.0))
+    hot_then_calm = [HOT] * 3 + [CALM] * 3 + [replace(HOT, overflow_rate=0.02)] * 2 + [CALM] * 3
+    feed(controller, hot_then_calm)
+    # Two steps of 2% in a window of three: 1.3%, judged at step 7 with nothing left of the first three.
+    assert log(controller) == [(2, "shift", "overflow"), (7, "shift", "overflow")]
+    at_once = shifting("E4M3", Policy("fallback_chain", window=3, warmup=0, cooldown=0))
+    feed(at_once, [STALLED] * 3 + [CALM] * 2 + [STALLED])
+    assert log(at_once) == [(2, "shift", "stall")], "what stalled before the shift is not counted after it"
+
+
+def test_steps_that_are_not_finite_are_in_no_window() -> None:
+    controller = shifting("E4M3", by_cause(window=3))
+    feed(controller, [HOT, NAN, HOT, NAN, HOT])
+    assert log(controller) == [(4, "shift", "overflow")]
+
+
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_warm_up(warmup: int) -> None:
+    controller = shifting("E4M3", by_cause(warmup=warmup))
+    feed(controller, [HOT] * (warmup + 1))
+    assert log(controller) == [(warmup, "shift", "overflow")]
+
+
+def test_cooldown() -> None:
+    controller = shifting("E4M3", by_cause(cooldown=5, release=1.0))
+    feed(controller, [HOT, CALM, *[HOT] * 20])  # the calm step sets the trigger free again
+    assert log(controller)[:2] == [(0, "shift", "overflow"), (5, "shift", "overflow")]
+
+
+def test_what_was_in_flight_is_in_no_window() -> None:
+    controller = shifting("E4M3", by_cause(window=2))
+    feed(controller, [HOT, HOT, HOT, CALM, CALM, CALM], lag=1)
+    assert log(controller) == [(1, "shift", "overflow")]
+    assert controller.events[0].numbers["overflow_rate"] == 0.5
+
+
+# ---- hysteresis
+
+
+def test_a_rate_must_fall_before_it_calls_again() -> None:
+    policy = by_cause(overflow_limit=0.1, worst_overflow_limit=1.0, release=0.5)
+    lingering = replace(CALM, overflow_rate=0.05)  # at the level, not below it
+    controller = shifting("E3M4", policy)
+    feed(controller, [HOT, *[HOT, lingering] * 5, HOT])
+    assert log(controller) == [(0, "shift", "overflow")]
+    feed(controller, [replace(lingering, overflow_rate=0.0499), HOT], start=20)
+    assert log(controller) == [(0, "shift", "overflow"), (21, "shift", "overflow")]
+    assert controller.format == "E5M2"
+
+
+def test_every_rate_of_a_cause_must_fall() -> None:
+    controller = shifting("E3M4", by_cause(overflow_limit=0.1, worst_overflow_limit=0.4))
+    still_at_one_site = replace(CALM, worst_overflow_rate=0.2)
+    feed(controller, [HOT, still_at_one_site, HOT, replace(CALM, worst_overflow_rate=0.19), HOT])
+    assert log(controller) == [(0, "shift", "overflow"), (4, "shift", "overflow")]
+
+
+def test_another_cause_and_another_remedy_are_not_held_back() -> None:
+    controller = shifting("E4M3", by_cause(), rounding="nearest_even")
+    both = replace(HOT, stall_rate=0.9)
+    feed(controller, [both] * 6)
+    assert [(event.kind, event.cause) for event in controller.events] == [
+        ("shift", "overflow"),
+        ("rounding", "stall"),
+        ("exhausted", "stall"),  # finer is E4M3 again, which the overflow made it leave
+    ]
+
+
+def test_a_release_of_one_is_no_more_than_the_limit() -> None:
+    controller = shifting("E3M4", by_cause(release=1.0, overflow_limit=0.1, worst_overflow_limit=1.0))
+    feed(controller, [HOT, replace(CALM, overflow_rate=0.0999), HOT])
+    assert len(controller.events) == 2
+
+
+def test_the_literal_rule_knows_no_hysteresis() -> None:
+    controller = shifting("E1M6", Policy("fallback_chain", window=1, warmup=0, cooldown=0))
+    feed(controller, [STALLED] * 4)
+    assert log(controller) == [
+        (0, "shift", "stall"),
+        (1, "shift", "stall"),
+        (2, "exhausted", "stall"),
+        (3, "exhausted", "stall"),
+    ]
+
+
+# ---- the learning rate
+
+
+def test_the_learning_rate_is_lowered_where_no_format_is_left() -> None:
+    controller = shifting("E7M0", by_cause(), learning_rate=1.0)
+    decisions = feed(controller, [HOT, HOT, CALM, HOT, CALM, HOT, CALM, HOT])
+    assert [each.learning_rate for each in decisions if each.learning_rate] == [0.5, 0.25, 0.125]
+    assert controller.learning_rate == 0.125
+    assert log(controller)[-1] == (7, "exhausted", "overflow")
+    assert controller.events[1].numbers == {
+        "overflow_rate": 0.5,
+        "worst_overflow_rate": 0.5,
+        "from": 0.5,
+        "to": 0.25,
+    }
+
+
+# ---- coming back
+
+
+def returning(after: int = 5, cooldown: int = 0) -> Controller:
+    return shifting("E4M3", by_cause(recover_after=after, cooldown=cooldown))
+
+
+def shifts(controller: Controller) -> list[tuple[int, object]]:
+    return [(event.step, event.numbers["to"]) for event in controller.events if event.kind == "shift"]
+
+
+def test_returns_after_quiet_steps() -> None:
+    controller = returning()
+    feed(controller, [HOT, *[CALM] * 20])
+    assert shifts(controller) == [(0, "E5M2"), (5, "E4M3")]
+    assert log(controller)[1] == (5, "shift", "quiet")
+
+
+@pytest.mark.parametrize(
+    ("noise", "back"),
+    [(NAN, 10), (replace(CALM, loss=2.0), 5)],  # one high loss is no reason
+    ids=["nan", "loss"],
+)
+def test_a_step_that_is_not_finite_starts_the_wait_anew(noise: Observation, back: int) -> None:
+    controller = returning()
+    feed(controller, [HOT, CALM, CALM, CALM, CALM, noise, *[CALM] * 5])
+    assert shifts(controller) == [(0, "E5M2"), (back, "E4M3")]
+
+
+def test_no_return_while_the_cause_lasts() -> None:
+    controller = returning()
+    feed(controller, [HOT] * 50)
+    assert "quiet" not in {event.cause for event in controller.events}
+
+
+def test_no_return_before_the_cooldown_is_over() -> None:
+    controller = returning(cooldown=12)
+    feed(controller, [HOT, *[CALM] * 20])
+    assert shifts(controller) == [(0, "E5M2"), (12, "E4M3")]
+
+
+def test_after_a_failed_return_it_waits_twice_as_long() -> None:
+    controller, step, waits = returning(), 0, []
+    for _ in range(4):  # the first format overflows whenever it is tried, the other never does
+        left = step
+        feed(controller, [HOT], start=step)
+        assert controller.format == "E5M2"
+        while controller.format == "E5M2":
+            step += 1
+            feed(controller, [CALM], start=step)
+        waits.append(step - left)
+        step += 1
+    assert waits == [5, 10, 20, 40]
+
+
+def test_a_return_that_holds_ends_the_matter() -> None:
+    controller = returning()
+    feed(controller, [HOT, *[CALM] * 500])
+    assert len(controller.events) == 2
+
+
+# ---- policies of one's own
+
+
+def asking(remedy: Remedy) -> Any:
+    return lambda evidence, policy, shifter: [remedy] if evidence.step == 3 else []
+
+
+def test_a_function_may_be_the_policy() -> None:
+    seen: list[Evidence] = []
+
+    def once(evidence: Evidence, policy: Policy, shifter: object) -> list[Remedy]:
+        seen.append(evidence)
+        return [Remedy("mine", "E2M5", "stochastic", rollback=True, learning_rate=0.3)] if evidence.step == 3 else []
+
+    controller = shifting("E4M3", once, rounding="nearest_even", can_roll_back=True, learning_rate=1.0)
+    decision = feed(controller, [CALM] * 6)[3]
+    assert (decision.format, decision.rounding, decision.learning_rate) == ("E2M5", "stochastic", 0.3)
+    assert decision.rollback
+    assert [event.kind for event in decision.events] == ["shift", "rounding", "learning_rate", "rollback"]
+    assert set(DECISIONS) == {event.kind for event in decision.events} | {"exhausted"}
+    assert [each.since_decision for each in seen] == [None] * 4 + [1, 2]
+    assert (seen[4].format, seen[4].rounding, seen[4].learning_rate) == ("E2M5", "stochastic", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("remedy", "expected"),
+    [
+        (Remedy("mine", "E2M5"), "another format; expected a run with a shifter"),
+        (Remedy("mine", "E2M5x"), "unknown format 'E2M5x'"),
+        (Remedy("mine", rounding="stochastic"), "expected a run with committed weights"),
+        (Remedy("mine", learning_rate=0.5), "another learning rate; expected a run with a factor"),
+        (Remedy("mine", learning_rate=0.0), "the factor on the learning rate is 0.0"),
+        (Remedy("mine", rollback=True), "a rollback; expected a run with snapshots"),
+    ],
+)
+def test_a_function_cannot_ask_for_what_the_run_has_not(remedy: Remedy, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        feed(Controller("E4M3", policy=asking(remedy)), [CALM] * 4)
+
+
+def test_a_return_needs_a_format_that_may_change() -> None:
+    with pytest.raises(InputError, match="recover_after is 5 in a run whose format must stay; expected a shifter"):
+        Controller("E4M3", policy=Policy(recover_after=5))
+
+
+def test_a_policy_by_name() -> None:
+    assert Controller("E4M3", policy="by_cause").policy == Policy("by_cause")
+    assert Controller("E4M3").policy.rule == "relative_stall"
+    with pytest.raises(InputError, match="did you mean fallback_chain"):
+        Controller("E4M3", policy="fallback_chian")  # type: ignore[arg-type]
+
+
+# ---- saved and restored
+
+observations = st.lists(
+    st.builds(
+        Observation,
+        step=st.just(0),
+        loss=st.sampled_from([1.0, 1.2, 5.0]),
+        finite=st.sampled_from([True, True, True, False]),
+        params_finite=st.sampled_from([True] * 9 + [False]),
+        stall_rate=st.sampled_from([0.0, 0.1 + 0.2, 0.95]),
+        saturation_rate=st.sampled_from([0.0, 0.3]),
+        overflow_rate=st.sampled_from([0.0, 0.004, 0.3]),
+        worst_overflow_rate=st.sampled_from([0.0, 0.2]),
+        operand_underflow_rate=st.sampled_from([0.0, 0.0, 1 / 3]),
+    ),
+    min_size=6,
+    max_size=80,
+)
+
+
+@given(
+    observations,
+    st.floats(0, 1),
+    st.sampled_from(POLICY_NAMES),
+    st.sampled_from(sorted(FORMAT_FALLBACK)),
+    st.sampled_from([None, "nearest_even", "stochastic"]),
+    st.sampled_from([None, 2, 7]),
+    st.integers(1, 4),
+    st.integers(0, 6),
+)
+def test_decisions_are_the_same_after_a_restart_at_any_point(
+    seen: list[Observation],
+    share: float,
+    name: Any,
+    start: str,
+    rounding: Any,
+    recover_after: int | None,
+    window: int,
+    cooldown: int,
+) -> None:
+    policy = Policy(name, window=window, warmup=2, cooldown=cooldown, recover_after=recover_after, plateau=0.3)
+
+    def fresh() -> Controller:
+        return shifting(start, policy, rounding=rounding, can_roll_back=True, learning_rate=1.0)
+
+    whole, again, first, second = fresh(), fresh(), fresh(), fresh()
+    cut = round(share * len(seen))
+    expected = feed(whole, seen, lag=1)
+    assert repr(feed(again, seen, lag=1)) == repr(expected), "the same steps, the same decisions"
+    before = feed(first, seen[:cut], lag=1)
+    text = json.dumps(first.saved(), allow_nan=False)
+    second.restore(json.loads(text))
+    after = feed(second, seen[cut:], lag=1, start=cut)
+    assert repr(before + after) == repr(expected)
+    assert second.saved() == whole.saved()
+    assert json.dumps(first.saved()) == text, "what was saved is a copy"
+    assert all(each.format is None or each.format in FORMAT_FALLBACK for each in expected)
+
+
+# ---- observations
+
+
+def test_observations_take_what_they_know_from_metrics() -> None:
+    metrics = {"loss": 2.0, "finite": True, "stall_rate": 0.25, "norm": 3.0, "worst_site": 4, "saturation_rate": 0.125}
+    seen = Observation.of(7, metrics)
+    assert seen == Observation(7, 2.0, finite=True, stall_rate=0.25, saturation_rate=0.125)
+    assert Reading.of(seen).precision_stall == 0.125
+    with pytest.raises(KeyError, match="finite"):
+        Observation.of(7, {"loss": 2.0})
