@@ -72,8 +72,9 @@ class Format:
     Args:
         name: what the format is called; not part of its identity.
         exponent_bits: E, 0 to 8.
-        mantissa_bits: M, 0 to 23 (stored bits, the implicit one not counted).
-        bias: what is subtracted from a stored exponent; 0 for E = 0.
+        mantissa_bits: M, 0 to 22 (stored bits, the implicit one not counted), or 23 in float32 itself.
+        bias: what is subtracted from a stored exponent; 0 for E = 0. Normal values begin at 2^127 or below, and quanta
+            of formats other than float32 are at least 2^-148: half of one is a float32.
         has_inf: whether the format represents infinities; needs ``has_nan``.
         has_nan: whether the format represents NaN.
         has_negative_zero: whether it tells -0 from 0; without, its code is the only NaN.
@@ -113,10 +114,17 @@ class Format:
             raise InputError(
                 "inf or NaN takes the only code that is not zero; that needs another exponent or mantissa bit"
             )
-        if self.min_exponent - self.mantissa_bits < -149 or self.max_exponent > 127:
+        if self.is_float32:
+            return
+        if self.mantissa_bits == 23:
             raise InputError(
-                f"bias {self.bias} puts values outside float32 (2^-149 to 2^127): "
-                f"quanta from 2^{self.min_exponent - self.mantissa_bits}, largest exponent {self.max_exponent}"
+                "mantissa_bits is 23; expected 0 to 22 in any format but float32, which leaves no bit to round"
+            )
+        quantum = self.min_exponent - self.mantissa_bits
+        if quantum < -148 or self.max_exponent > 127 or self.min_exponent > 127:
+            raise InputError(
+                f"bias {self.bias} puts values outside float32 (quanta from 2^-148, exponents to 127): quanta from "
+                f"2^{quantum}, exponents from {self.min_exponent} to {self.max_exponent}"
             )
         if self.max_exponent < -126:
             raise InputError(f"bias {self.bias} puts all values below 2^-126, where results are zero")
@@ -249,7 +257,8 @@ class Format:
     @property
     def is_float32(self) -> bool:
         """Whether this is IEEE binary32, in which float32 values are what they are."""
-        return self == _FLOAT32
+        fields = self.exponent_bits, self.mantissa_bits, self.bias, self.has_inf, self.has_negative_zero
+        return fields == (8, 23, 127, True, True)
 
     @property
     def cast_path(self) -> CastPath:
@@ -257,14 +266,12 @@ class Format:
 
         ``identity`` for float32; ``fast`` (one float addition rounds) while its magic number ``2^(e + 23 - M)``, up to
         that of twice the maximum, is finite float32 and half a quantum is normal float32; ``unsigned`` for powers of
-        two without a sign; ``integer`` where float32 has no bit to spare (M = 23); ``wide`` for the rest.
+        two without a sign; ``wide`` for the rest.
         """
         if self.is_float32:
             return "identity"
         if not self.is_signed:
             return "unsigned"
-        if self.mantissa_bits == 23:
-            return "integer"
         fits = self.max_exponent <= min(103 + self.mantissa_bits, 126)
         return "fast" if fits and self.min_exponent - self.mantissa_bits >= -125 else "wide"
 

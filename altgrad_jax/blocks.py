@@ -12,7 +12,8 @@ What the specification leaves open is settled like this:
   :func:`altgrad_core.scaling.block_exponents`. For E4M3 that is 2^-116 to 2^119.
 - Elements saturate, under both rules.
 
-Quantising twice changes nothing, under either rule.
+Quantising twice changes nothing, under either rule, while the results are numbers of the dtype: a float16 result that
+float16 cannot hold is inf, which makes NaN of its block the second time.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from altgrad_core.scaling import (
     check_rule,
     checked_axis,
 )
-from altgrad_jax.casting import cast, quantize, to_float32
+from altgrad_jax.casting import cast, floating, quantize, refuse_missing_random_bits, to_float32
 from altgrad_jax.codes import decode, encode
 from altgrad_jax.granularity import from_blocks, to_blocks
 from altgrad_jax.params import FormatParams, as_params
@@ -128,9 +129,11 @@ def quantize_blocks(
     check_rule(rule)
     x, granularity = jnp.asarray(x), PerBlock(block, axis)
     checked_axis(axis, x.ndim)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"quantize_blocks takes floating-point arrays; got {x.dtype}")
-    return _straight_through(granularity, rule, x, _saturating(format, rounding), random_bits)
+    floating(x, "quantize_blocks")
+    params = _saturating(format, rounding)
+    if random_bits is None:
+        refuse_missing_random_bits(params)
+    return _straight_through(granularity, rule, x, params, random_bits)
 
 
 def encode_blocks(

@@ -48,14 +48,15 @@ def quantize(
     """Round ``x`` to the values of a format: ``Q(x / scale) * scale``. The gradient passes straight through.
 
     NaN stays NaN, and -0 stays -0 where the format has it. Subnormal float32 inputs count at their value; a result
-    below 2^-126 is zero. With a scale that is a power of two the scaling is exact. A format without a sign has neither
-    zero nor subnormals: zero and negative values are NaN there, and what is below its smallest value becomes that.
+    below 2^-126 is zero. With a scale that is a power of two the scaling is exact, but for a quotient below 2^-126,
+    which counts as zero. A format without a sign has neither zero nor subnormals: zero and negative values are NaN
+    there, what is below its smallest value becomes that, 2^-127 included, and of a scale only the exponent counts.
 
     Args:
-        x: floating-point array of any shape; its dtype is kept. float64 is rounded once, from its own value. A
-            float16 result that float16 cannot hold is inf.
+        x: float32, bfloat16, float16 or float64, any shape; its dtype is kept. float64 is rounded once, from its own
+            value. A float16 result that float16 cannot hold is inf.
         format: a name, a :class:`~altgrad_core.formats.Format`, or :class:`FormatParams`, which may be traced.
-        scale: the worth of one, positive, broadcast against ``x``.
+        scale: the worth of one, positive, of a shape that broadcasts to that of ``x``.
         rounding: see :data:`altgrad_core.formats.Rounding`; not beside ``FormatParams``, which carry their own.
         overflow: see :data:`altgrad_core.formats.Overflow`; likewise.
         random_bits: for stochastic rounding, integers of the shape of ``x``, uniform in the lowest bits; see
@@ -74,24 +75,44 @@ def quantize(
     >>> quantize(jnp.array([0.75, 1.5, 3.0, 6.0]), "E7M0").tolist()
     [0.5, 2.0, 2.0, 8.0]
     """
-    x = _floating(x, "quantize")
+    x = floating(x, "quantize")
     params = as_params(format, rounding, overflow, stochastic_bits)
     if random_bits is None:
         refuse_missing_random_bits(params)
     else:
+        random_bits = jnp.asarray(random_bits)
         _check_random_bits(random_bits, x, params, named=None if isinstance(format, FormatParams) else rounding)
+    scale = None if scale is None else checked_scale(scale, x)
     if params.path == "identity":
         if saturation_mask:
             raise InputError("saturation_mask=True would have no effect: no finite float32 value overflows float32")
-        return x
-    return _straight_through(saturation_mask, x, None if scale is None else jnp.asarray(scale), params, random_bits)
+        if x.dtype != jnp.float64:
+            return x
+    return _straight_through(saturation_mask, x, scale, params, random_bits)
 
 
-def _floating(x: jax.Array, taker: str) -> jax.Array:
+def floating(x: jax.Array, taker: str) -> jax.Array:
+    """``x`` as an array, if its dtype is one that casts take.
+
+    Raises:
+        TypeError: if not; it names the taker.
+    """
     x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"{taker} takes floating-point arrays; got {x.dtype}")
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
+        raise TypeError(f"{taker} takes floating-point arrays (float32, bfloat16, float16, float64); got {x.dtype}")
     return x
+
+
+def checked_scale(scale: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
+    """A scale as an array.
+
+    Raises:
+        InputError: if it would enlarge ``x``.
+    """
+    scale = jnp.asarray(scale)
+    if scale.ndim > x.ndim or any(s not in (1, n) for s, n in zip(scale.shape[::-1], x.shape[::-1], strict=False)):
+        raise InputError(f"the scale has shape {scale.shape}; expected one that broadcasts to that of x, {x.shape}")
+    return scale
 
 
 def refuse_missing_random_bits(params: FormatParams) -> None:
@@ -119,12 +140,50 @@ def _straight_through(
     params: FormatParams,
     random_bits: jax.Array | None,
 ) -> jax.Array:
-    value = to_float32(x, "quantize")
+    if x.dtype == jnp.float64:
+        return _cast_float64(x, scale, params, random_bits)
+    value = x.astype(jnp.float32)
     if scale is None:
         return cast(value, params, random_bits).astype(x.dtype)
     scale = scale.astype(jnp.float32)
+    if params.path == "unsigned":
+        return cast(value, params.scaled(scale), random_bits).astype(x.dtype)
     scaled = cast(divide_by_scale(value, scale), params, random_bits) * scale
-    return (scaled if params.path == "unsigned" else flush_subnormals(scaled)).astype(x.dtype)
+    return flush_subnormals(scaled).astype(x.dtype)
+
+
+def _cast_float64(
+    x: jax.Array, scale: jax.Array | None, params: FormatParams, random_bits: jax.Array | None
+) -> jax.Array:
+    """Scaled in float64, so that each element is rounded to the grid alone."""
+    if params.path == "identity":
+        return _to_float64(_to_float32_grid(x, params))
+    if params.path == "unsigned" and scale is not None:
+        params, scale = params.scaled(scale.astype(jnp.float32)), None
+    quotient = x if scale is None else x / scale.astype(jnp.float64)
+    on_grid = cast(float64_to_odd(quotient), params, random_bits)
+    # What float32 cannot hold has become an infinity, which this policy would keep.
+    is_kept = (params.overflow == _SATURATE_FINITE) & jnp.isinf(on_grid) & jnp.isfinite(quotient)
+    on_grid = _to_float64(jnp.where(is_kept, jnp.copysign(params.max_value, on_grid), on_grid))
+    return on_grid if scale is None else on_grid * scale.astype(jnp.float64)
+
+
+def _to_float32_grid(x: jax.Array, params: FormatParams) -> jax.Array:
+    """float64 rounded to float32, subnormals in their steps; what overflows by the policy."""
+    steps = jnp.round(jnp.abs(x) * 2.0**149)
+    subnormal = jnp.minimum(steps, 2.0**23).astype(jnp.int32) | (_bits(x.astype(jnp.float32)) & _SIGN)
+    nearest = jnp.where(steps < 2.0**23, _float(subnormal), x.astype(jnp.float32))
+    saturated = jnp.where((params.overflow != _NATIVE) & jnp.isfinite(x), _FLOAT32_MAX, jnp.inf).astype(jnp.float32)
+    saturated = jnp.where(params.overflow == _SATURATE, jnp.float32(_FLOAT32_MAX), saturated)
+    return jnp.where(jnp.isinf(nearest), jnp.copysign(saturated, nearest), nearest)
+
+
+def _to_float64(x: jax.Array) -> jax.Array:
+    """float32 as float64, subnormals at their value, which XLA's CPU backend would read as zero."""
+    bits = _bits(x)
+    magnitude = bits & _MAGNITUDE
+    subnormal = jnp.copysign(magnitude.astype(jnp.float64) * 2.0**-149, jnp.where(bits < 0, -1.0, 1.0))
+    return jnp.where(magnitude < _IMPLICIT_ONE, subnormal, x.astype(jnp.float64))
 
 
 @_straight_through.defjvp
@@ -141,22 +200,29 @@ def _straight_through_jvp(
 
 
 def _overflows(x: jax.Array, scale: jax.Array | None, params: FormatParams, random_bits: jax.Array | None) -> jax.Array:
-    """Whether each element rounds beyond max, by whatever rounding: where a cast that makes NaN of that makes one."""
-    nan = jnp.full_like(params.native_overflow, np.nan)
-    marking = replace(params, overflow=jnp.full_like(params.overflow, _NATIVE), native_overflow=nan)
-    value = to_float32(x, "quantize")
-    scaled = value if scale is None else divide_by_scale(value, scale.astype(jnp.float32))
-    return jnp.isnan(cast(scaled, marking, random_bits)) & ~jnp.isnan(x)
+    """Whether each element rounds beyond max, by whatever rounding: where a cast that makes inf of that makes one."""
+    inf = jnp.full_like(params.native_overflow, np.inf)
+    marking = replace(params, overflow=jnp.full_like(params.overflow, _NATIVE), native_overflow=inf)
+    return jnp.isinf(
+        _straight_through(False, x.astype(jnp.promote_types(x.dtype, jnp.float32)), scale, marking, random_bits)
+    )
 
 
 def to_float32(x: jax.Array, taker: str) -> jax.Array:
     """``x`` as float32 that rounds on as ``x`` itself would: float64 is rounded to odd, the others are exact.
 
+    Finite float64 beyond float32 counts as its maximum.
+
     Raises:
         TypeError: if ``x`` is not floating point; it names the taker.
     """
-    x = _floating(x, taker)
-    return _float64_to_odd(x) if x.dtype == jnp.float64 else x.astype(jnp.float32)
+    x = floating(x, taker)
+    return x.astype(jnp.float32) if x.dtype != jnp.float64 else within_float32(float64_to_odd(x), x)
+
+
+def within_float32(single: jax.Array, x: jax.Array) -> jax.Array:
+    """float32's maximum where ``single`` is infinite and ``x`` is not."""
+    return jnp.where(jnp.isinf(single) & jnp.isfinite(x), jnp.copysign(jnp.float32(_FLOAT32_MAX), single), single)
 
 
 def cast(x: jax.Array, params: FormatParams, random_bits: jax.Array | None = None) -> jax.Array:
@@ -343,17 +409,24 @@ def flush_subnormals(x: jax.Array) -> jax.Array:
     return _float(jnp.where((bits & _MAGNITUDE) < _IMPLICIT_ONE, bits & _SIGN, bits))
 
 
-def _float64_to_odd(x: jax.Array) -> jax.Array:
-    """float64 to float32, rounded to odd: rounding the result again, to fewer bits, equals rounding ``x`` once."""
+def float64_to_odd(x: jax.Array) -> jax.Array:
+    """float64 to float32, rounded to odd: rounding the result again, to fewer bits, equals rounding ``x`` once.
+
+    From 2^128 on, beyond whatever float32 could round to, it is an infinity.
+    """
     nearest = x.astype(jnp.float32)
     bits = _bits(nearest)
     exact = nearest.astype(jnp.float64) == x
     too_far = jnp.abs(nearest.astype(jnp.float64)) > jnp.abs(x)
     odd = (bits - too_far.astype(jnp.int32)) | 1
-    # A subnormal float32, which XLA's CPU backend would flush, is put together from its steps of 2^-149.
+    odd = jnp.where(jnp.abs(x) >= 2.0**128, bits, odd)
+    # A subnormal float32, which XLA's CPU backend would flush, is put together from its steps of 2^-149; a subnormal
+    # float64, which it reads as zero, shows in its bits.
     steps = jnp.abs(x) * 2.0**149
     whole = jnp.minimum(steps, 2.0**23).astype(jnp.int32)
-    subnormal = whole | (whole.astype(jnp.float64) < steps).astype(jnp.int32) | (bits & _SIGN)
+    is_zero = (lax.bitcast_convert_type(x, jnp.int64) << 1) == 0
+    inexact = (whole.astype(jnp.float64) < steps) | ((steps == 0) & ~is_zero)
+    subnormal = whole | inexact.astype(jnp.int32) | (bits & _SIGN)
     return _float(jnp.where(steps < 2.0**23, subnormal, jnp.where(exact | jnp.isnan(x), bits, odd)))
 
 

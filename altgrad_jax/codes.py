@@ -11,7 +11,7 @@ from jax import lax
 
 from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding, parse
-from altgrad_jax.casting import cast, grid_of, to_float32
+from altgrad_jax.casting import cast, float64_to_odd, floating, grid_of, within_float32
 from altgrad_jax.params import FormatParams
 
 _SIGN = np.int32(-(2**31))
@@ -104,8 +104,8 @@ def encode(
     >>> encode(jnp.array([1.0, -1.0]), "E5M2").tolist()
     [60, 188]
     """
-    value = to_float32(x, "encode")
-    code = _code_params(format, rounding, overflow)
+    x, code = floating(x, "encode"), _code_params(format, rounding, overflow)
+    value = x.astype(jnp.float32) if x.dtype != jnp.float64 else _of_float64(x, code.params)
     params, bits = code.params, _bits(value)
     if params.path == "fast":
         codes = _codes_by_addition(value, params)
@@ -115,6 +115,12 @@ def encode(
         codes = jnp.where(on_grid >= _INF, code.max_code + 1, of_grid(on_grid, params))
     codes = jnp.where(codes > code.max_code, code.overflow_code, codes)
     return _with_specials_and_signs(codes, bits, code).astype(code.dtype)
+
+
+def _of_float64(x: jax.Array, params: FormatParams) -> jax.Array:
+    """float32 that rounds as ``x`` does; infinite beyond float32, but where only true infinities stay so."""
+    odd = float64_to_odd(x)
+    return jnp.where(params.overflow == OVERFLOWS.index("saturate_finite"), within_float32(odd, x), odd)
 
 
 def _codes_by_addition(x: jax.Array, params: FormatParams) -> jax.Array:
@@ -186,7 +192,8 @@ def decode(codes: jax.Array, format: str | Format | CodeParams) -> jax.Array:
     special = jnp.where(magnitude == code.inf_code, _INF, _bits(jnp.float32(np.nan)))
     value = jnp.where(magnitude > code.max_code, special, value)
     value = jnp.where(negative & ~code.params.negative_zero & (magnitude == 0), _bits(jnp.float32(np.nan)), value)
-    return _float(jnp.where(negative & (value <= _INF), value | _SIGN, value))
+    signed = negative & (value <= _INF) & ((value > 0) | code.params.negative_zero)
+    return _float(jnp.where(signed, value | _SIGN, value))
 
 
 def _bits_of_codes(magnitude: jax.Array, params: FormatParams) -> jax.Array:

@@ -118,6 +118,11 @@ class FormatParams:
         if self.path == "identity":
             return self
         shift = (lax.shift_right_logical(_bits(scale), jnp.full_like(_bits(scale), 23)) & 0xFF) - 127
+        if self.path == "unsigned":
+            maximum = _float(jnp.clip((_bits(self.max_value) >> 23) + shift, 0, 254) << 23)
+            # Natively these overflow to NaN; infinity marks what overflows.
+            native = jnp.broadcast_to(self.native_overflow, maximum.shape)
+            return replace(self, min_exponent=self.min_exponent + shift, max_value=maximum, native_overflow=native)
         lowest, highest = (-125, jnp.minimum(103 + self.mantissa_bits, 126)) if self.path == "fast" else (-149, 127)
         room = highest - ((_bits(self.max_value) >> 23) - 127)
         widened = _float((jnp.minimum(shift, room) + 127) << 23)
@@ -152,7 +157,7 @@ def paths_of(format: Format, rounding: Rounding = "nearest_even") -> tuple[CastP
         raise InputError(f"rounding={rounding!r} would have no effect: float32 values are on the grid of {format}")
     if natural in ("identity", "unsigned"):
         return (natural,)
-    if rounding != "nearest_even" or natural == "integer":
+    if rounding != "nearest_even":
         return ("integer",)
     return ("fast", "wide", "integer") if natural == "fast" else ("wide", "integer")
 
@@ -202,8 +207,7 @@ def edges(params: FormatParams) -> Edges:
         return Edges(jnp.int32(_INF), jnp.int32(0))
     maximum = _bits(params.max_value)
     max_exponent = (maximum >> 23) - 127
-    half_exponent = 22 - params.mantissa_bits + jnp.maximum(params.min_exponent - max_exponent, 0)
-    half = jnp.int32(1) << jnp.maximum(half_exponent, 0)
+    half = jnp.int32(1) << (22 - params.mantissa_bits + jnp.maximum(params.min_exponent - max_exponent, 0))
     # A tie beyond max goes to the even code: to max itself where its last code bit is 0.
     last_bit = jnp.where(
         params.mantissa_bits == 0, max_exponent - params.min_exponent + 1, (maximum >> (23 - params.mantissa_bits)) & 1
@@ -220,9 +224,7 @@ def edges(params: FormatParams) -> Edges:
     vanishes = jnp.where(lowest > -126, half_smallest, jnp.where(lowest == -126, 1 << 22, last_flushed))
     if params.path == "unsigned":
         vanishes = jnp.zeros_like(vanishes)
-    # With all of float32's mantissa bits there is nothing between max and what overflows.
-    beyond = jnp.where(half_exponent < 0, 1, half + 1 - (last_bit & 1))
-    return Edges(maximum + beyond, vanishes)
+    return Edges(maximum + half + 1 - (last_bit & 1), vanishes)
 
 
 def _bits(x: jax.Array) -> jax.Array:

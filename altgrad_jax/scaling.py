@@ -3,11 +3,11 @@
 A scale is the worth of one: ``Q(x / scale) * scale``. A power of two makes scaling exact. Which elements share one is
 said in ``granularity.py``; ``altgrad_torch/scaling.py`` says the same thing in torch.
 
-Quantising twice changes nothing, in float32 and bfloat16 (and in float16 while results stay in its range): with a
-given scale because ``Q(x / scale) * scale`` is within half an ulp of the grid times the scale; with one from the
-tensor's own amax because what was quantised has either the same scale again or, of powers of two, a smaller one under
-which its values are on the grid as well. That holds while max times the scale is float32, and for formats of at most
-20 mantissa bits (6, for bfloat16 under ratio scales).
+Quantising twice to nearest changes nothing, in float32 and bfloat16 (and in float16 while results stay in its range);
+under powers of two that holds for every rounding. With a given scale because ``Q(x / scale) * scale`` is within half an
+ulp of the grid times the scale; with one from the tensor's own amax because what was quantised has either the same
+scale again or, of powers of two, a smaller one under which its values are on the grid as well. That holds while max
+times the scale is float32, and for formats of at most 20 mantissa bits (6, for bfloat16 under ratio scales).
 """
 
 from __future__ import annotations

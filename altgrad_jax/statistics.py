@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding
-from altgrad_jax.casting import cast, divide_by_scale, flush_subnormals, quantize
+from altgrad_jax.casting import cast, checked_scale, divide_by_scale, flush_subnormals, quantize
 from altgrad_jax.params import Edges, FormatParams, as_params, edges
 from altgrad_jax.scaling import amax, power_of_two_scale
 
@@ -187,14 +187,21 @@ def observe(
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise TypeError(f"counts are made of float32, bfloat16 and float16 arrays; got {x.dtype}")
     params = as_params(format)
-    limits, flat = edges(params), x.reshape(-1)
+    limits, flat, scaled = edges(params), x.reshape(-1), None
+    if scale is not None:
+        unit = checked_scale(scale, x).astype(jnp.float32)
+        scaled = divide_by_scale(x.astype(jnp.float32), unit).reshape(-1)
     counts, amax_bits = CastCounts.zeros(), jnp.int32(0)
     for start in range(0, flat.size, _MOST_AT_ONCE):
-        chunk = (flat if flat.size <= _MOST_AT_ONCE else flat[start : start + _MOST_AT_ONCE]).astype(jnp.float32)
-        scaled = chunk if scale is None else divide_by_scale(chunk, jnp.asarray(scale, jnp.float32))
-        seen = _tally(_bits(chunk) & _MAGNITUDE, _bits(scaled) & _MAGNITUDE, limits)
+        chunk = _part(flat, start).astype(jnp.float32)
+        quotient = chunk if scaled is None else _part(scaled, start)
+        seen = _tally(_bits(chunk) & _MAGNITUDE, _bits(quotient) & _MAGNITUDE, limits)
         counts, amax_bits = counts + CastCounts.of_tallies(seen), jnp.maximum(amax_bits, seen[-1])
     return counts, _float(amax_bits)
+
+
+def _part(flat: jax.Array, start: int) -> jax.Array:
+    return flat if flat.size <= _MOST_AT_ONCE else flat[start : start + _MOST_AT_ONCE]
 
 
 def quantize_with_counts(
@@ -206,6 +213,7 @@ def quantize_with_counts(
     overflow: Overflow = "native",
     random_bits: jax.Array | None = None,
     stochastic_bits: int = STOCHASTIC_BITS,
+    saturation_mask: bool = False,
 ) -> tuple[jax.Array, CastCounts]:
     """:func:`~altgrad_jax.casting.quantize`, and what it did: the two in one call.
 
@@ -225,7 +233,8 @@ def quantize_with_counts(
     counts, amax = observe(x, params, scale=scale)
     # The cast waits for the counts: else XLA copies a donated x, which the cast would overwrite.
     after = replace(params, max_value=jnp.where(amax < 0, 0, params.max_value))
-    return quantize(x, after, scale=scale, random_bits=random_bits), counts
+    quantized = quantize(x, after, scale=scale, random_bits=random_bits, saturation_mask=saturation_mask)
+    return quantized, counts
 
 
 def tally(x: jax.Array, limits: Edges) -> jax.Array:

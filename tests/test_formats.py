@@ -618,7 +618,11 @@ def is_possible(exponent_bits: int, mantissa_bits: int, bias: int, family: tuple
     smallest, largest = (
         magnitude_by_definition(code, exponent_bits, mantissa_bits, bias, family[3]) for code in (first, last)
     )
-    return smallest >= Fraction(2) ** -149 and Fraction(2) ** -126 <= largest < Fraction(2) ** 128
+    if (exponent_bits, mantissa_bits, bias, family) == (8, 23, 127, IEEE):
+        return True
+    smallest_normal = -bias if family == FNU else 1 - bias if exponent_bits else 0
+    in_range = smallest >= Fraction(2) ** -148 and Fraction(2) ** -126 <= largest < Fraction(2) ** 128
+    return in_range and smallest_normal <= 127 and mantissa_bits < 23
 
 
 @given(
@@ -781,7 +785,7 @@ def test_widths_out_of_range(name: str) -> None:
         ("E4M3b-200", "bias -200 puts values outside float32"),
         ("E8M4", "bias 127 puts values outside float32"),
         ("E8M0fnuz", None),
-        ("E2M1b149", "bias 149 puts all values below 2\\^-126"),
+        ("E2M1b148", "bias 148 puts all values below 2\\^-126"),
         ("E0M7b1", "bias is 1; a fixed-point format"),
         ("E0M7fn", "neither inf nor NaN"),
         ("E0M7ieee", "neither inf nor NaN"),
@@ -887,6 +891,8 @@ def test_formats_are_values() -> None:
         ({"exponent_bits": 4.0}, "exponent_bits is 4.0; expected an integer"),
         ({"mantissa_bits": 24}, "mantissa_bits is 24; expected 0 to 23"),
         ({"mantissa_bits": -1}, "mantissa_bits is -1; expected 0 to 23"),
+        ({"mantissa_bits": 23}, "mantissa_bits is 23; expected 0 to 22 in any format but float32"),
+        ({"exponent_bits": 1, "bias": -127, "has_inf": True, "has_nan": True}, "exponents from 128"),
         ({"mantissa_bits": True}, "mantissa_bits is True; expected an integer"),
         ({"bias": 7.5}, "bias is 7.5; expected an integer"),
         ({"bias": None}, "bias is None; expected an integer"),
@@ -909,11 +915,11 @@ def test_formats_are_values() -> None:
             r"exponent bits \(at least 2\)",
         ),
         ({"exponent_bits": 1, "mantissa_bits": 0, "bias": 0, "has_nan": True}, "the only code that is not zero"),
-        ({"bias": 200}, r"bias 200 puts values outside float32 .*: quanta from 2\^-202, largest exponent -185"),
-        ({"bias": -200}, r"bias -200 puts values outside float32 .* largest exponent 215"),
+        ({"bias": 200}, r"bias 200 puts values outside float32 .*: quanta from 2\^-202, exponents from -199 to -185"),
+        ({"bias": -200}, r"bias -200 puts values outside float32 .* exponents from 201 to 215"),
         ({"bias": 142}, r"bias 142 puts all values below 2\^-126"),
         ({"bias": 148}, r"outside float32 .*: quanta from 2\^-150"),
-        ({"exponent_bits": 2, "mantissa_bits": 1, "bias": 149}, r"bias 149 puts all values below 2\^-126"),
+        ({"exponent_bits": 2, "mantissa_bits": 1, "bias": 148}, r"bias 148 puts all values below 2\^-126"),
     ],
 )
 def test_what_no_format_has(fields: dict[str, object], message: str) -> None:
