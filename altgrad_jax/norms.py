@@ -243,8 +243,11 @@ def _of_bits(bits: jax.Array) -> Norm:
 def _rounded_exactly(bits: jax.Array, leaves: Sequence[jax.Array], axis_name: AxisName | None) -> jax.Array:
     """The right one of a float32 and its two neighbours, by comparing the exact sum with the squares half way."""
     sums = jnp.zeros((EXPONENTS, 2), jnp.int64)
-    for leaf in leaves:
-        sums = _add_exponent_sums(sums, leaf.astype(jnp.float32).reshape(-1))
+    flat = [leaf.astype(jnp.float32).reshape(-1) for leaf in leaves]
+    # Small leaves together: each loop is a program of its own to compile.
+    small = [leaf for leaf in flat if leaf.size < _CHUNK]
+    for leaf in [*(leaf for leaf in flat if leaf.size >= _CHUNK), *([jnp.concatenate(small)] if small else [])]:
+        sums = _add_exponent_sums(sums, leaf)
     sums = sums if axis_name is None else lax.psum(sums, axis_name)
     positions = 2 * np.maximum(np.arange(EXPONENTS) - 1, 0) + 2
     total = _limbs(sums.reshape(-1), (positions[:, None] + np.array([0, LIMB_BITS])).reshape(-1))

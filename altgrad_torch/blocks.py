@@ -26,7 +26,7 @@ from altgrad_core.scaling import (
     check_rule,
     checked_axis,
 )
-from altgrad_torch.casting import check_floating, flush_subnormals, quantize, to_float32
+from altgrad_torch.casting import check_drawn, check_floating, flush_subnormals, quantize, to_float32
 from altgrad_torch.codes import decode, encode
 from altgrad_torch.granularity import from_blocks, to_blocks
 from altgrad_torch.scaling import amax, fitting_exponent, two_to_the
@@ -214,8 +214,8 @@ class _StraightThrough(torch.autograd.Function):
 def _rounded(x: Tensor, random_bits: Tensor | None, how: _How) -> tuple[Tensor, Tensor]:
     """Blocks of rounded float32 values, and their scales."""
     granularity, resolved, rule, rounding = how
-    if random_bits is not None and random_bits.shape != x.shape:
-        raise InputError(f"random_bits have shape {tuple(random_bits.shape)}; expected that of x, {tuple(x.shape)}")
+    if random_bits is not None:
+        check_drawn(random_bits, x)
     blocks = to_blocks(x, granularity)
     drawn = None if random_bits is None else to_blocks(random_bits, granularity)
     scales = _scales_of(blocks, granularity, resolved, rule)

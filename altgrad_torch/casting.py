@@ -18,7 +18,7 @@ from torch import Tensor
 from altgrad_core.errors import InputError
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import check_modes, check_stochastic_bits
-from altgrad_torch.kernels import Beyond, Draw, beyond_max, round_to_grid
+from altgrad_torch.kernels import Beyond, Draw, beyond_max, round_float64_to_grid, round_to_grid
 from altgrad_torch.params import FormatParams
 
 _MAGNITUDE = 0x7FFFFFFF
@@ -26,7 +26,12 @@ _INF = 0x7F800000
 _IMPLICIT_ONE = 1 << 23
 _MIN_NORMAL = 2.0**-126
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_FLOAT64_MAGNITUDE = 2**63 - 1
+_FLOAT64_INF = 0x7FF << 52
+_FAR = 600
+"""No float64 beyond 2^±600, divided by whatever a float32 scale may be, is anywhere near a grid."""
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _QUIET_NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
 
 _CHUNK = 1 << 17
@@ -47,16 +52,20 @@ def quantize(
     """Round ``x`` to the values of a format: ``Q(x / scale) * scale``. The gradient passes straight through.
 
     NaN stays NaN, and -0 stays -0 where the format has it. Subnormal float32 inputs count at their value; a result
-    below 2^-126 is zero. With a scale that is a power of two the scaling is exact. A format without a sign has neither
-    zero nor subnormals: zero and negative values are NaN there, what is below its smallest value becomes that, 2^-127
-    included, and of a scale only the exponent counts.
+    below 2^-126 is zero. With a scale that is a power of two the scaling is exact, but for a quotient below 2^-126,
+    which counts as zero even just below it, where without a scale it could round up. (XLA's CPU backend flushes such
+    quotients.) A format without a sign has neither zero nor subnormals: zero and negative values are NaN there, what is
+    below its smallest value becomes that, 2^-127 included, and of a scale only the exponent counts.
+
+    float64 is scaled in float64, where every quotient counts at its value, and so does what a scale makes of a result.
+    To float32 it is rounded as to any format, but keeps subnormals and takes no notice of a scale.
 
     Args:
-        x: floating-point tensor of any shape; its dtype is kept. float64 is rounded once, from its own value. A
-            float16 result that float16 cannot hold is inf.
+        x: float32, bfloat16, float16 or float64, any shape; its dtype is kept. float64 is rounded once, from its own
+            value. A float16 result that float16 cannot hold is inf.
         format: a name, a :class:`~altgrad_core.formats.Format`, or :class:`~altgrad_torch.params.FormatParams`, which
             change under ``torch.compile`` without compiling anything.
-        scale: the worth of one, positive, broadcast against ``x``.
+        scale: the worth of one, positive, of a shape that broadcasts to that of ``x``.
         rounding: see :data:`altgrad_core.formats.Rounding`.
         overflow: see :data:`altgrad_core.formats.Overflow`.
         random_bits: for stochastic rounding, integers of the shape of ``x``, uniform in the lowest bits; see
@@ -69,9 +78,9 @@ def quantize(
         Tensor of the shape and dtype of ``x``.
 
     Raises:
-        TypeError: if ``x`` is not a floating-point tensor, or ``random_bits`` are not integers.
-        ValueError: for unknown formats or modes, modes without effect, or random bits that are missing, useless or of
-            another shape.
+        TypeError: if ``x`` is not a tensor of one of these dtypes, or ``random_bits`` are not a tensor of integers.
+        ValueError: for unknown formats or modes, modes without effect, a scale that would enlarge ``x``, or random bits
+            that are missing, useless or of another shape.
 
     >>> quantize(torch.tensor([0.75, 1.5, 3.0, 6.0]), "E7M0").tolist()
     [0.5, 2.0, 2.0, 8.0]
@@ -80,10 +89,12 @@ def quantize(
     check_floating(x, "quantize")
     check_modes(rounding, overflow)
     _check_random_bits(random_bits, x, rounding, stochastic_bits)
+    unit = None if scale is None else checked_scale(scale, x)
     if is_float32(grid):
         _refuse_without_effect(rounding, saturation_mask)
-        return x
-    unit = None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=x.device).detach()
+        if x.dtype != torch.float64:
+            return x
+        unit = None
     how = _How(grid, rounding, beyond_max(grid, overflow), stochastic_bits)
     straight_through = _StraightThrough if torch.compiler.is_compiling() else _StraightThroughForwards
     on_grid = straight_through.apply(x, unit, random_bits, how)
@@ -107,13 +118,28 @@ def is_float32(grid: Format | FormatParams) -> bool:
 
 
 def check_floating(x: object, taker: str) -> None:
-    """Check that ``x`` is a floating-point tensor.
+    """Check that ``x`` is a tensor of a dtype that casts take.
 
     Raises:
         TypeError: if not; it names the taker.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{taker} takes floating-point tensors; got {x.dtype if isinstance(x, Tensor) else type(x)}")
+    if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
+        given = x.dtype if isinstance(x, Tensor) else type(x)
+        raise TypeError(f"{taker} takes floating-point tensors (float32, bfloat16, float16, float64); got {given}")
+
+
+def checked_scale(scale: Tensor | float, x: Tensor) -> Tensor:
+    """A scale of ``x`` as a float32 tensor beside it, without a gradient.
+
+    Raises:
+        InputError: if it would enlarge ``x``.
+    """
+    unit = torch.as_tensor(scale, dtype=torch.float32, device=x.device).detach()
+    if unit.ndim > x.ndim or any(s not in (1, n) for s, n in zip(unit.shape[::-1], x.shape[::-1], strict=False)):
+        raise InputError(
+            f"the scale has shape {tuple(unit.shape)}; expected one that broadcasts to that of x, {tuple(x.shape)}"
+        )
+    return unit
 
 
 def _check_random_bits(random_bits: Tensor | None, x: Tensor, rounding: Rounding, stochastic_bits: int) -> None:
@@ -126,6 +152,18 @@ def _check_random_bits(random_bits: Tensor | None, x: Tensor, rounding: Rounding
         return
     if random_bits is None:
         raise InputError("rounding='stochastic' needs random_bits: integers of the shape of x")
+    check_drawn(random_bits, x)
+
+
+def check_drawn(random_bits: object, x: Tensor) -> None:
+    """Check that random bits are integers of the shape of ``x``.
+
+    Raises:
+        TypeError: if they are not a tensor of integers.
+        InputError: if they have another shape.
+    """
+    if not isinstance(random_bits, Tensor):
+        raise TypeError(f"random_bits are a tensor of integers; got {type(random_bits)}")
     if random_bits.is_floating_point() or random_bits.is_complex() or random_bits.dtype == torch.bool:
         raise TypeError(f"random_bits are integers; got {random_bits.dtype}")
     if random_bits.shape != x.shape:
@@ -156,7 +194,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
         def part(x: Tensor, scale: Tensor | None, random_bits: Tensor | None) -> Tensor:
-            return _to_dtype(_scaled_cast(to_float32(x), scale, random_bits, how), x.dtype)
+            return _scaled_cast(x, scale, random_bits, how)
 
         return in_chunks(part, how.grid, x.dtype, x, scale, random_bits)
 
@@ -187,15 +225,15 @@ def cast(
     overflow: Overflow = "native",
     stochastic_bits: int = STOCHASTIC_BITS,
 ) -> Tensor:
-    """The bare cast of float32 to float32: no scale, no checks, no gradient rule. See :func:`quantize`."""
-    if is_float32(format):
+    """The bare cast to float32, of whatever dtype: no scale, no checks, no gradient rule. See :func:`quantize`."""
+    if is_float32(format) and x.dtype == torch.float32:
         return x
     how = _How(format, rounding, beyond_max(format, overflow), stochastic_bits)
 
     def part(x: Tensor, random_bits: Tensor | None) -> Tensor:
-        return _scaled_cast(x, None, random_bits, how)
+        return _cast(x, None, random_bits, how)
 
-    return in_chunks(part, format, x.dtype, x.detach(), random_bits)
+    return in_chunks(part, format, torch.float32, x.detach(), random_bits)
 
 
 def _overflows(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
@@ -203,27 +241,32 @@ def _overflows(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how:
     marking = how._replace(beyond=Beyond(math.inf, math.inf))
 
     def part(x: Tensor, scale: Tensor | None, random_bits: Tensor | None) -> Tensor:
-        return _cast(to_float32(x), scale, random_bits, marking).isinf()
+        return _cast(x, scale, random_bits, marking).isinf()
 
     return in_chunks(part, how.grid, torch.bool, x, scale, random_bits)
 
 
 def _scaled_cast(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
     on_grid = _cast(x, scale, random_bits, how)
-    return on_grid if scale is None or _is_unsigned(how.grid) else _multiply_by_scale(on_grid, scale)
+    if scale is None or _is_unsigned(how.grid):
+        return _to_dtype(on_grid, x.dtype)
+    if x.dtype == torch.float64:
+        return _to_dtype(on_grid, x.dtype) * scale
+    return _to_dtype(_multiply_by_scale(on_grid, scale), x.dtype)
 
 
 def _cast(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
-    """Round ``x / scale``; to an unsigned format round ``x``, for there the grid is moved instead."""
-    grid = how.grid
+    """Round ``x / scale`` to float32; to an unsigned format round ``x``, for there the grid is moved instead."""
+    grid, is_float64 = how.grid, x.dtype == torch.float64
+    x = x if is_float64 else x.to(torch.float32)
     if scale is not None:
         if _is_unsigned(grid):
             params = grid if isinstance(grid, FormatParams) else FormatParams.from_format(grid, device=x.device)
             grid = _moved(params, scale)
         else:
-            x = divide_by_scale(x, scale)
+            x = _divide_float64_by_scale(x, scale) if is_float64 else divide_by_scale(x, scale)
     draw = None if random_bits is None else Draw(random_bits, how.stochastic_bits)
-    return round_to_grid(x, grid, how.rounding, how.beyond, draw)
+    return (round_float64_to_grid if is_float64 else round_to_grid)(x, grid, how.rounding, how.beyond, draw)
 
 
 def _is_unsigned(grid: Format | FormatParams) -> bool:
@@ -286,6 +329,16 @@ def divide_by_scale(x: Tensor, scale: Tensor) -> Tensor:
     return torch.where(magnitude < _IMPLICIT_ONE, small, torch.where(magnitude >= _INF, x, bounded))
 
 
+def _divide_float64_by_scale(x: Tensor, scale: Tensor) -> Tensor:
+    """``x / scale`` in float64: infinite only where ``x`` is, zero only where ``x`` is."""
+    bits = x.view(torch.int64)
+    magnitude = bits & _FLOAT64_MAGNITUDE
+    # In integers, because a processor may flush the smallest.
+    near = magnitude.clamp((1023 - _FAR) << 52, (1023 + _FAR) << 52)
+    magnitude = torch.where((magnitude == 0) | (magnitude >= _FLOAT64_INF), magnitude, near)
+    return (magnitude | (bits & ~_FLOAT64_MAGNITUDE)).view(torch.float64) / scale
+
+
 def _multiply_by_scale(x: Tensor, scale: Tensor) -> Tensor:
     """``x * scale``, where a product below 2^-126 is zero."""
     return (x * scale).mul_(x.abs() >= _MIN_NORMAL / scale)
@@ -304,7 +357,8 @@ def to_float32(x: Tensor) -> Tensor:
 def _float64_to_odd(x: Tensor) -> Tensor:
     """float64 to float32, rounded to odd: rounding the result again, to fewer bits, equals rounding ``x`` once.
 
-    In integers, because the smallest results are numbers that a processor may flush.
+    Finite values beyond float32 become its maximum. In integers, because the smallest results are numbers that
+    a processor may flush.
     """
     bits = x.view(torch.int64)
     magnitude = bits & (2**63 - 1)
@@ -327,8 +381,10 @@ def _to_dtype(result: Tensor, dtype: torch.dtype) -> Tensor:
         return result
     bits = result.view(torch.int32)
     if dtype == torch.float64:
-        subnormal = (bits > 0) & (bits < _IMPLICIT_ONE)  # of formats without a sign; may be flushed on the way
-        return torch.where(subnormal, bits.to(torch.float64) * 2.0**-149, result.to(torch.float64))
+        magnitude = bits & _MAGNITUDE
+        # Subnormals, of float32 itself and of formats without a sign, may be flushed on the way.
+        subnormal = (magnitude.to(torch.float64) * 2.0**-149).copysign(result)
+        return torch.where(magnitude < _IMPLICIT_ONE, subnormal, result.to(torch.float64))
     signs = (bits >> 16).to(torch.int16) & -(2**15)
     magnitude = (result.to(dtype).view(torch.int16) & (2**15 - 1)).clamp_max_(_QUIET_NAN[dtype])
     return (magnitude | signs).view(dtype)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from altgrad_core.errors import InputError
 from altgrad_core.formats import Format, Overflow, Rounding, parse
 from altgrad_core.reference import check_modes
-from altgrad_torch.casting import cast, check_floating, in_chunks, to_float32
-from altgrad_torch.kernels import extended_bits
+from altgrad_torch.casting import cast, check_floating, in_chunks
+from altgrad_torch.kernels import extended_bits, powers_of_two
 from altgrad_torch.params import FormatParams
 
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
 _IMPLICIT_ONE = 1 << 23
 _SIGN = -(2**31)
-_MIN_NORMAL = 2.0**-126
+_NAN = 0x7FC00000
 _MOST_BITS = 16
 
 
@@ -53,7 +52,7 @@ def encode(
     dtype = torch.uint8 if resolved.bits <= 8 else torch.uint16
 
     def part(x: Tensor) -> Tensor:
-        on_grid = cast(to_float32(x), resolved, rounding=rounding, overflow=overflow).view(torch.int32)
+        on_grid = cast(x, resolved, rounding=rounding, overflow=overflow).view(torch.int32)
         return _codes_of_grid(on_grid, resolved).to(dtype)
 
     return in_chunks(part, resolved, dtype, x.detach())
@@ -98,17 +97,36 @@ def decode(codes: Tensor, format: str | Format) -> Tensor:
     if codes.dtype not in (torch.uint8, torch.uint16, torch.uint32, torch.uint64):
         raise TypeError(f"codes are unsigned integers; got {codes.dtype}")
     resolved = _codable(format)
-    values = torch.from_numpy(_values(resolved)).view(torch.float32).to(codes.device)
-    return values[codes.to(torch.int64) & ((1 << resolved.bits) - 1)]
+    mask = (1 << resolved.bits) - 1
+    if torch.compiler.is_compiling() or codes.numel() <= mask:
+        return _values(codes.to(torch.int32) & mask, resolved)
+    book = _values(torch.arange(mask + 1, dtype=torch.int32, device=codes.device), resolved)
+
+    def part(codes: Tensor) -> Tensor:
+        return book.index_select(0, (codes.to(torch.int32) & mask).reshape(-1)).view(codes.shape)
+
+    return in_chunks(part, resolved, torch.float32, codes)
 
 
-def _values(format: Format) -> np.ndarray:
-    """float32 values of all codes as int32 bits, so that no processor flushes them."""
-    book = format.code_book()
-    bits = book.astype(np.float32).view(np.int32)
-    below = np.abs(book) < _MIN_NORMAL
-    steps = np.where(below, book * 2.0**149, 0).astype(np.int32)
-    return np.where(below, bits & _SIGN if format.is_signed else steps, bits)
+def _values(codes: Tensor, format: Format) -> Tensor:
+    """float32 values of codes, made of their bits, so that no processor flushes them."""
+    if not format.is_signed:
+        powers = powers_of_two(codes + (format.min_exponent + 127))
+        return torch.where(codes > format.max_code, _NAN, powers).view(torch.float32)
+    magnitude = codes & format.magnitude_mask
+    stored = magnitude >> format.mantissa_bits
+    significand = (magnitude & ((1 << format.mantissa_bits) - 1)) + (stored.clamp_max(1) << format.mantissa_bits)
+    exponent = stored.clamp_min(1) + (format.min_exponent - 1 - format.mantissa_bits)
+    bits = significand.to(torch.float32).view(torch.int32) + (exponent << 23)
+    bits = torch.where((significand == 0) | (bits < _IMPLICIT_ONE), 0, bits)
+    bits = torch.where(magnitude > format.max_code, _NAN, bits)
+    if format.has_inf:
+        bits = torch.where(magnitude == format.max_code + 1, _INF, bits)
+    negative = codes & format.sign_mask != 0
+    if not format.has_negative_zero:
+        bits = torch.where(negative & (magnitude == 0), _NAN, bits)
+        negative = negative & (bits != 0)
+    return torch.where(negative, bits | _SIGN, bits).view(torch.float32)
 
 
 def _codable(format: str | Format) -> Format:

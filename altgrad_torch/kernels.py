@@ -1,4 +1,4 @@
-"""The arithmetic of a cast: float32 in, float32 on the grid out, elementwise.
+"""The arithmetic of a cast: float32 (or float64) in, float32 on the grid out, elementwise.
 
 Everything here is bit exact whether the processor keeps subnormal numbers or flushes them
 (``torch.set_flush_denormal``): where one could matter, it is handled as an integer.
@@ -23,6 +23,8 @@ from altgrad_torch.params import FormatParams
 _SIGN = -(2**31)
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
+_FLOAT64_MAGNITUDE = 2**63 - 1
+_FLOAT64_INF = 0x7FF << 52
 _NAN = 0x7FC00000
 _IMPLICIT_ONE = 1 << 23
 _SIGN_AND_EXPONENT = -_IMPLICIT_ONE
@@ -90,7 +92,7 @@ def round_to_grid(
         return _finish_in_place(_nearest_in_place(x, format), x, format, beyond)
     if format.min_exponent == _MIN_EXPONENT:
         out = _significands_in_place(x, format, rounding, draw)
-    elif format.min_exponent > _MIN_EXPONENT and format.mantissa_bits < 23:
+    elif format.min_exponent > _MIN_EXPONENT:
         out = _integers_in_place(x, format, rounding, draw)
     else:
         out = (_integers(x, format, rounding, draw) | _SIGN).view(torch.float32)
@@ -98,12 +100,54 @@ def round_to_grid(
     return _finish_in_place(torch.minimum(out, x.clamp_min(0.0)), x, format, beyond)
 
 
+def round_float64_to_grid(
+    x: Tensor, format: Format | FormatParams, rounding: Rounding, beyond: Beyond, draw: Draw | None
+) -> Tensor:
+    """Round float64 values to the grid of any format, float32 included, once: see :func:`round_to_grid`.
+
+    Returns:
+        float32, which holds every grid: rounding to float32 on the way would lose ties, random fractions and overflow.
+    """
+    params = format if isinstance(format, FormatParams) else FormatParams.from_format(format, device=x.device)
+    bits = x.view(torch.int64)
+    magnitude = bits & _FLOAT64_MAGNITUDE
+    # To all that follows a value is zero, finite, infinite or NaN, and has a sign: said in the bits of a float32.
+    kind = torch.where(magnitude < _FLOAT64_INF, (magnitude > 0).to(torch.int64), _INF + (magnitude > _FLOAT64_INF))
+    kind = (kind | (bits >> 63 << 31)).to(torch.int32)
+    steps, exponent = _float64_steps(magnitude, params, rounding, draw)
+    if params.path == "unsigned":
+        rounded = powers_of_two((exponent + steps + 126).clamp_max(255).to(torch.int32))
+        return _finished_unsigned(rounded, kind, params, beyond)
+    # From 2^128 on a value is beyond every max, as infinity is.
+    high, steps, exponent = exponent > 127, steps.to(torch.int32), exponent.to(torch.int32)
+    own_codes = params.path == "identity"
+    rounded = steps + ((exponent + 126) << 23) if own_codes else _bits_of_steps(steps, exponent, params)
+    return _finished(torch.where(high, _INF, rounded), kind, params, beyond)
+
+
+def _float64_steps(
+    magnitude: Tensor, params: FormatParams, rounding: Rounding, draw: Draw | None
+) -> tuple[Tensor, Tensor]:
+    """The whole quanta that magnitudes, as bits of float64, round to, and the exponents of their binades: int64."""
+    stored = (magnitude >> 52).clamp_min(1)
+    significand = magnitude.sub(stored - 1, alpha=1 << 52)
+    unbiased = stored - 1023
+    exponent = unbiased.clamp_min(params.min_exponent)
+    codes_below = (exponent - params.min_exponent) << params.mantissa_bits
+    if params.path == "unsigned":
+        # Without a code for zero every code is one less. What is below the smallest value becomes that.
+        significand = torch.where(unbiased < exponent, 1 << 52, significand)
+        return _round_steps(significand, torch.full_like(exponent, 52), codes_below - 1, rounding, draw), exponent
+    dropped = exponent - unbiased + (52 - params.mantissa_bits)
+    return _round_steps(significand, dropped, codes_below, rounding, draw), exponent
+
+
 def _round_compiled(x: Tensor, params: FormatParams, rounding: Rounding, beyond: Beyond, draw: Draw | None) -> Tensor:
     if params.path == "unsigned":
         return _unsigned(x, params, rounding, beyond, draw)
     if params.path == "fast" and rounding == "nearest_even":
-        return _finished(_nearest(x, params), x, params, beyond)
-    return _finished(_integers(x, params, rounding, draw), x, params, beyond)
+        return _finished(_nearest(x, params), x.view(torch.int32), params, beyond)
+    return _finished(_integers(x, params, rounding, draw), x.view(torch.int32), params, beyond)
 
 
 def _nearest_in_place(x: Tensor, format: Format) -> Tensor:
@@ -190,9 +234,8 @@ def _nearest(x: Tensor, params: FormatParams) -> Tensor:
     return ((bounded.view(torch.float32) + magic) - magic).view(torch.int32)
 
 
-def _finished(rounded: Tensor, x: Tensor, params: FormatParams, beyond: Beyond) -> Tensor:
-    """From the bits of rounded magnitudes to results: what overflows, infinities, NaN, signs."""
-    bits = x.view(torch.int32)
+def _finished(rounded: Tensor, bits: Tensor, params: FormatParams, beyond: Beyond) -> Tensor:
+    """From the bits of rounded magnitudes and of values to results: what overflows, infinities, NaN, signs."""
     magnitude = bits & _MAGNITUDE
     rounded = torch.where(rounded > params.max_value.view(torch.int32), _bits(beyond.finite, params), rounded)
     rounded = torch.where(magnitude == _INF, _bits(beyond.infinite, params), rounded)
@@ -211,7 +254,11 @@ def _integers(x: Tensor, format: Format | FormatParams, rounding: Rounding, draw
     exponent = (field - 127).clamp_min(format.min_exponent)
     dropped = exponent - stored + (150 - format.mantissa_bits)
     codes_below = (exponent - format.min_exponent) << format.mantissa_bits
-    steps = _round_steps(significand, dropped, codes_below, rounding, draw)
+    return _bits_of_steps(_round_steps(significand, dropped, codes_below, rounding, draw), exponent, format)
+
+
+def _bits_of_steps(steps: Tensor, exponent: Tensor, format: Format | FormatParams) -> Tensor:
+    """Bits of so many quanta of the binades of ``exponent``, zero below 2^-126: int32."""
     # steps has at most 24 bits, so it is exact in float32; its exponent field then takes up the quantum's.
     rounded = steps.to(torch.float32).view(torch.int32) + ((exponent - format.mantissa_bits) << 23)
     rounded = rounded * steps.clamp_max(1)
@@ -221,15 +268,19 @@ def _integers(x: Tensor, format: Format | FormatParams, rounding: Rounding, draw
 def _round_steps(
     significand: Tensor, dropped: Tensor, codes_below: Tensor, rounding: Rounding, draw: Draw | None
 ) -> Tensor:
-    """Round ``significand / 2^dropped`` to an integer; with ``codes_below`` added it is the code."""
+    """Round ``significand / 2^dropped`` to an integer; with ``codes_below`` added it is the code.
+
+    A significand has at most 24 bits if it is int32, 53 if it is int64.
+    """
+    last_bit, beyond_significand = (31, 29) if significand.dtype == torch.int32 else (63, 58)
     if draw is not None:
         # 30 bits hold the most that can be drawn, and what lies further down cannot tip the sum.
-        significand = significand >> (dropped - 30).clamp(0, 31)
+        significand = significand >> (dropped - 30).clamp(0, last_bit)
         shift = dropped.clamp_max(30)
-        drawn = draw.bits.to(torch.int32) & ((1 << draw.count) - 1)
+        drawn = draw.bits.to(significand.dtype) & ((1 << draw.count) - 1)
         aligned = (drawn << (shift - draw.count).clamp_min_(0)) >> (draw.count - shift).clamp_min_(0)
         return (significand + aligned) >> shift
-    shift = dropped.clamp_max(29)
+    shift = dropped.clamp_max(beyond_significand)
     if rounding == "toward_zero":
         return significand >> shift
     half = torch.ones_like(shift) << shift
@@ -251,9 +302,17 @@ def _unsigned(x: Tensor, params: FormatParams, rounding: Rounding, beyond: Beyon
         rest = (1 << 22) - 1 + (((extended >> 23) - params.min_exponent + 127) & 1)
     else:
         rest = 0 if rounding == "toward_zero" else 1 << 22
-    field = (extended + rest) >> 23
-    rounded = torch.where(field > 0, field << 23, torch.ones_like(field) << (field + 22).clamp(0, 22))
-    rounded = torch.where(rounded > maximum, _bits(beyond.finite, params), rounded)
+    return _finished_unsigned(powers_of_two((extended + rest) >> 23), bits, params, beyond)
+
+
+def powers_of_two(field: Tensor) -> Tensor:
+    """Bits of powers of two by their exponent fields, which go on below those of normal float32: int32."""
+    return torch.where(field > 0, field << 23, torch.ones_like(field) << (field + 22).clamp(0, 22))
+
+
+def _finished_unsigned(rounded: Tensor, bits: Tensor, params: FormatParams, beyond: Beyond) -> Tensor:
+    """As :func:`_finished`, where zero and negative values are NaN."""
+    rounded = torch.where(rounded > params.max_value.view(torch.int32), _bits(beyond.finite, params), rounded)
     rounded = torch.where(bits == _INF, _bits(beyond.infinite, params), rounded)
     return torch.where((bits <= 0) | (bits > _INF), _NAN, rounded).view(torch.float32)
 

@@ -92,7 +92,7 @@ def edges(params: FormatParams) -> Edges:
     maximum = params.max_value.view(torch.int32)
     max_exponent = (maximum >> 23) - 127
     half_exponent = 22 - params.mantissa_bits + (params.min_exponent - max_exponent).clamp_min(0)
-    half = torch.ones_like(maximum) << half_exponent.clamp_min(0)
+    half = torch.ones_like(maximum) << half_exponent
     # A tie beyond max goes to the even code: to max itself where its last code bit is 0.
     without_mantissa = params.mantissa_bits == 0
     code = torch.where(without_mantissa, max_exponent - params.min_exponent + 1, maximum >> (23 - params.mantissa_bits))
@@ -105,6 +105,4 @@ def edges(params: FormatParams) -> Edges:
     odd = (params.min_exponent + 1) & without_mantissa
     last_flushed = (1 << 23) - (torch.ones_like(lowest) << (lowest + 148).clamp(0, 22)) - 1 + odd
     vanishes = torch.where(lowest == -126, 1 << 22, last_flushed)
-    # With all of float32's mantissa bits there is nothing between max and what overflows.
-    beyond = torch.where(half_exponent < 0, 1, half + 1 - (code & 1))
-    return Edges(maximum + beyond, torch.where(lowest > -126, (lowest + 126) << 23, vanishes))
+    return Edges(maximum + half + 1 - (code & 1), torch.where(lowest > -126, (lowest + 126) << 23, vanishes))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import round_to_format
-from altgrad_torch.casting import as_grid, cast, divide_by_scale, flush_subnormals, quantize
+from altgrad_torch.casting import as_grid, cast, checked_scale, divide_by_scale, flush_subnormals, quantize
 from altgrad_torch.params import Edges, FormatParams, edges
 from altgrad_torch.scaling import power_of_two_scale
 
@@ -204,7 +204,7 @@ def observe(
     limits = edges(grid) if isinstance(grid, FormatParams) else _thresholds(grid)
     totals = torch.zeros(5, dtype=torch.int64, device=x.device)
     amax_bits = torch.zeros((), dtype=torch.int32, device=x.device)
-    unit = None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=x.device)
+    unit = None if scale is None else checked_scale(scale, x)
     flat = x.detach().reshape(-1)
     if unit is not None and unit.numel() > 1:
         unit = unit.expand(x.shape).reshape(-1)
@@ -287,7 +287,7 @@ def stall_counts(
     grid = as_grid(format)
     maximum = grid.max_value if isinstance(grid, FormatParams) else grid.max_representable_value
     weight, update = _normal(weight), _normal(update)
-    unit = torch.as_tensor(1.0 if scale is None else scale, dtype=torch.float32, device=weight.device)
+    unit = checked_scale(1.0 if scale is None else scale, weight)
     before = _nearest(divide_by_scale(weight, unit), grid)
     after = _nearest(divide_by_scale(weight + update, unit), grid)
     nonzero = update != 0

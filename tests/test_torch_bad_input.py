@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import altgrad_torch as ag  # noqa: E402 (after the skip)
+from altgrad_core.errors import InputError  # noqa: E402
 from altgrad_core.formats import Format, UnknownFormatError  # noqa: E402
 
 TAKES_A_FORMAT: dict[str, Callable[[str], object]] = {
@@ -29,10 +31,12 @@ def test_unknown_formats_suggest_known_ones(function: str) -> None:
         TAKES_A_FORMAT[function]("E5M22x")
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e8m0fnu]
+)
 def test_quantize_takes_floats(dtype: torch.dtype) -> None:
-    for function in (ag.quantize, ag.encode):
-        with pytest.raises(TypeError, match=str(dtype)):
+    for function in (ag.quantize, ag.encode, ag.quantize_blocks):
+        with pytest.raises(TypeError, match=rf"\(float32, bfloat16, float16, float64\); got {dtype}"):
             function(torch.ones(2).to(dtype), "E5M2")
     with pytest.raises(TypeError, match="counts are made of"):
         ag.cast_counts(torch.ones(2).to(dtype), "E5M2")
@@ -64,8 +68,23 @@ def test_random_bits() -> None:
     for dtype in (torch.float32, torch.bool):
         with pytest.raises(TypeError, match="integers"):
             ag.quantize(x, "E5M2", rounding="stochastic", random_bits=torch.zeros(3, dtype=dtype))
+    for function in (ag.quantize, ag.quantize_blocks):
+        with pytest.raises(TypeError, match="random_bits are a tensor of integers; got <class 'list'>"):
+            function(x, "E5M2", rounding="stochastic", random_bits=[1, 2, 3])
     with pytest.raises(ValueError, match="needs random_bits"):
         ag.encode(x, "E5M2", rounding="stochastic")
+
+
+@pytest.mark.parametrize(("shape", "scale"), [((3,), (2, 3)), ((), (1,)), ((4, 1), (4, 3)), ((4, 3), (4,))])
+def test_scales_that_do_not_broadcast_to_x(shape: tuple[int, ...], scale: tuple[int, ...]) -> None:
+    x, unit = torch.ones(shape), torch.ones(scale)
+    message = re.escape(f"the scale has shape {scale}; expected one that broadcasts to that of x, {shape}")
+    for function in (ag.quantize, ag.cast_counts, ag.quantize_with_counts):
+        for name in ("E4M3", "float8_e8m0fnu", "float32"):
+            with pytest.raises(InputError, match=message):
+                function(x, name, scale=unit)
+    with pytest.raises(InputError, match=message):
+        ag.stall_counts(x, x, "E4M3", scale=unit)
 
 
 def test_codes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402 (after the skip)
 
 import altgrad_torch as ag  # noqa: E402
-from altgrad_core.formats import FORMAT_REGISTRY, ROUNDINGS, Format, Rounding, parse  # noqa: E402
+from altgrad_core.formats import FORMAT_REGISTRY, OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding, parse  # noqa: E402
+from altgrad_core.reference import round_to_format  # noqa: E402
 from altgrad_torch import FormatParams, casting  # noqa: E402
 from altgrad_torch.params import edges  # noqa: E402
 from altgrad_torch.statistics import _thresholds  # noqa: E402
@@ -301,6 +303,23 @@ class TestCompiled:
             cast = torch.compile(lambda x, modes: ag.quantize(x, format, scale=0.5, **modes), fullgraph=True)
             assert same(cast(x, modes), ag.quantize(x, format, scale=0.5, **modes)), rounding
 
+    @pytest.mark.parametrize("format", ["E4M3", "E5M2", "float8_e4m3fnuz", "float8_e8m0fnu", "fp16"])
+    def test_decoding(self, format: str) -> None:
+        codes = every_code(parse(format))
+        decoded = torch.compile(lambda codes: ag.decode(codes, format), fullgraph=True)(codes)
+        assert same(decoded, ag.decode(codes, format))
+
+    def test_decoding_of_blocks(self) -> None:
+        codes, scales = ag.encode_blocks(inputs().nan_to_num(), "E4M3")
+        decode = torch.compile(lambda codes, scales: ag.decode_blocks(codes, scales, "E4M3"), fullgraph=True)
+        assert same(decode(codes, scales), ag.decode_blocks(codes, scales, "E4M3"))
+
+    @pytest.mark.parametrize("format", ["bf16", "float8_e8m0fnu", "float32"])
+    def test_float64(self, format: str) -> None:
+        x = torch.tensor(FLOAT64, dtype=torch.float64)
+        cast = torch.compile(lambda x: ag.quantize(x, format, scale=2.0**100), fullgraph=True)
+        assert same(cast(x), ag.quantize(x, format, scale=2.0**100))
+
     def test_gradients(self) -> None:
         x = torch.tensor([1.1, 500.0, math.nan], requires_grad=True)
         cast = torch.compile(lambda x, p: ag.quantize(x, p, scale=1.0, saturation_mask=True), fullgraph=True)
@@ -321,6 +340,125 @@ class TestCompiled:
             params, at = FormatParams.from_format(name), torch.tensor(k)
             for left, right in zip(compiled(x, params, at), step(x, name, at), strict=True):
                 assert torch.equal(left.nan_to_num(), right.nan_to_num())
+
+
+# Codes
+
+
+def every_code(format: Format) -> torch.Tensor:
+    return torch.from_numpy(np.arange(2**format.bits).astype(np.uint8 if format.bits <= 8 else np.uint16))
+
+
+@pytest.mark.parametrize("format", [*(f for f in DISTINCT if f.bits <= 16), parse("E1M6b127fnuz")], ids=str)
+def test_values_of_codes(format: Format) -> None:
+    """One by one for few codes, looked up for many; where there is no -0, what is flushed is +0."""
+    codes, book = every_code(format), format.code_book()
+    below = (np.abs(book) < 2.0**-126) & format.is_signed
+    zeros = np.copysign(0.0, book) if format.has_negative_zero else np.zeros_like(book)
+    expected = np.where(below, zeros, book).astype(np.float32)
+    for decoded in (ag.decode(codes, format), ag.decode(codes.repeat(2), format)[codes.numel() :]):
+        np.testing.assert_array_equal(decoded.numpy(), expected)
+        assert np.array_equal(np.signbit(decoded.numpy()[expected == 0]), np.signbit(expected[expected == 0]))
+
+
+def test_a_flushed_code_without_negative_zero() -> None:
+    codes = torch.tensor([188], dtype=torch.uint8)
+    assert math.copysign(1.0, ag.decode(codes, "E1M6b127fnuz").item()) == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+@pytest.mark.parametrize("times", [1, 200])
+def test_bits_above_the_width_are_ignored(dtype: torch.dtype, times: int) -> None:
+    """Whatever the strides."""
+    codes = (
+        torch.tensor([[60, 2**8 * 7 + 188], [2**31 + 60, 2**63 + 188]], dtype=torch.uint64).to(dtype).repeat(times, 1)
+    )
+    expected = torch.tensor([[1.0, -1.0]]).expand(2 * times, 2)
+    assert torch.equal(ag.decode(codes, "E5M2"), expected)
+    assert torch.equal(ag.decode(codes.mT, "E5M2"), expected.mT)
+
+
+def test_decoding_in_chunks() -> None:
+    """No integers as wide as the result, nor wider, of all codes at once."""
+    codes = torch.zeros(3 * casting._CHUNK + 5, dtype=torch.uint8)
+    with Allocations() as allocations:
+        result = ag.decode(codes, "E4M3")
+    del allocations.seen[result.untyped_storage().data_ptr()]
+    allocations.seen.pop(codes.untyped_storage().data_ptr(), None)
+    assert max(allocations.seen.values()) <= 8 * casting._CHUNK
+
+
+# float64
+
+
+FLOAT64 = [
+    *(1e39, -1e39, 1e300, -1e300, 2.0**128, 2.0**128 * (1 - 2.0**-53), 3.4028235677973366e38, math.inf, -math.inf),
+    *(math.nan, 0.0, -0.0, 1.0 + 2.0**-22 + 2.0**-24, 1.1, 464.0 * (1 + 2.0**-40), 5e-324, -1e-300),
+    *(2.0**-126 * (1 - 2.0**-40), 2.0**-127 * 1.5, -(2.0**-149) * 1.5, 2.0**-150),
+]
+
+
+def divided(value: float, scale: float) -> float | Fraction:
+    """Exactly, though float64 may not reach so far."""
+    return Fraction(value) / Fraction(scale) if value and math.isfinite(value) else value
+
+
+@pytest.mark.parametrize("format", [*DISTINCT, Format("E8M22", 8, 22, 127, has_inf=True, has_nan=True)], ids=str)
+@pytest.mark.parametrize("overflow", OVERFLOWS)
+@pytest.mark.parametrize("scale", [None, 2.0**100, 2.0**-90])
+def test_float64_is_rounded_once(format: Format, overflow: Overflow, scale: float | None) -> None:
+    """From its own value, beyond float32 and within, by every rounding, and scaled in float64."""
+    moves = scale is not None and format.is_signed and not format.is_float32
+    unit = scale if moves else 1.0
+    x = torch.tensor(FLOAT64, dtype=torch.float64)
+    for rounding in ("nearest_even",) if format.is_float32 else ROUNDINGS:
+        modes = casts(rounding, x)
+        drawn = modes["random_bits"].tolist() if "random_bits" in modes else [None] * len(FLOAT64)
+        exact = [
+            round_to_format(divided(value, unit), format, rounding=rounding, overflow=overflow, random_bits=bits)
+            for value, bits in zip(FLOAT64, drawn, strict=True)
+        ]
+        flushed = [
+            each
+            if math.isnan(each) or abs(each) >= 2.0**-126 or not format.is_signed or format.is_float32
+            else math.copysign(0.0, value if format.has_negative_zero else 1.0)
+            for each, value in zip(exact, FLOAT64, strict=True)
+        ]
+        actual = ag.quantize(x, format, scale=scale if moves else None, overflow=overflow, **modes)
+        assert [repr(each) for each in actual.tolist()] == [repr(each * unit) for each in flushed], rounding
+
+
+def test_float64_beyond_float32() -> None:
+    x = torch.tensor([1e39, -1e39, math.inf], dtype=torch.float64, requires_grad=True)
+    assert ag.quantize(x, "bf16", rounding="toward_zero").tolist() == [math.inf, -math.inf, math.inf]
+    assert ag.quantize(x, "float8_e8m0fnu").isnan().all()
+    maximum = parse("bf16").max_representable_value
+    assert ag.quantize(x, "bf16", overflow="saturate").tolist() == [maximum, -maximum, maximum]
+    assert ag.quantize(x, "bf16", overflow="saturate_finite").tolist() == [maximum, -maximum, math.inf]
+    assert ag.quantize(x, "bf16", scale=2.0**100).tolist()[0] == round_to_format(1e39 / 2**100, parse("bf16")) * 2**100
+    for rounding, scale in (("toward_zero", None), ("nearest_even", 0.5)):
+        marked = ag.quantize(x, "bf16", rounding=rounding, scale=scale, saturation_mask=True)
+        (gradient,) = torch.autograd.grad(marked, x, torch.ones_like(x))
+        assert gradient.tolist() == [0, 0, 0]
+    (gradient,) = torch.autograd.grad(ag.quantize(x, "bf16", scale=4.0, saturation_mask=True), x, torch.ones_like(x))
+    assert gradient.tolist() == [1, 1, 0]
+    far = torch.tensor([1e308], dtype=torch.float64)
+    assert ag.quantize(far, "bf16", scale=2.0**-100, overflow="saturate_finite").item() == maximum * 2.0**-100
+    assert ag.encode(x.detach(), "E4M3", overflow="saturate_finite").tolist() == [126, 254, 126]
+    assert ag.encode(x.detach(), "E4M3").tolist() == [127, 127, 127]
+
+
+def test_float64_to_float32() -> None:
+    x = torch.tensor([0.1, 1e39, -1e39, math.inf, 1e-40, -1e-40, 2.0**-149 * 0.6, -1e-300], dtype=torch.float64)
+    with np.errstate(over="ignore"):
+        expected = x.numpy().astype(np.float32).astype(np.float64)
+    result = ag.quantize(x, "float32", scale=4.0)
+    assert result.dtype == torch.float64
+    assert same(result, torch.from_numpy(expected))
+    assert same(ag.quantize(x, FormatParams.from_format("float32")), result)
+    maximum = float(np.finfo(np.float32).max)
+    assert ag.quantize(x, "float32", overflow="saturate").tolist()[1:4] == [maximum, -maximum, maximum]
+    assert ag.quantize(x, "float32", overflow="saturate_finite").tolist()[1:4] == [maximum, -maximum, math.inf]
 
 
 # Casts and counts in one
