@@ -1,19 +1,21 @@
 """Set-up for all tests, the doctests in the packages included."""
 
+import atexit
 import os
+import shutil
 import tempfile
-from pathlib import Path
+
+from hypothesis import settings
 
 # Before anything imports jax: the promises are about bits, and a CPU is what every machine has.
 # JAX_PLATFORMS=cuda in the environment still wins.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# What one test has compiled another need not: a folder for this run, shared by its workers and their subprocesses.
-_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"altgrad-tests-{_RUN}"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-
-from hypothesis import settings
+# What one test has compiled another need not: a folder for this run, which its workers and their subprocesses inherit.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="altgrad-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # The first call of a jitted function compiles, so the time of one example says nothing.
 settings.register_profile("dev", deadline=None)
