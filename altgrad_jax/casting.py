@@ -99,7 +99,8 @@ def floating(x: jax.Array, taker: str) -> jax.Array:
     """
     x = jnp.asarray(x)
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64):
-        raise TypeError(f"{taker} takes floating-point arrays (float32, bfloat16, float16, float64); got {x.dtype}")
+        expected = "expected float32, bfloat16, float16 or float64"
+        raise TypeError(f"{taker} takes floating-point arrays; got {x.dtype}, {expected}")
     return x
 
 

@@ -440,13 +440,13 @@ FLOAT32 = st.integers(0, 2**32 - 1).map(lambda bits: float(np.uint32(bits).view(
 
 @st.composite
 def any_format(draw: Callable[[st.SearchStrategy[int]], int]) -> Format:
-    """Any format of 3 to 16 bits whose largest value is no smaller than 2^-126, with or without specials."""
+    """Any format of 3 to 16 bits that float32 has room for, with or without specials."""
     exponent_bits = draw(st.integers(0, 8))
     mantissa_bits = draw(st.integers(max(0, 2 - exponent_bits), 15 - exponent_bits))
     specials = draw(st.integers(0, 2)) if exponent_bits else 0
     has_inf = specials == 2 and mantissa_bits > 0
     top = 2**exponent_bits - 1 - has_inf
-    bias = draw(st.integers(top - 127, min(top + 126, 149 - mantissa_bits + 1))) if exponent_bits else 0
+    bias = draw(st.integers(max(top - 127, -126), min(top + 126, 149 - mantissa_bits))) if exponent_bits else 0
     return Format("drawn", exponent_bits, mantissa_bits, bias, has_inf=has_inf, has_nan=specials > 0)
 
 
