@@ -17,7 +17,7 @@ from altgrad_core.norms import NOT_MEASURED
 from altgrad_core.stability import CLIP_EPSILON, REFERENCE_MAX
 from altgrad_jax.casting import flush_subnormals, to_float32
 from altgrad_jax.nonfinite import Culprit, find_culprit, without_nonfinite
-from altgrad_jax.norms import AxisName, Norm, euclidean_norm
+from altgrad_jax.norms import AxisName, Norm, as_norm, euclidean_norm
 from altgrad_jax.params import FormatParams
 from altgrad_jax.scaling import amax, delayed_scale, empty_history, push_amax
 from altgrad_jax.statistics import observe, overflow_rate_of
@@ -92,36 +92,50 @@ class ClipGroup:
         )
 
     def update(
-        self, leaves: list[jax.Array], state: PartitionRelativeClipState, overflow_rate: jax.Array | None
+        self,
+        leaves: list[jax.Array],
+        state: PartitionRelativeClipState,
+        overflow_rate: jax.Array | None,
+        total_norm: jax.Array | None = None,
     ) -> tuple[list[jax.Array], PartitionRelativeClipState]:
-        """Clip leaves if the gate opens."""
+        """Clip leaves if the gate opens; their rate and their norm are taken here unless they are given."""
         rate, history = self._rate(leaves, state, overflow_rate)
         culprit = None if self.nonfinite == "propagate" else find_culprit(leaves)
         finite = [without_nonfinite(leaf) for leaf in leaves] if self.nonfinite == "zero" else leaves
         # Not "rate >= threshold": a rate that is NaN must open the gate.
         is_open = ~(rate < jnp.asarray(self.overflow_threshold, jnp.float32))
-        threshold, norms = self._threshold(state), state.norm_history
+        threshold, norm = self._threshold(state), self._norm(finite, total_norm)
         # Leaves that nobody reads after the conditional pass through a shut gate without a copy, if they are donated.
-        if norms is None:
+        if norm is None:
             clipped, seen = lax.cond(
                 is_open, lambda them: self._clip(them, threshold), lambda them: (them, _Seen.nothing()), finite
             )
         else:
-            norm = euclidean_norm(finite, self.axis_name)
-            seen, norms = _Seen.of(norm, finite), _remember(norms, norm.single)
-            clipped = lax.cond(is_open, lambda them: scaled_to(them, threshold, norm), lambda them: them, finite)
-        culprit = seen.culprit if culprit is None else culprit
+            seen = _Seen.of(norm, finite)
+            limit = _after(seen, threshold)
+            clipped = lax.cond(is_open, lambda them: scaled_to(them, limit, norm), lambda them: them, finite)
         after = PartitionRelativeClipState(
-            state.format, history, norms, rate, threshold, seen.total_norm, is_open, culprit
+            format=state.format,
+            amax_history=history,
+            norm_history=None if state.norm_history is None else _remember(state.norm_history, seen.total_norm),
+            overflow_rate=rate,
+            threshold=threshold,
+            total_norm=seen.total_norm,
+            clipped=is_open,
+            culprit=seen.culprit if culprit is None else culprit,
         )
         return clipped, after
+
+    def _norm(self, leaves: Sequence[jax.Array], given: jax.Array | None) -> Norm | None:
+        """The norm where it is known or needed whether or not the gate opens."""
+        if given is not None:
+            return as_norm(given)
+        return euclidean_norm(leaves, self.axis_name) if self.rule == "quantile" else None
 
     def _clip(self, leaves: list[jax.Array], threshold: jax.Array) -> tuple[list[jax.Array], _Seen]:
         norm = euclidean_norm(leaves, self.axis_name)
         seen = _Seen.of(norm, leaves)
-        # Never so, but XLA cannot know: it has to look for the culprit first, and then scales donated leaves in place.
-        after_looking = jnp.where(seen.culprit.count < 0, jnp.float32(0), threshold)
-        return scaled_to(leaves, after_looking, norm), seen
+        return scaled_to(leaves, _after(seen, threshold), norm), seen
 
     def _rate(
         self, leaves: list[jax.Array], state: PartitionRelativeClipState, given: jax.Array | None
@@ -161,6 +175,11 @@ def format_threshold(
         return lax.convert_element_type(
             base * lax.convert_element_type(params.max_value, jnp.float64) / reference, jnp.float32
         )
+
+
+def _after(seen: _Seen, threshold: jax.Array) -> jax.Array:
+    """The threshold, for XLA's eyes a result of looking for the culprit: then it scales donated leaves in place."""
+    return jnp.where(seen.culprit.count < 0, jnp.float32(0), threshold)
 
 
 def culprit_of_norm(norm: Norm, leaves: Sequence[jax.Array]) -> Culprit:

@@ -152,8 +152,9 @@ def partition_relative_clip(
         axis_name: inside ``shard_map``, the axes over which every leaf is a part of a larger one.
 
     Returns:
-        A transformation whose ``update`` takes the keyword ``overflow_rate``: a scalar in [0, 1], or with groups also
-        a mapping of their patterns to one each; optional.
+        A transformation whose ``update`` takes two keywords, both optional: ``overflow_rate``, a scalar in [0, 1], or
+        with groups also a mapping of their patterns to one each; and ``total_norm``, what
+        :func:`~altgrad_jax.norms.global_norm` says of the updates, or with groups a mapping to that of each.
 
     Raises:
         ValueError: for values out of range or without effect, here or (where it is concrete) in ``overflow_rate``.
@@ -196,12 +197,14 @@ def _clip_together(group: ClipGroup) -> optax.GradientTransformationExtraArgs:
         params: optax.Params | None = None,
         *,
         overflow_rate: jax.typing.ArrayLike | None = None,
+        total_norm: jax.typing.ArrayLike | None = None,
         **extra_args: object,
     ) -> tuple[optax.Updates, PartitionRelativeClipState]:
         del params, extra_args
         if group.nonfinite == "raise":
             raise_if_nonfinite(updates)
-        clipped, state = group.update(float_leaves(updates), state, _checked_rate(overflow_rate))
+        rate, norm = _checked_rate(overflow_rate), _checked_norm(total_norm, group.nonfinite)
+        clipped, state = group.update(float_leaves(updates), state, rate, norm)
         if group.nonfinite == "skip":
             clipped = zeros_if(state.culprit.count > 0, clipped)
         return jax.tree.unflatten(jax.tree.structure(updates), clipped), state
@@ -226,14 +229,16 @@ def _clip_in_groups(groups: Mapping[str, ClipGroup]) -> optax.GradientTransforma
         params: optax.Params | None = None,
         *,
         overflow_rate: jax.typing.ArrayLike | Mapping[str, jax.typing.ArrayLike] | None = None,
+        total_norm: Mapping[str, jax.typing.ArrayLike] | None = None,
         **extra_args: object,
     ) -> tuple[optax.Updates, GroupedClipState]:
         del params, extra_args
         if nonfinite == "raise":
             raise_if_nonfinite(updates)
-        leaves, states, rates = float_leaves(updates), {}, _rates_of(overflow_rate, list(groups))
+        leaves, states, patterns = float_leaves(updates), {}, list(groups)
+        rates, norms = _rates_of(overflow_rate, patterns), _norms_of(total_norm, patterns, nonfinite)
         for name, at in positions_in(updates).items():
-            clipped, after = groups[name].update([leaves[k] for k in at], state.groups[name], rates[name])
+            clipped, after = groups[name].update([leaves[k] for k in at], state.groups[name], rates[name], norms[name])
             states[name] = after._replace(culprit=_in_the_tree(after.culprit, at))
             for k, leaf in zip(at, clipped, strict=True):
                 leaves[k] = leaf
@@ -256,8 +261,7 @@ def _rates_of(
 ) -> dict[str, jax.Array | None]:
     if not isinstance(overflow_rate, Mapping):
         return dict.fromkeys(patterns, _checked_rate(overflow_rate))
-    if set(overflow_rate) != set(patterns):
-        raise InputError(f"overflow_rate is given for {', '.join(overflow_rate)}; expected {', '.join(patterns)}")
+    _check_patterns("overflow_rate", overflow_rate, patterns)
     return {pattern: _checked_rate(rate) for pattern, rate in overflow_rate.items()}
 
 
@@ -267,3 +271,29 @@ def _checked_rate(overflow_rate: jax.typing.ArrayLike | None) -> jax.Array | Non
     if not isinstance(overflow_rate, jax.core.Tracer):
         check_rate("overflow_rate", np.asarray(overflow_rate).item())
     return jnp.asarray(overflow_rate, jnp.float32)
+
+
+def _norms_of(
+    total_norm: Mapping[str, jax.typing.ArrayLike] | None, patterns: Sequence[str], nonfinite: Nonfinite
+) -> dict[str, jax.Array | None]:
+    if total_norm is None:
+        return dict.fromkeys(patterns, None)
+    if not isinstance(total_norm, Mapping):
+        raise InputError(f"total_norm is one for all groups; expected a mapping to that of each: {', '.join(patterns)}")
+    _check_patterns("total_norm", total_norm, patterns)
+    return {pattern: _checked_norm(norm, nonfinite) for pattern, norm in total_norm.items()}
+
+
+def _checked_norm(total_norm: jax.typing.ArrayLike | None, nonfinite: Nonfinite) -> jax.Array | None:
+    if total_norm is None:
+        return None
+    if nonfinite == "zero":
+        raise InputError("total_norm does not go with nonfinite='zero': the norm is that of what is left, taken here")
+    if not isinstance(total_norm, jax.core.Tracer) and np.asarray(total_norm).item() < 0:
+        raise InputError(f"total_norm is {np.asarray(total_norm).item()!r}; expected a norm, such as global_norm's")
+    return jnp.asarray(total_norm, jnp.float32)
+
+
+def _check_patterns(name: str, given: Mapping[str, object], patterns: Sequence[str]) -> None:
+    if set(given) != set(patterns):
+        raise InputError(f"{name} is given for {', '.join(given)}; expected {', '.join(patterns)}")

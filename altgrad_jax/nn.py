@@ -6,6 +6,7 @@ backward pass included, so no gradient is bent to carry statistics.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -74,10 +75,18 @@ class Grid:
         """One of many."""
         return replace(self, index=index)
 
-    def looked_up(self) -> tuple[FormatParams, Edges]:
-        """Params and limits of this grid alone, as scalars."""
-        limits = jax.tree.map(lambda leaf: leaf[self.index] if leaf.ndim else leaf, self.limits)
-        return self.params.at(*self.index), limits
+    def looked_up(self, index: jax.Array) -> tuple[FormatParams, Edges]:
+        """Params and limits of one grid alone, as scalars.
+
+        Args:
+            index: int32 of shape ``(k,)``, which of many: data, so that casts of one shape share what JAX traces.
+        """
+
+        def scalar(leaf: jax.Array) -> jax.Array:
+            at = [index[k] for k in range(leaf.ndim)]
+            return lax.dynamic_slice(leaf, at, (1,) * leaf.ndim).reshape(()) if leaf.ndim else leaf
+
+        return jax.tree.map(scalar, self.params), jax.tree.map(scalar, self.limits)
 
 
 def quantized_dot_general(
@@ -198,33 +207,40 @@ def _cast_and_record(x: jax.Array, grid: Grid, ref: jax.Ref | None) -> jax.Array
     return quantized
 
 
-def _cast_on(x: jax.Array, grid: Grid) -> jax.Array:
-    return cast(x, grid.looked_up()[0])
+def _cast_on(x: jax.Array, grids: Grid, index: jax.Array) -> jax.Array:
+    return cast(x, grids.looked_up(index)[0])
 
 
-def _cast_and_tally(x: jax.Array, grid: Grid) -> tuple[jax.Array, jax.Array]:
-    params, limits = grid.looked_up()
+def _cast_and_tally(x: jax.Array, grids: Grid, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    params, limits = grids.looked_up(index)
     return cast(x, params), tally(x, limits)
 
 
-def _as_one_value(function: Callable[[jax.Array, Grid], Result], x: jax.Array, grid: Grid) -> Result:
+def _as_one_value(function: Callable[[jax.Array, Grid, jax.Array], Result], x: jax.Array, grid: Grid) -> Result:
     """Call a function so that XLA's CPU backend computes its argument and its result once each.
 
     Left alone it fuses the cast into every consumer and what makes ``x`` into every cast, and so computes both up to
     three times, behind transposes; optimization barriers are gone before it fuses. A call that must not be inlined is
     a border that it respects. Other backends get the function as it is.
     """
+    inside = _traced_once(function)
 
-    def inside(x: jax.Array, grid: Grid) -> Result:
+    def apart(x: jax.Array, grids: Grid, index: jax.Array) -> Result:
+        with set_xla_metadata(inlineable="false"):
+            return inside(x, grids, index)
+
+    grids, index = replace(grid, index=()), jnp.array(grid.index, jnp.int32)
+    return lax.platform_dependent(x, grids, index, cpu=apart, default=inside)
+
+
+@functools.cache
+def _traced_once(function: Callable[[jax.Array, Grid, jax.Array], Result]) -> Callable[..., Result]:
+    def inside(x: jax.Array, grids: Grid, index: jax.Array) -> Result:
         # Without this every jitted helper of jax.numpy in here would become a border as well.
         with set_xla_metadata(inlineable=None):
-            return function(x, grid)
+            return function(x, grids, index)
 
-    def apart(x: jax.Array, grid: Grid) -> Result:
-        with set_xla_metadata(inlineable="false"):
-            return jax.jit(inside)(x, grid)
-
-    return lax.platform_dependent(x, grid, cpu=apart, default=function)
+    return jax.jit(inside)
 
 
 def _nothing_seen() -> jax.Array:

@@ -7,7 +7,7 @@ which then is the norm; where they do not, the sum is taken again in integers. `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -28,9 +28,17 @@ _MIN_NORMAL = 2.0**-126
 _SUBNORMALS_COUNT_BELOW = 2.0**-160
 _ROW = 64
 """The last axis makes rows from this length on."""
+_SHORT = 2**12
+"""Numbers of one leaf at most that are summed up together with those of others."""
+_TOGETHER = 2**14
+"""Numbers of several leaves that are."""
 _LONG = 2**20
 """Numbers that are summed up in one go at most."""
 _CHUNK = 2**16
+_UNIT = 300
+"""Sums of squares are counted in units of 2^-300."""
+_POSITIONS = (2 * np.maximum(np.arange(EXPONENTS) - 1, 0) + 2)[:, None] + np.array([0, LIMB_BITS])
+"""Of the limbs of the sum of each exponent field: what one in them is worth is two to this power, in such units."""
 _WORDS = 20
 _WORD = (1 << 32) - 1
 
@@ -101,9 +109,9 @@ def norm_of(leaves: Sequence[jax.Array], norm_type: float = 2.0, axis_name: Axis
     if norm_type == 2:
         return euclidean_norm(leaves, axis_name)
     largest = _largest_magnitude(leaves, axis_name)
-    if math.isinf(norm_type):
-        return _as_norm(largest)
     with jax.enable_x64(True):
+        if math.isinf(norm_type):
+            return _of_bits(_rounded_bits(largest))
         # Relative to the largest, no power overflows. Infinities and NaN, which that would lose, are the largest.
         finite = jnp.isfinite(largest)
         unit = jnp.where(finite & (largest > 0), largest, 1.0)
@@ -111,83 +119,95 @@ def norm_of(leaves: Sequence[jax.Array], norm_type: float = 2.0, axis_name: Axis
         for leaf in leaves:
             total = total + jnp.sum((jnp.abs(_widen_subnormals(leaf)) / unit) ** norm_type)
         total = total if axis_name is None else lax.psum(total, axis_name)
-        return _as_norm(jnp.where(finite, unit * total ** (1 / norm_type), largest))
+        return _of_bits(_rounded_bits(jnp.where(finite, unit * total ** (1 / norm_type), largest)))
 
 
 def euclidean_norm(leaves: Sequence[jax.Array], axis_name: AxisName | None = None) -> Norm:
     """:func:`global_norm` of leaves, in two dtypes."""
     with jax.enable_x64(True):
-        total, slack = _sum_of_squares(leaves, axis_name)
+        total, in_a_row = _sum_of_squares(leaves)
+        total = total if axis_name is None else lax.psum(total, axis_name)
         root = jnp.sqrt(total)
         bits = _rounded_bits(root)
-        if all(leaf.dtype != jnp.float64 for leaf in leaves):
-            is_certain = _rounded_bits(root * (1 - slack)) == _rounded_bits(root * (1 + slack))
-            bits = lax.cond(
-                is_certain | ~jnp.isfinite(total),
-                lambda bits, _: bits,
-                lambda bits, leaves: _rounded_exactly(bits, leaves, axis_name),
-                bits,
-                list(leaves),
-            )
+        if any(leaf.dtype == jnp.float64 for leaf in leaves):
+            return _of_bits(bits)
+        slack = _relative_error(in_a_row, axis_name)
+        is_certain = _rounded_bits(root * (1 - slack)) == _rounded_bits(root * (1 + slack))
+        # Subnormals add less than 2^-252 each: they count only in a sum so small that XLA may have dropped some of it.
+        is_certain = (is_certain & (total >= _SUBNORMALS_COUNT_BELOW)) | ~jnp.isfinite(total)
+        bits = lax.cond(
+            is_certain,
+            lambda _: bits,
+            lambda leaves: _rounded_exactly(leaves, axis_name),
+            list(leaves),
+        )
         return _of_bits(bits)
 
 
-def _sum_of_squares(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> tuple[jax.Array, float]:
-    """The sum in float64, and by how much its root may be off, relatively, from the true norm."""
-    total = _added_up(leaves, _widen, axis_name)
-    # Subnormals add less than 2^-252 each: they count only in a sum so small that XLA may have dropped some of it.
-    total = lax.cond(
-        total < _SUBNORMALS_COUNT_BELOW,
-        lambda them: _added_up(them, _widen_subnormals, axis_name),
-        lambda _: total,
-        list(leaves),
-    )
-    # Of positive numbers n are added with at most n - 1 roundings in a row, in any order whatever. Twice that for what
-    # is added up over leaves and devices; one for each square; the root halves it all, and adds two of its own.
-    in_a_row = max(_roundings_in_a_row(leaf) for leaf in leaves) + 2 * len(leaves)
+def _relative_error(in_a_row: int, axis_name: AxisName | None) -> float:
+    """By how much the root of a float64 sum may be off, relatively, from the true norm.
+
+    Twice what is added up over devices; one rounding for each square; the root halves it all, and adds two of its own.
+    """
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    return total, (in_a_row + 2 * devices + 4) * FLOAT64_ROUNDOFF
+    return (in_a_row + 2 * devices + 4) * FLOAT64_ROUNDOFF
 
 
-def _added_up(
-    leaves: Sequence[jax.Array], widen: Callable[[jax.Array], jax.Array], axis_name: AxisName | None
-) -> jax.Array:
+def _sum_of_squares(leaves: Sequence[jax.Array]) -> tuple[jax.Array, int]:
+    """The sum in float64, and how many roundings in a row it has at most.
+
+    Of positive numbers n are added with at most n - 1, in any order whatever. Small leaves are summed up together, as
+    squares or as sums of rows: each sum by itself is three programs for XLA's CPU backend to compile.
+    """
+    parts = [_partial_sums(leaf) for leaf in leaves]
+    groups, in_a_row = _grouped([part for part, _ in parts]), max(each for _, each in parts)
     total = jnp.float64(0)
-    for leaf in leaves:
-        total = total + _squares_of(leaf, widen)
-    return total if axis_name is None else lax.psum(total, axis_name)
+    for group in groups:
+        sums = jnp.concatenate(group)
+        # Sums of squares are not negative, but XLA cannot know: else it would pull the sum apart again.
+        total = total + jnp.sum(jnp.where(sums < 0, jnp.nan, sums))
+    return total, in_a_row + max(sum(part.size for part in group) for group in groups) + 2 * len(groups)
 
 
-def _squares_of(leaf: jax.Array, widen: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The sum of squares, in as few roundings in a row as the speed of memory allows.
+def _partial_sums(leaf: jax.Array) -> tuple[jax.Array, int]:
+    """Numbers whose sum is that of the squares, 1-D, and how many roundings in a row there were.
 
     XLA's CPU backend is fast at sums over the last axis, as it is, and over all, and slow where it has to cut anew.
     """
+    if leaf.size <= _SHORT:
+        return (_widen(leaf) * _widen(leaf)).reshape(-1), 0
     if _by_rows(leaf):
-        sums = jnp.sum(widen(leaf) * widen(leaf), axis=-1)
-        # Sums of squares are not negative, but XLA cannot know: else it would make one long sum of the two.
-        return jnp.sum(jnp.where(sums < 0, jnp.nan, sums))
+        sums = jnp.sum(_widen(leaf) * _widen(leaf), axis=-1).reshape(-1)
+        if sums.size <= _SHORT:
+            return sums, leaf.shape[-1]
+        return jnp.sum(jnp.where(sums < 0, jnp.nan, sums))[None], leaf.shape[-1] + sums.size
     flat = leaf.reshape(-1)
     if flat.size <= _LONG:
-        return jnp.sum(widen(flat) * widen(flat))
+        return jnp.sum(_widen(flat) * _widen(flat))[None], flat.size
 
     def add(k: jax.Array, total: jax.Array) -> jax.Array:
-        part = widen(lax.dynamic_slice_in_dim(flat, k * _LONG, _LONG))
+        part = _widen(lax.dynamic_slice_in_dim(flat, k * _LONG, _LONG))
         return total + jnp.sum(part * part)
 
     whole = flat.size // _LONG
-    rest = widen(flat[whole * _LONG :])
-    return lax.fori_loop(0, whole, add, jnp.sum(rest * rest))
+    rest = _widen(flat[whole * _LONG :])
+    return lax.fori_loop(0, whole, add, jnp.sum(rest * rest))[None], _LONG + whole
+
+
+def _grouped(parts: Sequence[jax.Array]) -> list[list[jax.Array]]:
+    """Vectors in groups of bounded length; a single zero where all are empty."""
+    groups, room = [], 0
+    for part in (part for part in parts if part.size):
+        if part.size > room:
+            groups.append([])
+            room = max(_TOGETHER, part.size)
+        groups[-1].append(part)
+        room -= part.size
+    return groups or [[jnp.zeros(1, jnp.float64)]]
 
 
 def _by_rows(leaf: jax.Array) -> bool:
     return leaf.ndim > 1 and leaf.shape[-1] >= _ROW and leaf.size <= leaf.shape[-1] * _LONG
-
-
-def _roundings_in_a_row(leaf: jax.Array) -> int:
-    if _by_rows(leaf):
-        return leaf.shape[-1] + leaf.size // leaf.shape[-1]
-    return min(leaf.size, _LONG) + leaf.size // _LONG
 
 
 def _largest_magnitude(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> jax.Array:
@@ -219,9 +239,10 @@ def _widen_subnormals(leaf: jax.Array) -> jax.Array:
         return jnp.where(magnitude < _IMPLICIT_ONE, _widen(magnitude) * 2.0**-149, _widen(leaf))
 
 
-def _as_norm(value: jax.Array) -> Norm:
+def as_norm(norm: jax.Array) -> Norm:
+    """A norm that :func:`global_norm` has taken, in two dtypes."""
     with jax.enable_x64(True):
-        return _of_bits(_rounded_bits(value))
+        return _of_bits(lax.bitcast_convert_type(norm, jnp.int32))
 
 
 def _rounded_bits(value: jax.Array) -> jax.Array:
@@ -240,65 +261,78 @@ def _of_bits(bits: jax.Array) -> Norm:
 # --- the exact sum --------------------------------------------------------------------------------------------------
 
 
-def _rounded_exactly(bits: jax.Array, leaves: Sequence[jax.Array], axis_name: AxisName | None) -> jax.Array:
-    """The right one of a float32 and its two neighbours, by comparing the exact sum with the squares half way."""
-    sums = jnp.zeros((EXPONENTS, 2), jnp.int64)
-    flat = [leaf.astype(jnp.float32).reshape(-1) for leaf in leaves]
-    # Small leaves together: each loop is a program of its own to compile.
-    small = [leaf for leaf in flat if leaf.size < _CHUNK]
-    for leaf in [*(leaf for leaf in flat if leaf.size >= _CHUNK), *([jnp.concatenate(small)] if small else [])]:
-        sums = _add_exponent_sums(sums, leaf)
+def _rounded_exactly(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> jax.Array:
+    """The bits of the norm, from an exact sum."""
+    sums = _exponent_sums(leaves)
     sums = sums if axis_name is None else lax.psum(sums, axis_name)
-    positions = 2 * np.maximum(np.arange(EXPONENTS) - 1, 0) + 2
-    total = _limbs(sums.reshape(-1), (positions[:, None] + np.array([0, LIMB_BITS])).reshape(-1))
-    above = _sign_of_difference(total, _square_half_way(bits))
-    below = jnp.where(bits > 0, _sign_of_difference(total, _square_half_way(jnp.maximum(bits - 1, 0))), 1)
+    return _mended(_rounded_bits(jnp.sqrt(jnp.sum(_widen(sums) * np.exp2(_POSITIONS - _UNIT)))), sums)
+
+
+def _mended(bits: jax.Array, sums: jax.Array) -> jax.Array:
+    """The right one of a float32 and its two neighbours, by the exact sum of squares."""
+    # Against the squares half way to the next float32, and half way from the last one.
+    total = _words(sums.reshape(-1), jnp.asarray(_POSITIONS.reshape(-1)))
+    above, below = jax.vmap(lambda bits: _sign(total - _square_half_way(bits)))(jnp.stack([bits, bits - 1]))
+    below = jnp.where(bits > 0, below, 1)
     is_odd = (bits & 1) == 1
     up = (above > 0) | ((above == 0) & is_odd)
     down = (below < 0) | ((below == 0) & is_odd)
     return jnp.minimum(bits + up.astype(jnp.int32) - down.astype(jnp.int32), _MAX_BITS)
 
 
-def _add_exponent_sums(sums: jax.Array, flat: jax.Array) -> jax.Array:
-    """Add squares of significands, in two limbs, to int64 sums for each exponent field: a part at a time."""
+def _exponent_sums(leaves: Sequence[jax.Array]) -> jax.Array:
+    """Sums of squares of significands for each exponent field: int64 of shape ``(255, 2)``, two limbs."""
 
-    def add(sums: jax.Array, part: jax.Array) -> tuple[jax.Array, None]:
+    def add(sums: jax.Array, part: jax.Array) -> jax.Array:
         magnitude = lax.bitcast_convert_type(part, jnp.int32) & _MAGNITUDE
         field = jnp.maximum(magnitude >> 23, 1)
         significand = (magnitude - ((field - 1) << 23)).astype(jnp.int64)
         square = significand * significand
         limbs = jnp.stack([square & ((1 << LIMB_BITS) - 1), square >> LIMB_BITS], -1)
-        return sums.at[field].add(limbs), None
+        return sums.at[field].add(limbs)
 
-    whole = flat.size - flat.size % _CHUNK
-    if whole:
-        sums, _ = lax.scan(add, sums, flat[:whole].reshape(-1, _CHUNK))
-    return add(sums, flat[whole:])[0]
+    def add_unless_zero(sums: jax.Array, part: jax.Array) -> tuple[jax.Array, None]:
+        nothing = jnp.max(lax.bitcast_convert_type(part, jnp.int32) & _MAGNITUDE) == 0
+        return lax.cond(nothing, lambda sums, _: sums, add, sums, part), None
+
+    flat = [leaf.astype(jnp.float32).reshape(-1) for leaf in leaves]
+    # Inside shard_map a loop has to start from what hangs on the device as much as what it ends in.
+    nothing = sum(jnp.sum(lax.bitcast_convert_type(leaf[:1], jnp.int32) & 0) for leaf in flat)
+    sums = jnp.zeros((EXPONENTS, 2), jnp.int64) + nothing
+    rests = []
+    for leaf in flat:
+        whole = leaf.size - leaf.size % _CHUNK
+        if whole:
+            sums, _ = lax.scan(add_unless_zero, sums, leaf[:whole].reshape(-1, _CHUNK))
+        rests.append(leaf[whole:])
+    # What is left of all of them together: each loop is a program of its own to compile.
+    rest = jnp.concatenate(rests)
+    rest = jnp.pad(rest, (0, -rest.size % min(_CHUNK, max(rest.size, 1))))
+    return lax.scan(add_unless_zero, sums, rest.reshape(-1, min(_CHUNK, rest.size)))[0] if rest.size else sums
 
 
 def _square_half_way(bits: jax.Array) -> jax.Array:
-    """The square of what lies half way to the next float32, in limbs."""
+    """The square of what lies half way to the next float32, in words."""
     field = jnp.maximum(bits >> 23, 1)
     middle = (2 * (bits - ((field - 1) << 23)) + 1).astype(jnp.int64)
-    return _limbs((middle * middle)[None], 2 * (field - 1)[None])
+    return _words((middle * middle)[None], 2 * (field - 1)[None])
 
 
-def _limbs(values: jax.Array, positions: jax.Array | np.ndarray) -> jax.Array:
-    """``sum(values * 2^positions)`` in units of 2^-300, as 32-bit words in int64, the lowest first."""
+def _words(values: jax.Array, positions: jax.Array) -> jax.Array:
+    """``sum(values * 2^positions)`` in units of 2^-300: words of 32 bits, the lowest first, not carried, in int64."""
     # Values below 2^62 in two pieces of 31 bits, each of which covers at most two words.
     pieces = jnp.concatenate([values & ((1 << 31) - 1), values >> 31])
-    at = jnp.concatenate([jnp.asarray(positions), jnp.asarray(positions) + 31]).astype(jnp.int64)
+    at = jnp.concatenate([positions, positions + 31]).astype(jnp.int64)
     moved, word = pieces << (at & 31), at >> 5
-    words = jnp.zeros(_WORDS, jnp.int64).at[word].add(moved & _WORD).at[word + 1].add(moved >> 32)
+    return jnp.zeros(_WORDS, jnp.int64).at[jnp.stack([word, word + 1])].add(jnp.stack([moved & _WORD, moved >> 32]))
+
+
+def _sign(words: jax.Array) -> jax.Array:
+    """-1, 0 or 1: the sign of a number in words, which may be negative and are carried here."""
 
     def carry(carried: jax.Array, word: jax.Array) -> tuple[jax.Array, jax.Array]:
         whole = word + carried
         return whole >> 32, whole & _WORD
 
-    return lax.scan(carry, jnp.int64(0), words)[1]
-
-
-def _sign_of_difference(left: jax.Array, right: jax.Array) -> jax.Array:
-    """-1, 0 or 1 as the number in limbs on the left is less than, equal to or more than that on the right."""
-    # The highest word that differs outweighs all below it.
-    return jnp.sign(jnp.sum(jnp.sign(left - right) * 2 ** np.arange(_WORDS)))
+    highest, rest = lax.scan(carry, jnp.int64(0), words)
+    return jnp.where(highest < 0, -1, jnp.max(jnp.sign(rest))).astype(jnp.int32)

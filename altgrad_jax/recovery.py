@@ -17,6 +17,7 @@ from jax import lax
 
 from altgrad_core.formats import Format
 from altgrad_jax.casting import quantize
+from altgrad_jax.hashing import hash_bits
 from altgrad_jax.params import FormatParams, as_params
 from altgrad_jax.scaling import amax, power_of_two_scale
 
@@ -104,7 +105,12 @@ def select_if_finite(ok: jax.Array, new: State, old: State) -> State:
 
 
 def commit(
-    params: optax.Params, format: str | Format | FormatParams, mask: optax.Params, key: jax.Array | None = None
+    params: optax.Params,
+    format: str | Format | FormatParams,
+    mask: optax.Params,
+    *,
+    seed: int | jax.Array | None = None,
+    step: int | jax.Array = 0,
 ) -> optax.Params:
     """Store weights on the grid of a format: each leaf under the power-of-two scale of its own amax.
 
@@ -114,7 +120,10 @@ def commit(
         params: pytree of float32 arrays.
         format: the grid; the rounding is that of :class:`~altgrad_jax.casting.FormatParams`, else nearest even.
         mask: pytree of Python bools like ``params``: which leaves to store on the grid.
-        key: PRNG key for stochastic rounding; params on the integer path need it.
+        seed: of stochastic rounding, uint32 or an integer from 0 to 2^32 - 1: params on the integer path need it.
+            Random bits come from :func:`~altgrad_jax.hashing.hash_bits`, with a seed of its own for each leaf: word k
+            of ``hash_bits((leaves,), seed, step)`` for leaf k.
+        step: likewise, of the training; another step draws other bits.
 
     Returns:
         The parameters, those under the mask rounded.
@@ -131,11 +140,12 @@ def commit(
     if mask_structure != structure:
         raise ValueError(f"the mask has the structure {mask_structure}; expected that of the params, {structure}")
 
+    seeds = None if seed is None or grid.path != "integer" else hash_bits((len(leaves),), seed, step)
+
     def on_grid(index: int, leaf: jax.Array) -> jax.Array:
         scaled = grid.scaled(power_of_two_scale(amax(leaf), grid.max_value))
-        if key is None or grid.path != "integer":
-            return quantize(leaf, scaled)
-        return quantize(leaf, scaled, random_bits=jax.random.bits(jax.random.fold_in(key, index), leaf.shape))
+        bits = None if seeds is None else hash_bits(leaf.shape, seeds[index], step)
+        return quantize(leaf, scaled, random_bits=bits)
 
     rounded = [on_grid(k, leaf) if chosen else leaf for k, (leaf, chosen) in enumerate(zip(leaves, keep, strict=True))]
     return jax.tree.unflatten(structure, rounded)

@@ -37,6 +37,8 @@ _NAN = np.int32(0x7FC00000)
 _MOST = np.float32(2.0**MOST_EXPONENT)
 _ROW, _FOLDS = 32, 8
 """Elements of a row, and into how many parts it is folded, one upon the other."""
+_WORTH_FOLDING = 2**15
+"""Elements of an array that is reduced in parts: for a smaller one that is more to compile, and no faster."""
 
 
 def amax(x: jax.Array, axes: int | tuple[int, ...] | None = None) -> jax.Array:
@@ -73,11 +75,11 @@ def amax(x: jax.Array, axes: int | tuple[int, ...] | None = None) -> jax.Array:
 def largest_of(magnitudes: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """The maximum of non-negative int32 along axes; 0 where there is nothing.
 
-    One of the axes is cut into short rows, if it can be, and these are folded first: that XLA's CPU backend turns into
-    vector code, which of its reduction to a maximum it does not. Axes are split, never merged, so what is sharded
-    stays so; and what crosses devices is a plain maximum, the only one that collectives know.
+    In a large array one of the axes is cut into short rows, if it can be, and these are folded first: that XLA's CPU
+    backend turns into vector code, which of its reduction to a maximum it does not. Axes are split, never merged, so
+    what is sharded stays so; and what crosses devices is a plain maximum, the only one that collectives know.
     """
-    for axis in reversed(axes):
+    for axis in reversed(axes if magnitudes.size > _WORTH_FOLDING else ()):
         length = magnitudes.shape[axis]
         row = _largest_divisor(length, _ROW)
         folds = _largest_divisor(row, _FOLDS)

@@ -147,6 +147,7 @@ class Program:
             state.params,
             # A rate below every threshold keeps the gate shut, where the run does not clip.
             overflow_rate=jnp.where(state.run.switches.clip, seen.gradient.overflow_rate, -1),
+            total_norm=norm,
         )
         refused = state.run.switches.recover & _is_spike(norm, state.norm_history)
         moved = replace(
@@ -244,10 +245,10 @@ class Program:
     def _store(self, state: TrainState, params: Params) -> Params:
         if self.path == "identity":
             return params
-        key = jax.random.fold_in(jax.random.key(state.run.seed), state.step)
+        seed, step = state.run.seed, state.step
         return jax.lax.cond(
             state.run.switches.committed,
-            lambda: commit(params, state.run.storage, self._matmul_weights, key),
+            lambda: commit(params, state.run.storage, self._matmul_weights, seed=seed, step=step),
             lambda: params,
         )
 

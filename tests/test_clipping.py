@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from altgrad_core import FORMAT_REGISTRY, UnknownFormatError, clip_threshold
+from altgrad_core.errors import InputError
 from altgrad_jax import (
     FormatParams,
     clip_by_global_norm,
@@ -271,6 +272,38 @@ def test_total_norm_is_never_stale() -> None:
         _, state = tx.update(grads, state, grads, overflow_rate=rate)
         assert float(optax.tree.get(state, "total_norm")) == expected
         assert bool(optax.tree.get(state, "clipped")) is (rate == 1.0)
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1.0, 1e19])
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_given_norm_is_not_taken_again(rate: float, scale: float) -> None:
+    grads = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf) * np.float32(scale)), tree())
+    tx = partition_relative_clip("E3M4")
+    update = jax.jit(lambda norm: tx.update(grads, tx.init(grads), overflow_rate=rate, total_norm=norm))
+    given, state = update(global_norm(grads))
+    taken, seen = tx.update(grads, tx.init(grads), overflow_rate=rate)
+    assert_same_bits(given, taken)
+    assert_same_bits(state.total_norm, exact_norm(*grads.values()))
+    assert bool(state.clipped) is bool(seen.clipped) is (rate == 1.0)
+    _, state = update(jnp.float32(np.nan))
+    assert bool(jnp.isnan(state.total_norm))
+
+
+def test_bad_norms() -> None:
+    grads = tree()
+    tx = partition_relative_clip("E3M4")
+    with pytest.raises(InputError, match=r"total_norm is -1\.0; expected a norm"):
+        tx.update(grads, tx.init(grads), overflow_rate=1.0, total_norm=-1.0)
+    tx = partition_relative_clip("E3M4", nonfinite="zero")
+    with pytest.raises(InputError, match="total_norm does not go with nonfinite='zero'"):
+        tx.update(grads, tx.init(grads), overflow_rate=1.0, total_norm=1.0)
+    tx = partition_relative_clip({".*": "E3M4"})
+    with pytest.raises(InputError, match=r"total_norm is one for all groups; expected a mapping to that of each: \.\*"):
+        tx.update(grads, tx.init(grads), overflow_rate=1.0, total_norm=1.0)
+    with pytest.raises(InputError, match=r"total_norm is given for w; expected \.\*"):
+        tx.update(grads, tx.init(grads), overflow_rate=1.0, total_norm={"w": 1.0})
+    _, state = tx.update(grads, tx.init(grads), overflow_rate=0.0, total_norm={".*": 2.0})
+    assert float(state.groups[".*"].total_norm) == 2.0
 
 
 def test_shut_gate_touches_no_bit() -> None:

@@ -19,7 +19,7 @@ import altgrad_torch
 from altgrad_core.errors import InputError
 from altgrad_core.norms import check_norm_type, norm_of_exponent_sums, round_root
 from altgrad_jax import clip_by_global_norm, global_norm
-from altgrad_jax.norms import _rounded_exactly, norm_of
+from altgrad_jax.norms import _exponent_sums, _mended, _rounded_exactly, norm_of
 from altgrad_torch.norms import norm_of as torch_norm_of
 
 Single = npt.NDArray[np.float32]
@@ -85,10 +85,12 @@ def test_the_exact_sum_mends_a_wrong_neighbour(scale: float) -> None:
     leaves = [(draw.standard_normal(size) * scale).astype(np.float32) for size in (3, 2**16 + 5)]
     right = nearest_float32(sum((sum_of_squares(leaf) for leaf in leaves), Fraction(0)))
     with jax.enable_x64(True):
-        mend = jax.jit(lambda bits, leaves: _rounded_exactly(bits, leaves, None))
+        arrays = [jnp.asarray(leaf) for leaf in leaves]
+        sums = jax.jit(_exponent_sums)(arrays)
         for off in (-1, 0, 1):
             bits = jnp.asarray(right.view(np.int32) + np.int32(off))
-            assert int(mend(bits, [jnp.asarray(leaf) for leaf in leaves])) == int(right.view(np.int32))
+            assert int(_mended(bits, sums)) == int(right.view(np.int32))
+        assert int(_rounded_exactly(arrays, None)) == int(right.view(np.int32))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -97,7 +99,7 @@ def test_half_precision_by_the_exact_sum(dtype: str) -> None:
     expected = nearest_float32(sum_of_squares(np.asarray(leaf.astype(jnp.float32))))
     assert np.asarray(NORM([leaf])).view(np.uint32) == expected.view(np.uint32)
     with jax.enable_x64(True):
-        assert int(_rounded_exactly(jnp.asarray(expected.view(np.int32)), [leaf], None)) == int(expected.view(np.int32))
+        assert int(_rounded_exactly([leaf], None)) == int(expected.view(np.int32))
 
 
 @given(st.integers(0, 2**600), st.integers(-150, 0))
