@@ -22,8 +22,13 @@ from altgrad_torch.codes import encode as encode
 from altgrad_torch.granularity import amaxes as amaxes
 from altgrad_torch.granularity import spread as spread
 from altgrad_torch.hashing import hash_bits as hash_bits
+from altgrad_torch.keeper import SnapshotKeeper as SnapshotKeeper
 from altgrad_torch.norms import global_norm as global_norm
 from altgrad_torch.params import FormatParams as FormatParams
+from altgrad_torch.recovery import SkipNonfinite as SkipNonfinite
+from altgrad_torch.recovery import all_finite as all_finite
+from altgrad_torch.recovery import commit_ as commit_
+from altgrad_torch.recovery import reset_moments_ as reset_moments_
 from altgrad_torch.scaling import Current as Current
 from altgrad_torch.scaling import Delayed as Delayed
 from altgrad_torch.scaling import Static as Static
