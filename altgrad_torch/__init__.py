@@ -19,6 +19,11 @@ from altgrad_torch.clipping import PartitionRelativeClipper as PartitionRelative
 from altgrad_torch.clipping import clip_grad_norm_ as clip_grad_norm_
 from altgrad_torch.codes import decode as decode
 from altgrad_torch.codes import encode as encode
+from altgrad_torch.control import Decision as Decision
+from altgrad_torch.control import FormatController as FormatController
+from altgrad_torch.control import Observation as Observation
+from altgrad_torch.control import Policy as Policy
+from altgrad_torch.control import set_format as set_format
 from altgrad_torch.granularity import amaxes as amaxes
 from altgrad_torch.granularity import spread as spread
 from altgrad_torch.hashing import hash_bits as hash_bits
