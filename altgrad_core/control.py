@@ -29,7 +29,7 @@ class Decision:
     Attributes:
         format: the format to shift to, or None.
         rounding: the rounding of committed weights to change to, or None.
-        rollback: whether to go back to the older snapshot.
+        rollback: whether to go back to the oldest snapshot.
         events: the same as lines for the log, with what called for it.
         learning_rate: the factor on the learning rate to change to, or None.
     """

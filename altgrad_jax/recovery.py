@@ -168,8 +168,8 @@ class Snapshots(Generic[State]):
 
         Args:
             state: any pytree of arrays, PRNG keys among them.
-            keep: how many snapshots to keep, at least 1. From two on the oldest is older than the last fault by more
-                than one interval, even where the newest was taken just after it.
+            keep: how many snapshots to keep, at least 1. With two or more, one that was taken between a fault and its
+                first sign is not the one that a run goes back to.
 
         Raises:
             InputError: if ``keep`` is not a positive integer.
@@ -214,7 +214,7 @@ def snapshot(snapshots: Snapshots[State], state: State, good: jax.Array) -> Snap
     Args:
         snapshots: what was kept so far; donate it under jit, and only one slot is written.
         state: the train state now.
-        good: bool scalar: whether its last loss was finite and sound and its parameters are finite.
+        good: bool scalar: whether its last loss was finite and is not running away, and its parameters are finite.
 
     >>> snapshots = Snapshots.of(jnp.float32(0), keep=3)
     >>> for value in (1, 2, 3):
@@ -257,7 +257,7 @@ def rollback(
     place = snapshots._place(back)
     up_to = jnp.minimum(jnp.arange(snapshots.keep, dtype=jnp.int32), place)
     order = jnp.where(do, snapshots.order[up_to], snapshots.order)
-    return select_if_finite(~do, state, snapshots.state(back)), replace(snapshots, order=order)
+    return select_if_finite(do, snapshots.state(back), state), replace(snapshots, order=order)
 
 
 def reset_moments(tx: optax.GradientTransformation, opt_state: optax.OptState, params: optax.Params) -> optax.OptState:

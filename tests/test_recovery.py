@@ -313,7 +313,7 @@ def test_snapshots_are_the_last_good_states_and_go_with_what_is_gone_back_to(kee
 
 def test_one_may_go_back_to_the_newest() -> None:
     snapshots = KEEP(KEEP(Snapshots.of(state_of(0), 3), state_of(1), True), state_of(2), True)
-    state, left = rollback(snapshots, state_of(9), jnp.asarray(True), back=1)
+    state, left = rollback(snapshots, state_of(9), True, back=1)  # pyrefly: ignore[bad-argument-type]
     assert_same_bits(state, state_of(2))
     assert values(left) == (0, 1, 2)
     _, left = rollback(snapshots, state_of(9), jnp.asarray(True), back=2)
