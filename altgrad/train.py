@@ -20,6 +20,7 @@ from altgrad_core.errors import InputError
 from altgrad_core.events import Event, jsonable
 from altgrad_core.formats import Overflow, parse
 from altgrad_core.settings import Policy, PolicyName, check_count
+from altgrad_core.snapshots import Moments
 from altgrad_core.stability import check_base_clip, check_rate
 from altgrad_jax.checkpoint import CheckpointError, Checkpoints
 from altgrad_jax.data import Corpus, load_corpus
@@ -100,13 +101,17 @@ class TrainConfig:
     """Seed of weights, batches and stochastic rounding."""
     snapshot_every: int = 20
     """Steps between the snapshots that a poisoned run goes back to."""
+    snapshots_kept: int = 2
+    """How many of them are kept; a poisoned run goes back to the oldest."""
+    rollback_moments: Moments = "kept"
+    """Whether the optimizer's moments come back with the weights, or start anew."""
     checkpoint_every: int = 100
     """Steps between checkpoints on disk."""
 
     def __post_init__(self) -> None:
         """Refuse what would have no effect or could not work."""
         parse(self.format)
-        for name in ("steps", "batch", "context", "snapshot_every", "checkpoint_every"):
+        for name in ("steps", "batch", "context", "snapshot_every", "snapshots_kept", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise RunError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
         if not 0 <= self.seed < 2**32:
@@ -119,7 +124,7 @@ class TrainConfig:
         check_rate("overflow_threshold", self.overflow_threshold)
         self._refuse_without(self.clip, "--clip", ("base_clip", "overflow_threshold"))
         self._refuse_without(self.shift, "--shift", ("nan_patience", "stall_threshold", "policy", "recover_after"))
-        self._refuse_without(self.recover, "--recover", ("snapshot_every",))
+        self._refuse_without(self.recover, "--recover", ("snapshot_every", "snapshots_kept", "rollback_moments"))
         stalls_count = self.policy == "fallback_chain" or (self.policy != "off" and self.storage == "committed")
         told = "--storage committed (and a --policy) or --policy fallback_chain"
         self._refuse_without(stalls_count, told, ("stall_threshold",))
@@ -217,7 +222,15 @@ def train(config: TrainConfig, console: Console | None = None) -> float | None:
     with Checkpoints(config.out / "checkpoints", identity) as checkpoints:
         if config.resume:
             _require_same_run(config.out, identity)
-        job = Job(program, [plan], corpus, batch=config.batch, snapshot_every=config.snapshot_every)
+        job = Job(
+            program,
+            [plan],
+            corpus,
+            batch=config.batch,
+            snapshot_every=config.snapshot_every,
+            snapshots_kept=config.snapshots_kept,
+            rollback_moments=config.rollback_moments,
+        )
         if checkpoints.latest_step is not None:
             console.print(f"resuming at step {checkpoints.restore(job)}")
         with _Log(config.out, job.reported_through) as log:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class Decision:
     Attributes:
         format: the format to shift to, or None.
         rounding: the rounding of committed weights to change to, or None.
-        rollback: whether to go back to the older snapshot.
+        rollback: whether to go back to the oldest snapshot.
         events: the same as lines for the log, with what called for it.
         learning_rate: the factor on the learning rate to change to, or None.
     """
@@ -84,6 +85,7 @@ class Controller:
         self.shifter = shifter
         self.can_roll_back = can_roll_back
         self.events: list[Event] = []
+        self._unread: deque[tuple[int, Callable[[], Mapping[str, float]]]] = deque()
         self._health = Health(self.policy)
         self._watch = Watch(self.policy, self.format)
         self._rule = rule_of(self.policy)
@@ -124,13 +126,32 @@ class Controller:
             self._start_anew(decision, seen.step, ignore_through)
         return decision
 
+    def observe_late(self, step: int, read: Callable[[], Mapping[str, float]]) -> Decision:
+        """Take a step whose numbers are still being computed, and decide on those of the step before it.
+
+        So nobody waits for a device: what a step showed is read once the next one is on its way.
+
+        Args:
+            step: its number.
+            read: gives the numbers, under the names of :class:`~altgrad_core.evidence.Observation`, once they are due.
+
+        Returns:
+            What to do; nothing at the first step.
+        """
+        self._unread.append((step, read))
+        return self._read(in_flight=step) if len(self._unread) > 1 else Decision()
+
+    def observe_last(self) -> Decision:
+        """Decide on the last step, whose numbers no further :meth:`observe_late` would read."""
+        return self._read(in_flight=None) if self._unread else Decision()
+
     @property
     def calm(self) -> bool:
         """Whether the last observation gave no reason to doubt the run: the time to take a snapshot."""
         return self._health.calm
 
     def saved(self) -> dict[str, Any]:
-        """Everything the controller remembers, as JSON-ready values (metrics still on the device excepted)."""
+        """Everything the controller remembers, as JSON-ready values (numbers that were not read yet excepted)."""
         return {
             "format": self.format,
             "rounding": self.rounding,
@@ -145,6 +166,21 @@ class Controller:
         self.learning_rate = saved["learning_rate"]
         self._health.restore(saved["health"])
         self._watch.restore(saved["watch"])
+
+    def _read(self, in_flight: int | None) -> Decision:
+        step, read = self._unread.popleft()
+        return self.observe(Observation.of(step, read()), in_flight=in_flight)
+
+    def _check_step_can_carry_out(self, roll_back: object) -> None:
+        """Refuse what a loop that only writes formats and rolls back could not do, before it is decided."""
+        if self.rounding is not None:
+            raise InputError("step() cannot change how weights are rounded: use observe() and write what it decides")
+        if self.learning_rate is not None:
+            raise InputError("step() cannot change the learning rate: use observe() and write what it decides")
+        if (roll_back is not None) != self.can_roll_back:
+            raise InputError(
+                f"can_roll_back is {self.can_roll_back} but roll_back is {roll_back!r}; give both or neither"
+            )
 
     def _start_anew(self, decision: Decision, step: int, ignore_through: int) -> None:
         if decision.format is not None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import InitVar, dataclass
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from altgrad_core.errors import InputError
@@ -20,12 +18,6 @@ PolicyName = Literal["relative_stall", "fallback_chain", "by_cause", "off"]
 
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
-StallRule = Literal["relative", "literal", "off"]
-"""Shorter names of three of them."""
-
-_BY_STALL_RULE: MappingProxyType[StallRule, PolicyName] = MappingProxyType(
-    {"relative": "relative_stall", "literal": "fallback_chain", "off": "off"}
-)
 _COUNTS = (("window", 1), ("warmup", 0), ("cooldown", 0), ("runaway_patience", 1), ("rollback_patience", 1))
 _RATES = (
     "overflow_limit",
@@ -60,13 +52,12 @@ class Policy:
         worst_underflow_limit: the same, of the worst site.
         saturation_limit: share of updates stalled at ±max at and above which ``by_cause`` acts.
         smallest_learning_rate: the factor below which ``by_cause`` does not lower the learning rate.
-        stall_rule: sets ``rule`` by a shorter name: ``relative``, ``literal`` (``fallback_chain``) or ``off``.
 
     Raises:
         InputError: for an unknown name and for values out of range.
 
-    >>> Policy(stall_rule="literal").rule, Policy("by_cause", window=10).cooldown
-    ('fallback_chain', 50)
+    >>> Policy().rule, Policy("by_cause", window=10).cooldown
+    ('relative_stall', 50)
     """
 
     rule: PolicyName | Rule = "relative_stall"
@@ -86,15 +77,11 @@ class Policy:
     worst_underflow_limit: float = 0.5
     saturation_limit: float = 0.2
     smallest_learning_rate: float = 0.125
-    stall_rule: InitVar[StallRule | None] = None
 
-    def __post_init__(self, stall_rule: StallRule | None) -> None:
+    def __post_init__(self) -> None:
         """Refuse what could not work."""
-        if stall_rule is not None:
-            _check_known("stall_rule", stall_rule, tuple(_BY_STALL_RULE))
-            object.__setattr__(self, "rule", _BY_STALL_RULE[stall_rule])
         if not callable(self.rule):
-            _check_known("policy", self.rule, POLICY_NAMES)
+            _check_rule_known(self.rule)
         for name, least in _COUNTS:
             check_count(name, getattr(self, name), least)
         for name in _RATES:
@@ -126,8 +113,8 @@ def check_factor(name: str, value: float) -> float:
     return float(value)
 
 
-def _check_known(name: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), known, n=1)
+def _check_rule_known(rule: object) -> None:
+    if rule not in POLICY_NAMES:
+        near = difflib.get_close_matches(str(rule), POLICY_NAMES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"{name} is {value!r}; {hint}Known: {', '.join(known)}")
+        raise InputError(f"policy is {rule!r}; {hint}Known: {', '.join(POLICY_NAMES)}")

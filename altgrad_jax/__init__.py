@@ -32,11 +32,13 @@ from altgrad_jax.control import set_format as set_format
 from altgrad_jax.granularity import amaxes as amaxes
 from altgrad_jax.granularity import spread as spread
 from altgrad_jax.hashing import hash_bits as hash_bits
+from altgrad_jax.keeper import SnapshotKeeper as SnapshotKeeper
 from altgrad_jax.norms import global_norm as global_norm
 from altgrad_jax.params import FormatParams as FormatParams
 from altgrad_jax.recovery import Snapshots as Snapshots
 from altgrad_jax.recovery import all_finite as all_finite
 from altgrad_jax.recovery import commit as commit
+from altgrad_jax.recovery import reset_moments as reset_moments
 from altgrad_jax.recovery import rollback as rollback
 from altgrad_jax.recovery import select_if_finite as select_if_finite
 from altgrad_jax.recovery import skip_nonfinite as skip_nonfinite

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from altgrad_core.errors import InputError
 from altgrad_jax.job import Job
 
-_VERSION = 2
+_VERSION = 3
 _KEPT = 2
 
 

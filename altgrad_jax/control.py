@@ -7,7 +7,6 @@ nothing is compiled again.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -18,13 +17,10 @@ import numpy as np
 
 from altgrad_core.control import Controller
 from altgrad_core.control import Decision as Decision
-from altgrad_core.errors import InputError
 from altgrad_core.evidence import Observation as Observation
-from altgrad_core.formats import Format, Rounding, parse
-from altgrad_core.remedies import Rule
+from altgrad_core.formats import Format, parse
 from altgrad_core.settings import Policy as Policy
-from altgrad_core.settings import PolicyName
-from altgrad_core.stability import EmergencyMantissaShift
+from altgrad_core.stability import EmergencyMantissaShift as EmergencyMantissaShift
 from altgrad_jax.params import FormatParams, paths_of
 
 State = TypeVar("State")
@@ -122,45 +118,13 @@ def replace_data(old: jax.Array, new: np.ndarray) -> jax.Array:
 class FormatController(Controller):
     """Keeps one run alive: shifts its format, changes its rounding, or sends it back to a snapshot.
 
-    In a loop of your own :meth:`step` reads late, decides and writes formats, while :meth:`observe` only decides.
-
-    Args:
-        format: the format that the run starts in.
-        policy: when to act: settings, a function of :data:`~altgrad_core.remedies.Rule`'s kind, or the name of one of
-            :mod:`altgrad_core.policies`: ``relative_stall``, ``fallback_chain``, ``by_cause`` or ``off``.
-        shifter: the rule of the shift, with its patience and threshold; None for a run whose format must stay.
-        rounding: how committed weights are rounded, or None for float32 masters.
-        can_roll_back: whether snapshots are kept.
-        learning_rate: the factor on the learning rate, or None where the run cannot change it.
-
-    Raises:
-        ValueError: if a shift is asked for in a format that has no entry in the fallback table, such as float32; for
-            an unknown policy, and for a return to the first format in a run whose format must stay.
+    It is made as :class:`altgrad_core.control.Controller` is. In a loop of your own :meth:`step` reads late, decides
+    and writes formats, while :meth:`observe` only decides.
 
     >>> controller = FormatController("E7M0", policy="off", shifter=EmergencyMantissaShift(nan_patience=2))
     >>> [controller.observe(Observation(step, float("nan"), finite=False)).format for step in range(2)]
     [None, 'E5M2']
     """
-
-    def __init__(
-        self,
-        format: str,
-        *,
-        policy: Policy | PolicyName | Rule | None = None,
-        shifter: EmergencyMantissaShift | None = None,
-        rounding: Rounding | None = None,
-        can_roll_back: bool = False,
-        learning_rate: float | None = None,
-    ) -> None:
-        super().__init__(
-            format,
-            policy=policy,
-            shifter=shifter,
-            rounding=rounding,
-            can_roll_back=can_roll_back,
-            learning_rate=learning_rate,
-        )
-        self._pending: deque[tuple[int, Mapping[str, Any]]] = deque()
 
     def step(
         self,
@@ -176,7 +140,8 @@ class FormatController(Controller):
             metrics: device scalars ``loss`` and ``finite``; if there are, ``params_finite`` and rates under the names
                 of :class:`~altgrad_core.evidence.Observation`.
             state: the state after the step, not read.
-            roll_back: takes a state back to a snapshot; goes with ``can_roll_back``.
+            roll_back: takes a state back to a snapshot, as :meth:`altgrad_jax.SnapshotKeeper.roll_back` does; goes with
+                ``can_roll_back``.
 
         Returns:
             The state to go on from, with another format in it if that was decided.
@@ -184,31 +149,18 @@ class FormatController(Controller):
         Raises:
             InputError: if the controller may decide what this cannot carry out.
         """
-        self._check_can_carry_out(roll_back)
+        self._check_step_can_carry_out(roll_back)
         for value in metrics.values():
             value.copy_to_host_async()
-        self._pending.append((step, metrics))
-        return state if len(self._pending) < 2 else self._settle(state, roll_back, in_flight=step)
+        decision = self.observe_late(step, lambda: {name: float(value) for name, value in metrics.items()})
+        return self._carried_out(decision, state, roll_back)
 
     def drain(self, state: State, roll_back: Callable[[State], State] | None = None) -> State:
         """Decide on the last step, whose metrics no further :meth:`step` would read."""
-        self._check_can_carry_out(roll_back)
-        return self._settle(state, roll_back, in_flight=None) if self._pending else state
+        self._check_step_can_carry_out(roll_back)
+        return self._carried_out(self.observe_last(), state, roll_back)
 
-    def _check_can_carry_out(self, roll_back: Callable[[State], State] | None) -> None:
-        if self.rounding is not None:
-            raise InputError("step() cannot change how weights are rounded: use observe() and write what it decides")
-        if self.learning_rate is not None:
-            raise InputError("step() cannot change the learning rate: use observe() and write what it decides")
-        if (roll_back is not None) != self.can_roll_back:
-            raise InputError(
-                f"can_roll_back is {self.can_roll_back} but roll_back is {roll_back!r}; give both or neither"
-            )
-
-    def _settle(self, state: State, roll_back: Callable[[State], State] | None, in_flight: int | None) -> State:
-        earlier, values = self._pending.popleft()
-        seen = Observation.of(earlier, {name: float(value) for name, value in values.items()})
-        decision = self.observe(seen, in_flight=in_flight)
+    def _carried_out(self, decision: Decision, state: State, roll_back: Callable[[State], State] | None) -> State:
         if decision.rollback and roll_back is not None:
             state = roll_back(state)
         return set_format(state, self.format) if decision.acts else state

@@ -16,8 +16,9 @@ import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from altgrad_core.formats import ROUNDINGS, Rounding
+from altgrad_core.snapshots import Moments, check_moments
 from altgrad_jax.control import replace_data, set_format
-from altgrad_jax.recovery import Snapshots, rollback, snapshot
+from altgrad_jax.recovery import Snapshots, rollback, select_if_finite, snapshot
 from altgrad_jax.state import Fault, Recoverable, RunSpec, StepMetrics, TrainState
 from altgrad_jax.training import Program
 
@@ -34,14 +35,27 @@ class Fleet:
         program: what is static.
         runs: what distinguishes the runs; their order is the order of all results.
         devices: where to run; all devices by default, but not more than there are runs.
+        snapshots_kept: snapshots of each run.
+        rollback_moments: whether a rollback brings back the optimizer's moments or has them start anew.
 
     Raises:
         ValueError: for a fleet without runs.
+        InputError: for snapshots or moments that cannot be.
     """
 
-    def __init__(self, program: Program, runs: Sequence[RunSpec], devices: Sequence[jax.Device] | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        runs: Sequence[RunSpec],
+        devices: Sequence[jax.Device] | None = None,
+        *,
+        snapshots_kept: int = 2,
+        rollback_moments: Moments = "kept",
+    ) -> None:
         if not runs:
             raise ValueError("a fleet needs at least one run")
+        check_moments(rollback_moments)
+        self._snapshots_kept, self._rollback_moments = snapshots_kept, rollback_moments
         self.program = program
         self.runs = tuple(runs)
         chosen = list(jax.devices() if devices is None else devices)[: len(runs)]
@@ -51,7 +65,7 @@ class Fleet:
         self._step = self._mapped(program.step, donate=(0,))
         self._evaluate = self._mapped(program.evaluate)
         self._snapshot = self._mapped(_keep, donate=(0,))
-        self._roll_back = self._mapped(_go_back, donate=(0, 1))
+        self._roll_back = self._mapped(self._go_back, donate=(0, 1))
 
     def start(self, calibration: npt.NDArray[np.int32]) -> tuple[TrainState, Snapshots[Recoverable]]:
         """States before the first step, their scales calibrated, and snapshots of them.
@@ -66,7 +80,7 @@ class Fleet:
         state = self._mapped(lambda p, d, t: self.program.calibrate(self.program.start(p, d), t))(
             params, data, self._spread(calibration)
         )
-        return state, self._mapped(lambda s: Snapshots.of(s.recoverable))(state)
+        return state, self._mapped(lambda s: Snapshots.of(s.recoverable, self._snapshots_kept))(state)
 
     def step(
         self, state: TrainState, tokens: npt.NDArray[np.int32], faults: Sequence[Fault]
@@ -99,7 +113,7 @@ class Fleet:
     def roll_back(
         self, snapshots: Snapshots[Recoverable], state: TrainState, chosen: Sequence[bool], formats: Sequence[str]
     ) -> tuple[TrainState, Snapshots[Recoverable]]:
-        """Send the chosen runs back to their older snapshots, in the formats given. Both arguments are donated."""
+        """Send the chosen runs back to their oldest snapshots, in the formats given. Both arguments are donated."""
         state, snapshots = self._roll_back(snapshots, state, self._spread(np.array(chosen)))
         return self.set_formats(state, formats), snapshots
 
@@ -119,6 +133,15 @@ class Fleet:
         filled = self._fill(np.array(factors, np.float32))
         return replace(state, run=replace(state.run, learning_rate=replace_data(state.run.learning_rate, filled)))
 
+    def _go_back(
+        self, snapshots: Snapshots[Recoverable], state: TrainState, chosen: jax.Array
+    ) -> tuple[TrainState, Snapshots[Recoverable]]:
+        recovered, kept = rollback(snapshots, state.recoverable, chosen)
+        if self._rollback_moments == "reset":
+            anew = self.program.reset_moments(state, recovered.params)
+            recovered = recovered._replace(opt_state=select_if_finite(chosen, anew, state.opt_state))
+        return state.recovered(recovered), kept
+
     def _mapped(self, function: Callable[..., Result], donate: tuple[int, ...] = ()) -> Callable[..., Result]:
         """Run a function of one run on all of them, each device taking its share in turn."""
 
@@ -126,7 +149,8 @@ class Fleet:
             return jax.lax.map(lambda each: function(*each), stacked)
 
         mapped = jax.shard_map(share, mesh=self._mesh, in_specs=_RUNS, out_specs=_RUNS, check_vma=False)
-        return jax.jit(mapped, donate_argnums=donate)
+        # Named, since on one device XLA knows of no share, and a result that lost its sharding compiles its taker anew.
+        return jax.jit(mapped, donate_argnums=donate, out_shardings=NamedSharding(self._mesh, _RUNS))
 
     def _fill(self, values: npt.NDArray) -> npt.NDArray:
         missing = self._padded - len(values)
@@ -141,10 +165,3 @@ class Fleet:
 
 def _keep(snapshots: Snapshots[Recoverable], state: TrainState, wanted: jax.Array) -> Snapshots[Recoverable]:
     return snapshot(snapshots, state.recoverable, wanted & state.sound)
-
-
-def _go_back(
-    snapshots: Snapshots[Recoverable], state: TrainState, chosen: jax.Array
-) -> tuple[TrainState, Snapshots[Recoverable]]:
-    recovered, kept = rollback(snapshots, state.recoverable, chosen)
-    return state.recovered(recovered), kept

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from altgrad_core.errors import InputError
 from altgrad_core.events import Event
+from altgrad_core.snapshots import Moments
 from altgrad_core.stability import EmergencyMantissaShift
 from altgrad_jax.control import Decision, FormatController, Observation, Policy
 from altgrad_jax.data import Corpus
@@ -101,10 +102,20 @@ class Job:
         corpus: what they train on.
         batch: sequences in a batch.
         snapshot_every: steps between snapshots.
+        snapshots_kept: how many are kept; a poisoned run goes back to the oldest.
+        rollback_moments: whether the optimizer's moments then come back too, or start anew.
     """
 
     def __init__(
-        self, program: Program, plans: Sequence[RunPlan], corpus: Corpus, *, batch: int, snapshot_every: int = 20
+        self,
+        program: Program,
+        plans: Sequence[RunPlan],
+        corpus: Corpus,
+        *,
+        batch: int,
+        snapshot_every: int = 20,
+        snapshots_kept: int = 2,
+        rollback_moments: Moments = "kept",
     ) -> None:
         self.plans = tuple(plans)
         self.controllers = [plan.controller() for plan in plans]
@@ -113,7 +124,12 @@ class Job:
         self._batch = batch
         self._context = program.model.context
         self._snapshot_every = snapshot_every
-        self._fleet = Fleet(program, [plan.spec for plan in plans])
+        self._fleet = Fleet(
+            program,
+            [plan.spec for plan in plans],
+            snapshots_kept=snapshots_kept,
+            rollback_moments=rollback_moments,
+        )
         self._sites = program.model.site_names()
         self._pending: _InFlight | None = None
         self.state, self.snapshots = self._fleet.start(self._tokens(0))

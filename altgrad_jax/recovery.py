@@ -1,13 +1,14 @@
 """What keeps a run alive: steps that a NaN cannot poison, weights stored on the grid, snapshots to go back to.
 
 :func:`skip_nonfinite` is an optax element. An optax element can only add to parameters, so what replaces them is a pure
-function of the whole train state: :func:`select_if_finite`, :func:`commit`, :func:`snapshot`, :func:`rollback`. All of
-them may be jitted, mapped and sharded.
+function of the whole train state: :func:`select_if_finite`, :func:`commit`, :func:`snapshot`, :func:`rollback`,
+:func:`reset_moments`. All of them may be jitted, mapped and sharded. ``altgrad_torch/recovery.py`` says the same thing
+in place.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -16,6 +17,8 @@ import optax
 from jax import lax
 
 from altgrad_core.formats import Format
+from altgrad_core.settings import check_count
+from altgrad_core.snapshots import check_back
 from altgrad_jax.casting import quantize
 from altgrad_jax.hashing import hash_bits
 from altgrad_jax.params import FormatParams, as_params
@@ -23,6 +26,8 @@ from altgrad_jax.scaling import amax, power_of_two_scale
 
 State = TypeVar("State")
 """Any pytree of arrays."""
+
+_Path = tuple[Any, ...]
 
 
 def all_finite(tree: optax.Params) -> jax.Array:
@@ -69,8 +74,8 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> SkipNonfiniteState:
-        zero = jnp.int32(0)
-        return SkipNonfiniteState(inner.init(params), finite=jnp.asarray(True), consecutive=zero, skipped=zero)
+        # Two zeros: a state that held one array twice could not be donated.
+        return SkipNonfiniteState(inner.init(params), jnp.asarray(True), jnp.int32(0), jnp.int32(0))
 
     def update(
         updates: optax.Updates, state: SkipNonfiniteState, params: optax.Params | None = None, **extra_args: Any
@@ -154,47 +159,157 @@ def commit(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Snapshots(Generic[State]):
-    """The last two good states of a run, on its device. One goes back to the older: the newer may hide a poison.
+    """The last good states of a run, on its devices.
+
+    A ring: a new snapshot is written over one that is not referred to any more, and nothing else moves. Under jit with
+    the snapshots donated it costs one copy of the state, however many are kept.
 
     Attributes:
-        older: state of the snapshot before the last.
-        newer: state of the last snapshot.
+        slots: the states, each leaf with a leading axis of as many as are kept.
+        order: int32 ``(keep,)``, the slot of each snapshot, oldest first. After a rollback several may name one slot.
     """
 
-    older: State
-    newer: State
+    slots: State
+    order: jax.Array
 
     @classmethod
-    def of(cls, state: State) -> Snapshots[State]:
-        """Two copies of a state to start from."""
-        return cls(jax.tree.map(jnp.copy, state), jax.tree.map(jnp.copy, state))
+    def of(cls, state: State, keep: int = 2) -> Snapshots[State]:
+        """Copies of a state to start from, which stand for all snapshots until better ones are taken.
+
+        Args:
+            state: any pytree of arrays, PRNG keys among them.
+            keep: how many snapshots to keep, at least 1. With two or more, one that was taken between a fault and its
+                first sign is not the one that a run goes back to.
+
+        Raises:
+            InputError: if ``keep`` is not a positive integer.
+
+        >>> Snapshots.of({"w": jnp.ones(3)}, keep=2).slots["w"].shape
+        (2, 3)
+        """
+        check_count("keep", keep, 1)
+        slots = jax.tree.map(lambda leaf: jnp.stack([leaf] * keep), state)
+        return cls(slots, jnp.arange(keep, dtype=jnp.int32))
+
+    @property
+    def keep(self) -> int:
+        """How many are kept."""
+        return self.order.shape[-1]
+
+    def state(self, back: int | jax.Array | None = None) -> State:
+        """The state of a snapshot.
+
+        Args:
+            back: how many snapshots to go back: 1 for the newest; the oldest by default. An array, int32 scalar, may
+                be traced and is clipped to what is kept.
+
+        Raises:
+            InputError: for an integer beyond what is kept.
+        """
+        slot = self.order[self._place(back)]
+        return jax.tree.map(lambda each: lax.dynamic_index_in_dim(each, slot, keepdims=False), self.slots)
+
+    def _place(self, back: int | jax.Array | None) -> jax.Array:
+        if back is None:
+            return jnp.int32(0)
+        if isinstance(back, jax.Array):
+            return jnp.clip(self.keep - back, 0, self.keep - 1).astype(jnp.int32)
+        check_back(back, self.keep)
+        return jnp.int32(self.keep - back)
 
 
 def snapshot(snapshots: Snapshots[State], state: State, good: jax.Array) -> Snapshots[State]:
     """Keep a copy of ``state`` as the newest snapshot, if it is good; the oldest is dropped.
 
     Args:
-        snapshots: what was kept so far.
+        snapshots: what was kept so far; donate it under jit, and only one slot is written.
         state: the train state now.
-        good: bool scalar: whether its last loss was finite and sound and its parameters are finite.
+        good: bool scalar: whether its last loss was finite and is not running away, and its parameters are finite.
+
+    >>> snapshots = Snapshots.of(jnp.float32(0), keep=3)
+    >>> for value in (1, 2, 3):
+    ...     snapshots = snapshot(snapshots, jnp.float32(value), jnp.asarray(value != 2))
+    >>> [float(snapshots.state(back)) for back in (1, 2, 3)]
+    [3.0, 1.0, 0.0]
     """
+    later = snapshots.order[1:]
+    is_used = jnp.any(later[:, None] == jnp.arange(snapshots.keep, dtype=jnp.int32)[None], axis=0)
+    free = jnp.argmin(is_used).astype(jnp.int32)
+    # What goes to a slot that does not exist is dropped: so nothing is read to be written back.
+    slot = jnp.where(good, free, snapshots.keep)
     return Snapshots(
-        older=select_if_finite(good, snapshots.newer, snapshots.older),
-        newer=select_if_finite(good, state, snapshots.newer),
+        slots=jax.tree.map(lambda each, leaf: each.at[slot].set(leaf, mode="drop"), snapshots.slots, state),
+        order=jnp.where(good, jnp.concatenate([later, free[None]]), snapshots.order),
     )
 
 
-def rollback(snapshots: Snapshots[State], state: State, do: jax.Array) -> tuple[State, Snapshots[State]]:
-    """Go back to the older snapshot, if ``do``. It then stands for both: the newer may hold what the run fails of.
+def rollback(
+    snapshots: Snapshots[State], state: State, do: jax.Array, back: int | jax.Array | None = None
+) -> tuple[State, Snapshots[State]]:
+    """Go back to a snapshot, the oldest by default, if ``do``. It then stands for all newer ones as well.
+
+    The newer may hold what the run fails of, and so they are not gone back to again. Leave out of ``state`` what has to
+    go on: the step number, and with it the batches, so that the run does not meet the same batch again.
 
     Args:
         snapshots: what was kept.
         state: the state now, of the same structure.
         do: bool scalar.
+        back: how many snapshots to go back: 1 for the newest; see :meth:`Snapshots.state`.
 
     Returns:
-        The state to go on from, moments and amax history as they were then, and the snapshots to keep.
+        The state to go on from, moments and amax history as they were then (see :func:`reset_moments`), and the
+        snapshots to keep.
+
+    Raises:
+        InputError: for an integer beyond what is kept.
     """
-    return select_if_finite(~do, state, snapshots.older), Snapshots(
-        snapshots.older, select_if_finite(~do, snapshots.newer, snapshots.older)
-    )
+    place = snapshots._place(back)
+    up_to = jnp.minimum(jnp.arange(snapshots.keep, dtype=jnp.int32), place)
+    order = jnp.where(do, snapshots.order[up_to], snapshots.order)
+    return select_if_finite(do, snapshots.state(back), state), replace(snapshots, order=order)
+
+
+def reset_moments(tx: optax.GradientTransformation, opt_state: optax.OptState, params: optax.Params) -> optax.OptState:
+    """An optimizer state whose moments start anew, as ``tx.init`` makes them, while all else goes on.
+
+    Moments are what the state holds for each parameter, told by paths that end as the parameter's does. A number right
+    beside them, such as Adam's count, which corrects their bias, starts anew with them: beside a count that went on,
+    new moments would make steps several times too large. Schedules, formats in force and what monitors saw go on.
+
+    Args:
+        tx: what made the state.
+        opt_state: the state in force.
+        params: the parameters to go on from, as ``tx.init`` takes them.
+
+    >>> tx = optax.adam(lambda count: 0.1 / (1 + count))
+    >>> params = {"w": jnp.ones(2)}
+    >>> _, state = tx.update(params, tx.init(params))
+    >>> moments, schedule = reset_moments(tx, state, params)
+    >>> moments.mu["w"].tolist(), int(moments.count), int(schedule.count)
+    ([0.0, 0.0], 0, 1)
+    """
+    shapes = {path: jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+
+    def holder_of(path: _Path, leaf: Any) -> _Path | None:
+        """The node of the state that has a leaf as one of its moments; None if it is none."""
+        for depth in range(len(path)):
+            tail = path[depth + 1 :]
+            # A parameter that is the whole tree has no path: only the shape tells.
+            if tail in shapes and (tail or jnp.shape(leaf) == shapes[tail]):
+                return path[:depth]
+        return None
+
+    leaves = jax.tree.leaves_with_path(opt_state, is_leaf=_is_format)
+    holders = {holder_of(path, leaf) for path, leaf in leaves if not _is_format(leaf)}
+
+    def chosen(path: _Path, now: Any, fresh: Any) -> Any:
+        if _is_format(now):
+            return now
+        return fresh if path[:-1] in holders or holder_of(path, now) is not None else now
+
+    return jax.tree.map_with_path(chosen, opt_state, tx.init(params), is_leaf=_is_format)
+
+
+def _is_format(node: object) -> bool:
+    return isinstance(node, FormatParams)

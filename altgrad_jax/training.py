@@ -22,7 +22,7 @@ from altgrad_jax.models import GPT, Casts, GPTConfig, next_token_loss
 from altgrad_jax.nn import GRADIENT, RHS, Grid, Record, empty_record, read_record
 from altgrad_jax.norms import global_norm
 from altgrad_jax.params import FormatParams
-from altgrad_jax.recovery import all_finite, commit, select_if_finite
+from altgrad_jax.recovery import all_finite, commit, reset_moments, select_if_finite
 from altgrad_jax.scaling import amax, empty_history, power_of_two_scale, push_amax
 from altgrad_jax.state import Fault, Params, RunData, RunSpec, StepMetrics, Switches, TrainState
 from altgrad_jax.statistics import CastCounts, amax_of_tallies, stall_monitor
@@ -162,6 +162,10 @@ class Program:
         params_finite = all_finite(new.params)
         new = replace(new, step=state.step + 1, sound=finite & params_finite)
         return new, self._metrics(loss, finite, params_finite, applied, norm, refused, seen, moved.opt_state)
+
+    def reset_moments(self, state: TrainState, params: Params) -> optax.OptState:
+        """The optimizer state with new moments for ``params``; see :func:`altgrad_jax.recovery.reset_moments`."""
+        return reset_moments(self._optimizer(state.run), state.opt_state, params)
 
     def calibrate(self, state: TrainState, tokens: jax.Array) -> TrainState:
         """Fill the amax history from one batch, so that step 0 does not run at scale 1. Changes nothing else.

@@ -47,15 +47,20 @@ class ClipGroup:
         norm_window: int,
         nonfinite: Nonfinite,
     ) -> None:
-        self.format = format
-        self._base = float(np.float32(base_clip))
+        self._base_clip, self._base = base_clip, float(np.float32(base_clip))
         self._overflow_threshold = np.float32(overflow_threshold)
         self._rule, self._window, self._quantile, self._norm_window = rule, window, quantile, norm_window
         self._nonfinite = nonfinite
         self._norms: list[float] = []
         self._amaxes: dict[str, list[float]] = {}
-        self.clip_threshold = format_threshold(format, base_clip, rule) if rule in ("max", "binades") else math.inf
+        self.set_format(format)
         self.forget()
+
+    def set_format(self, format: Format) -> None:
+        """Clip by another format from the next call on."""
+        self.format = format
+        is_fixed = self._rule in ("max", "binades")
+        self.clip_threshold = format_threshold(format, self._base_clip, self._rule) if is_fixed else math.inf
 
     def forget(self) -> None:
         """Let go of what was seen at the last call, so that nothing of it can be taken for this one's."""

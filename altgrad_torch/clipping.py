@@ -235,6 +235,15 @@ class PartitionRelativeClipper:
             zero_(p.grad for part in with_gradient.values() for p in part.values() if p.grad is not None)
         return any(opened)
 
+    def set_format(self, format: str | Format) -> None:
+        """Clip by another format from the next call on, in every group; what the rules remember stays.
+
+        Raises:
+            UnknownFormatError: for an unknown name.
+        """
+        for group in self.groups.values():
+            group.set_format(parse(format))
+
     def state_dict(self) -> dict[str, Any]:
         """What the rules remember from call to call, as plain numbers: for a checkpoint."""
         return {name: group.remembered() for name, group in self.groups.items()}

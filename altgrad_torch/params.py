@@ -72,6 +72,22 @@ class FormatParams(NamedTuple):
             path=natural if path is None else path,
         )
 
+    def set_(self, format: str | Format) -> None:
+        """Make these the params of another format, in place, so that compiled code that holds them need not be told.
+
+        Raises:
+            UnknownFormatError: for an unknown name.
+            InputError: for a format that their path cannot serve.
+
+        >>> params = FormatParams.from_format("E7M0")
+        >>> params.set_("E5M2")
+        >>> float(params.max_value)
+        57344.0
+        """
+        other = FormatParams.from_format(format, path=self.path)
+        for mine, theirs in zip(self[:-1], other[:-1], strict=True):
+            mine.copy_(theirs)
+
 
 class Edges(NamedTuple):
     """Where a grid ends, as bits of magnitudes.

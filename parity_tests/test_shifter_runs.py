@@ -43,7 +43,7 @@ class _Trace:
 
 def _run_jax(current: str, sequence: Sequence) -> _Trace:
     # One observation a window and no cooldown: the policy then lets the shifter see everything, as it is.
-    policy = Policy(stall_rule="literal", window=1, warmup=0, cooldown=0)
+    policy = Policy("fallback_chain", window=1, warmup=0, cooldown=0)
     controller = FormatController(current, policy=policy, shifter=EmergencyMantissaShift())
     tx = optax.chain(partition_relative_clip(current), optax.scale(-_RATE))
     weights, trace = jnp.zeros(4), _Trace()

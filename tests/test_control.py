@@ -31,9 +31,9 @@ from altgrad_jax import (
 )
 from altgrad_jax.control import get_format
 
-OFF = Policy(stall_rule="off")
-LITERAL = Policy(stall_rule="literal", window=4, warmup=0, cooldown=10)
-RELATIVE = Policy(stall_rule="relative", window=4, warmup=0, cooldown=8, moving_share=0.75, plateau=0.01)
+OFF = Policy("off")
+LITERAL = Policy("fallback_chain", window=4, warmup=0, cooldown=10)
+RELATIVE = Policy("relative_stall", window=4, warmup=0, cooldown=8, moving_share=0.75, plateau=0.01)
 PARAMS = {"w": jnp.array([1.0, -2.0, 3.0]), "b": jnp.array([0.5])}
 
 
@@ -224,7 +224,7 @@ def test_nan_steps_are_no_stalls() -> None:
 
 
 def test_rule_off() -> None:
-    controller = shifting("E3M4", replace(LITERAL, stall_rule="off"))
+    controller = shifting("E3M4", replace(LITERAL, rule="off"))
     assert not any(each.acts for each in feed(controller, [good(stall=1.0)] * 50))
 
 

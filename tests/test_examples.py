@@ -23,3 +23,14 @@ def test_torch_loop_shifts_at_the_same_step(capsys):
     shift, final = capsys.readouterr().out.splitlines()
     assert shift == "step 22: shift E7M0 -> E5M2"
     assert float(final.split()[2]) < 0.5
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_heals_itself(framework, capsys):
+    pytest.importorskip(framework)
+    runpy.run_path(str(_EXAMPLES / f"heal_{framework}.py"), run_name="__main__")
+    final, *events = capsys.readouterr().out.splitlines()
+    assert final.endswith("in E5M2")
+    assert float(final.split()[2]) < 0.3
+    happened = [(event["step"], event["kind"], event["cause"]) for event in map(json.loads, events)]
+    assert happened == [(62, "shift", "nan"), (110, "rollback", "poisoned weights")]

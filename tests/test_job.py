@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ import pytest
 from altgrad_core.errors import InputError
 from altgrad_core.events import Event
 from altgrad_core.formats import ROUNDINGS
-from altgrad_jax import Policy, all_finite
+from altgrad_jax import Policy, all_finite, get_format
 from altgrad_jax.data import load_corpus
 from altgrad_jax.faults import check_faults
 from altgrad_jax.fleet import Fleet
@@ -33,7 +34,7 @@ MARGIN = 0.1
 
 EAGER = Policy(window=4, warmup=0, cooldown=20, moving_share=2.0, plateau=10.0)
 """Judges every second window of a committed run."""
-LITERAL = Policy(stall_rule="literal", window=4, warmup=0, cooldown=20)
+LITERAL = Policy("fallback_chain", window=4, warmup=0, cooldown=20)
 ALWAYS_OVERFLOWING = Policy("by_cause", window=4, warmup=0, overflow_limit=0.0)
 RETURNING = Policy("off", window=4, cooldown=0, recover_after=25)
 
@@ -245,6 +246,36 @@ def test_restored_job_goes_on_as_it_would_have(trained: Trained) -> None:
     assert onwards(10) == expected
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, job.state), final)
     assert job._fleet._step._cache_size() == 1
+
+
+# ---- more snapshots, new moments
+
+
+def test_rollback_to_the_oldest_of_three_with_new_moments() -> None:
+    corpus = load_corpus(None, 8)
+    job = Job(
+        program(len(corpus.vocabulary)),
+        [guarded()],
+        corpus,
+        batch=4,
+        snapshot_every=2,
+        snapshots_kept=3,
+        rollback_moments="reset",
+    )
+    seen = []
+    for _ in range(9):
+        seen.append(jax.tree.map(np.asarray, job.state.recoverable))
+        job.advance()
+    now = jax.tree.map(np.asarray, job.state)
+    back, _ = job._fleet.roll_back(job.snapshots, job.state, [True], ["E3M4"])
+    found = jax.tree.map(np.asarray, back)
+    same = partial(jax.tree.map, np.testing.assert_array_equal)
+    same((found.params, found.amax_history, found.norm_history), tuple(seen[4][k] for k in (0, 2, 3)))
+    clipper, (moments, _, schedule), monitor = found.opt_state
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(moments))
+    same((schedule, monitor.stall_rate), (now.opt_state[1][2], now.opt_state[2].stall_rate))
+    assert int(schedule.count[0]) == 9
+    assert {float(get_format(part).max_value[0]) for part in (clipper, monitor, found.run)} == {124.0}
 
 
 # ---- fleets

@@ -54,6 +54,8 @@ class LateFleet:
     announced: set[int] = field(default_factory=set)
     formats: list[str] = field(default_factory=list)
     rolled_back: int = 0
+    snapshots_kept: int = 2
+    rollback_moments: str = "kept"
 
     def start(self, calibration: object) -> tuple[Opaque, Opaque]:
         return Opaque(), Opaque()

@@ -265,7 +265,6 @@ def test_recover_needs_steps_to_wait(after: Any) -> None:
     [
         ({"rule": "by_case"}, "policy is 'by_case'; did you mean by_cause"),
         ({"rule": 3}, "policy is 3; Known: relative_stall"),
-        ({"stall_rule": "litteral"}, "stall_rule is 'litteral'; did you mean literal"),
         ({"window": 0}, "window is 0; expected an integer of at least 1"),
         ({"cooldown": -1}, "cooldown is -1"),
         ({"warmup": 1.5}, "warmup is 1.5"),
@@ -282,13 +281,13 @@ def test_settings_that_could_not_work(settings: dict[str, Any], expected: str) -
 
 def test_names() -> None:
     assert set(RULES) == set(POLICY_NAMES)
-    assert [rule_of(Policy(stall_rule=name)) for name in ("relative", "literal", "off")] == [
+    assert [rule_of(Policy(name)) for name in ("relative_stall", "fallback_chain", "off")] == [
         relative_stall,
         fallback_chain,
         off,
     ]
     assert rule_of(Policy(by_cause)) is by_cause
-    assert replace(Policy(stall_rule="literal"), window=3).rule == "fallback_chain"
+    assert replace(Policy("fallback_chain"), window=3).rule == "fallback_chain"
 
 
 # ---- all of them, on any evidence

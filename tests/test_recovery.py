@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from altgrad_core import parse
+from altgrad_core.errors import InputError
 from altgrad_core.formats import EIGHT
 from altgrad_core.reference import quantize_reference
 from altgrad_jax import (
@@ -17,12 +18,16 @@ from altgrad_jax import (
     Snapshots,
     all_finite,
     commit,
+    get_format,
     partition_relative_clip,
     power_of_two_scale,
+    reset_moments,
     rollback,
     select_if_finite,
+    set_format,
     skip_nonfinite,
     snapshot,
+    stall_monitor,
 )
 
 ROUNDINGS = ("nearest_even", "nearest_away", "toward_zero", "stochastic")
@@ -102,6 +107,12 @@ def test_counts_reset_when_finite() -> None:
         updates, state = tx.update(jax.tree.map(lambda leaf, bad=bad: leaf * jnp.where(bad, jnp.nan, 1), PARAMS), state)
         seen.append((int(state.consecutive), int(state.skipped), bool(state.finite), float(updates["b"][0])))
     assert seen == [(1, 1, False, 0.0), (2, 2, False, 0.0), (0, 2, True, -0.5), (1, 3, False, 0.0)]
+
+
+def test_a_fresh_state_may_be_donated() -> None:
+    tx = skip_nonfinite(optax.sgd(1.0))
+    _, state = jax.jit(tx.update, donate_argnums=1)(PARAMS, tx.init(PARAMS))
+    assert int(state.skipped) == 0
 
 
 def test_extra_arguments_pass_through() -> None:
@@ -262,31 +273,58 @@ def state_of(value: float) -> dict[str, jax.Array]:
     return {"w": jnp.full(2, value, jnp.float32), "count": jnp.int32(value)}
 
 
-def values(snapshots: Snapshots[dict[str, jax.Array]]) -> tuple[int, int]:
-    return int(snapshots.older["count"]), int(snapshots.newer["count"])
+def values(snapshots: Snapshots[dict[str, jax.Array]]) -> tuple[int, ...]:
+    """Oldest first."""
+    return tuple(int(snapshots.state(back)["count"]) for back in range(snapshots.keep, 0, -1))
+
+
+KEEP, BACK = jax.jit(snapshot, donate_argnums=0), jax.jit(rollback, donate_argnums=0)
 
 
 def test_one_goes_back_to_the_older() -> None:
     snapshots = Snapshots.of(state_of(0))
     assert values(snapshots) == (0, 0)
-    keep, back = jax.jit(snapshot), jax.jit(rollback)
     seen = []
     for value, good in ((1, True), (2, True), (3, False), (4, True)):
-        snapshots = keep(snapshots, state_of(value), jnp.asarray(good))
+        snapshots = KEEP(snapshots, state_of(value), good)
         seen.append(values(snapshots))
     assert seen == [(0, 1), (1, 2), (1, 2), (2, 4)]
-    state, same = back(snapshots, state_of(9), jnp.asarray(False))
+    state, same = BACK(snapshots, state_of(9), False)
     assert (int(state["count"]), values(same)) == (9, (2, 4))
-    state, left = back(snapshots, {**state_of(9), "w": jnp.full(2, jnp.nan)}, jnp.asarray(True))
+    state, left = BACK(same, {**state_of(9), "w": jnp.full(2, jnp.nan)}, True)
     assert_same_bits(state, state_of(2))
     assert values(left) == (2, 2)
-    assert values(keep(left, state_of(5), jnp.asarray(True))) == (2, 5)
+    assert values(KEEP(left, state_of(5), True)) == (2, 5)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_snapshots_are_the_last_good_states_and_go_with_what_is_gone_back_to(keep: int) -> None:
+    draw = np.random.default_rng(keep)
+    snapshots, expected = Snapshots.of(state_of(0), keep), [0] * keep
+    for value in range(1, 60):
+        good, do, back = draw.random() < 0.7, draw.random() < 0.3, int(draw.integers(1, keep + 1))
+        snapshots = KEEP(snapshots, state_of(value), good)
+        expected = [*expected[1:], value] if good else expected
+        assert values(snapshots) == tuple(expected)
+        state, snapshots = BACK(snapshots, state_of(-1), do, jnp.int32(back))
+        assert_same_bits(state, state_of(expected[keep - back] if do else -1))
+        expected = expected[: keep - back] + [expected[keep - back]] * back if do else expected
+        assert values(snapshots) == tuple(expected)
+
+
+def test_one_may_go_back_to_the_newest() -> None:
+    snapshots = KEEP(KEEP(Snapshots.of(state_of(0), 3), state_of(1), True), state_of(2), True)
+    state, left = rollback(snapshots, state_of(9), True, back=1)  # pyrefly: ignore[bad-argument-type]
+    assert_same_bits(state, state_of(2))
+    assert values(left) == (0, 1, 2)
+    _, left = rollback(snapshots, state_of(9), jnp.asarray(True), back=2)
+    assert values(left) == (0, 1, 1)
 
 
 def test_nan_in_the_newer_does_not_come_through() -> None:
-    poisoned = Snapshots(older=state_of(1), newer={**state_of(7), "w": jnp.full(2, jnp.nan)})
+    poisoned = KEEP(Snapshots.of(state_of(1)), {**state_of(7), "w": jnp.full(2, jnp.nan)}, True)
     state, left = rollback(poisoned, state_of(3), jnp.asarray(True))
-    assert_same_bits((state, left.newer), (state_of(1), state_of(1)))
+    assert_same_bits((state, left.state(back=1)), (state_of(1), state_of(1)))
 
 
 def test_snapshots_are_copies() -> None:
@@ -297,8 +335,91 @@ def test_snapshots_are_copies() -> None:
     assert values(snapshots) == (1, 1)
 
 
+def test_donated_snapshots_stay_where_they_are() -> None:
+    state = {"w": jnp.ones(10_000), "key": jax.random.key(0)}
+    snapshots = Snapshots.of(state, keep=5)
+    place = snapshots.slots["w"].unsafe_buffer_pointer()
+    for program in (KEEP, BACK):
+        memory = program.lower(snapshots, state, True).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 1000
+    for _ in range(3):
+        snapshots = KEEP(snapshots, state, True)
+        _, snapshots = BACK(snapshots, state, True)
+        assert snapshots.slots["w"].unsafe_buffer_pointer() == place
+
+
 def test_rollback_of_some_runs_of_many() -> None:
     runs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state_of(value) for value in (1, 2, 3)))
     later = jax.tree.map(lambda leaf: leaf + 10, runs)
-    state, _ = jax.vmap(rollback)(Snapshots.of(runs), later, jnp.array([False, True, False]))
-    assert state["count"].tolist() == [11, 2, 13]
+    do = jnp.array([False, True, False])
+    snapshots = jax.vmap(snapshot)(jax.vmap(Snapshots.of)(runs), later, ~do)
+    state, left = jax.vmap(rollback)(snapshots, jax.tree.map(lambda leaf: leaf + 20, runs), do)
+    assert state["count"].tolist() == [21, 2, 23]
+    assert jax.vmap(lambda each: each.state(back=1))(left)["count"].tolist() == [11, 2, 13]
+
+
+def test_bad_snapshots() -> None:
+    for keep in (0, -1, 1.5, True):
+        with pytest.raises(InputError, match=f"keep is {keep}; expected an integer of at least 1"):
+            Snapshots.of(state_of(0), keep)  # pyrefly: ignore[bad-argument-type]
+    for back in (0, 3, 1.0, True):
+        with pytest.raises(InputError, match=f"back is {back}; expected 1, the newest snapshot, to 2, the oldest"):
+            rollback(Snapshots.of(state_of(0)), state_of(1), jnp.asarray(True), back)  # pyrefly: ignore
+
+
+# ---- new moments
+
+
+def after_steps(tx: Any, params: Any, count: int = 3) -> Any:
+    state = tx.init(params)
+    for _ in range(count):
+        _, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), state, params)
+    return state
+
+
+def test_new_moments_make_the_first_step_of_a_new_optimizer_and_all_else_goes_on() -> None:
+    def rate(count: Any) -> Any:
+        return 0.1 / (1 + count)
+
+    tx = skip_nonfinite(optax.chain(partition_relative_clip("E5M2"), optax.adam(rate, b2=0.999), stall_monitor("E5M2")))
+    worn = set_format(after_steps(tx, PARAMS, 300), "E3M4")
+    state = jax.jit(lambda state, params: reset_moments(tx, state, params))(worn, PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, worn)
+    clipper, (moments, schedule), monitor = state.inner_state
+    before = worn.inner_state
+    chex.assert_trees_all_equal((clipper, schedule, monitor), (before[0], before[1][1], before[2]))
+    assert (float(get_format(state).max_value), int(schedule.count)) == (124.0, 300)
+    chex.assert_trees_all_equal(moments, optax.scale_by_adam().init(PARAMS))
+    grads = gradients(1)
+    first, state = tx.update(jax.tree.map(lambda leaf: leaf[0], grads), state, PARAMS)
+    np.testing.assert_allclose(np.abs(first["w"]), rate(300), rtol=1e-3)  # a first step has the size of the rate
+    gone_on = optax.tree.set(worn, mu=moments.mu, nu=moments.nu)
+    overshot, _ = tx.update(jax.tree.map(lambda leaf: leaf[0], grads), gone_on, PARAMS)
+    assert float(jnp.max(jnp.abs(overshot["w"]))) > 1.5 * rate(300)  # what the count beside the moments is for
+
+
+OTHERS = {
+    "masked": (optax.masked(optax.adam(0.1), {"w": True, "b": False}), PARAMS, 0),
+    "parts": (optax.multi_transform({"a": optax.adam(0.1), "s": optax.sgd(0.1, 0.9)}, {"w": "a", "b": "s"}), PARAMS, 0),
+    "one array": (optax.adam(0.1), jnp.ones(3), 0),
+    "list": (optax.chain(optax.clip(1.0), optax.adam(0.1)), [jnp.ones(3), jnp.ones((2, 2))], 0),
+    "accumulated": (optax.MultiSteps(optax.adam(0.1), 2), PARAMS, 0),
+    "injected": (optax.inject_hyperparams(optax.sgd)(lambda count: 0.1 / (1 + count), momentum=0.9), PARAMS, 3),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_moments_are_found_in_whatever_holds_them(name: str) -> None:
+    tx, params, count = OTHERS[name]
+    worn = after_steps(tx, params)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(worn))
+    state = reset_moments(tx, worn, params)
+    counts = [int(leaf) for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.int32]
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state) if leaf.ndim)
+    assert set(counts) == {count} if count else not any(counts)
+
+
+def test_state_without_moments_is_left_alone() -> None:
+    tx = optax.chain(optax.scale_by_schedule(lambda count: 0.1 / (1 + count)), partition_relative_clip("E5M2"))
+    worn = after_steps(tx, PARAMS)
+    chex.assert_trees_all_equal(reset_moments(tx, worn, PARAMS), worn)

@@ -195,7 +195,7 @@ def test_a_run_killed_while_it_logged(copied):
         (lambda run: (run / "events.jsonl").unlink(), "events.jsonl is missing"),
         (lambda run: (run / "config.json").write_text("{"), "does not tell what was run"),
         (lambda run: (run / "config.json").write_text("[]"), "does not tell what was run"),
-        (lambda run: (run / "config.json").write_text('{"stall_rule": "off", "inject": []}'), "stall_rule"),
+        (lambda run: (run / "config.json").write_text('{"polcy": "off", "inject": []}'), "polcy"),
         (lambda run: _rewrite(run / "metrics.jsonl", lambda lines: lines.pop(7)), "has step 8 where 7 was expected"),
         (lambda run: _rewrite(run / "metrics.jsonl", lambda lines: lines[7].pop("loss")), "not the numbers of a step"),
         (lambda run: _rewrite(run / "events.jsonl", lambda lines: lines[0].pop("kind")), "not an event"),

@@ -1,0 +1,116 @@
+"""The controller in a torch loop: formats written where they are held, and what it refuses."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from altgrad_core import UnknownFormatError, parse
+from altgrad_core.errors import InputError
+from altgrad_torch import (
+    BitStallDetector,
+    EmergencyMantissaShift,
+    FormatController,
+    FormatParams,
+    PartitionRelativeClipper,
+    clip_threshold,
+    quantize,
+    set_format,
+)
+
+
+class Casting(torch.nn.Module):
+    def __init__(self, held: Any) -> None:
+        super().__init__()
+        self.format = held
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return quantize(x, self.format)
+
+
+def test_formats_are_written_in_place_wherever_they_are_held() -> None:
+    model = torch.nn.Sequential(Casting("E7M0"), Casting(parse("E7M0")), Casting(FormatParams.from_format("E7M0")))
+    params, held = FormatParams.from_format("E7M0", path="wide"), model[2].format
+    clipper, detector = PartitionRelativeClipper("E7M0", base_clip=2.0), BitStallDetector("E7M0")
+    set_format([model, params, clipper, detector], "E3M4")
+    assert (model[0].format, model[1].format, detector.format) == ("E3M4", parse("E3M4"), parse("E3M4"))
+    assert model[2].format is held
+    expected = FormatParams.from_format("E3M4")
+    for written, path in ((held, "fast"), (params, "wide")):
+        assert all(torch.equal(a, b) for a, b in zip(written[:-1], expected[:-1], strict=True))
+        assert written.path == path
+    assert (clipper.format, clipper.clip_threshold) == (parse("E3M4"), clip_threshold("E3M4", 2.0))
+    assert model(torch.tensor(1000.0)).item() == 124.0
+
+
+def test_a_clipper_with_groups_and_memory_changes_its_format_and_forgets_nothing() -> None:
+    model = torch.nn.Linear(2, 2)
+    clipper = PartitionRelativeClipper({"weight": "E5M2", ".*": "E4M3"}, rule="quantile")
+    for _ in range(9):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        clipper.clip_if_needed(model, overflow_rate=0.0)
+    remembered = clipper.state_dict()
+    set_format([clipper], "E3M4")
+    assert {group.format for group in clipper.groups.values()} == {parse("E3M4")}
+    assert clipper.state_dict() == remembered
+    clipper.clip_if_needed(model, overflow_rate=0.0)
+    assert clipper.groups["weight"].clip_threshold == 2.0  # a quantile knows no format
+
+
+def test_what_holds_no_format_is_refused() -> None:
+    for holder, name in ((torch.nn.Linear(2, 2), "Linear"), (object(), "object"), (Casting(3), "Casting")):
+        with pytest.raises(InputError, match=f"a {name} holds no format"):
+            set_format([holder], "E5M2")
+    with pytest.raises(InputError, match="path 'fast' cannot cast to bf16"):
+        set_format(FormatParams.from_format("E5M2"), "bf16")
+    detector = BitStallDetector("E7M0")
+    with pytest.raises(UnknownFormatError):
+        set_format([detector], "E77M0")
+    assert detector.format == parse("E7M0")
+
+
+def controller(**more: Any) -> FormatController:
+    return FormatController("E7M0", policy="off", shifter=EmergencyMantissaShift(), **more)
+
+
+NAN = {"loss": torch.tensor(torch.nan), "finite": torch.tensor(False)}
+
+
+def test_decisions_land_a_step_late_and_draining_decides_on_the_last() -> None:
+    early, late = controller(), controller()
+    assert [early.step(step, NAN).format for step in range(3)] == [None, None, None]
+    assert early.drain().format == "E5M2"
+    assert early.drain().format is None
+    detector = BitStallDetector("E7M0")
+    decisions = [late.step(step, NAN, [detector]) for step in range(5)]
+    assert [each.format for each in decisions] == [None, None, None, "E5M2", None]
+    assert (str(detector.format), late.format, late.events[0].step) == ("E5M2", "E5M2", 2)
+
+
+def test_rollbacks_are_carried_out_before_the_format_is_written() -> None:
+    keeping, detector, happened = controller(can_roll_back=True), BitStallDetector("E7M0"), []
+
+    def roll_back() -> None:
+        happened.append(str(detector.format))
+        detector.format = parse("E7M0")  # as a snapshot may
+
+    poisoned = {**NAN, "params_finite": torch.tensor(False)}
+    for step, metrics in enumerate([NAN, NAN, poisoned, NAN]):
+        keeping.step(step, metrics, [detector], roll_back)
+    assert (happened, str(detector.format)) == (["E7M0"], "E5M2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "roll_back", "told"),
+    [
+        ({"rounding": "nearest_even"}, None, "cannot change how weights are rounded"),
+        ({"learning_rate": 1.0}, None, "cannot change the learning rate"),
+        ({"can_roll_back": True}, None, "can_roll_back is True but roll_back is None"),
+        ({}, lambda: None, "can_roll_back is False but roll_back is"),
+    ],
+)
+def test_what_step_cannot_carry_out_is_refused_beforehand(settings: Any, roll_back: Any, told: str) -> None:
+    for call in (lambda each: each.step(0, NAN, (), roll_back), lambda each: each.drain((), roll_back)):
+        with pytest.raises(InputError, match=told):
+            call(controller(**settings))
