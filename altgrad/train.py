@@ -27,8 +27,8 @@ from altgrad_jax.data import Corpus, load_corpus
 from altgrad_jax.faults import check_faults
 from altgrad_jax.job import Job, RunPlan, StepReport
 from altgrad_jax.models import GPTConfig
-from altgrad_jax.state import RunSpec, Storage, StorageRounding
-from altgrad_jax.training import OptimizerConfig, Program
+from altgrad_jax.state import RunSpec, Scaling, Storage, StorageRounding
+from altgrad_jax.training import JobClipRule, OptimizerConfig, Program
 
 _VALIDATION_BATCHES = 8
 
@@ -57,7 +57,8 @@ class TrainConfig:
     recover: bool = True
     """Skip steps that are not finite, keep spikes out of the amax history, go back to a snapshot when poisoned."""
     inject: tuple[str, ...] = ()
-    """Faults to inject: nan@120:5 (five NaN batches), spike@200:1e4 (one loss spike), weight@150:nan."""
+    """Faults to inject: nan@120:5 (five NaN batches), spike@200:1e4 (one loss spike), weight@150:nan, gradient@150:inf,
+    zeros@120:5 (batches of nothing but token 0), noise@120:5 (batches of shuffled tokens)."""
 
     storage: Storage = "master"
     """float32 master weights cast at use, or weights committed to the format's grid after every step."""
@@ -67,9 +68,21 @@ class TrainConfig:
     """What overflow becomes in operands: inf or NaN as the format has it, or the format's maximum."""
     gradient_overflow: Overflow = "saturate_finite"
     """What overflow becomes in gradients."""
+    scaling: Scaling = "delayed"
+    """Scales of operands and gradients: delayed, from the largest magnitudes of the last steps, or static, all 1."""
+    calibrate: bool = True
+    """Measure delayed scales on the first batch before step 0."""
+    refuse_spikes: bool = True
+    """Keep the magnitudes of a step whose gradient norm is a spike out of delayed scales."""
+    repair_scales: bool = False
+    """Double the scale of a cast that saturates."""
 
+    clip_rule: JobClipRule = "max"
+    """What the clip threshold follows. max: base-clip times max/57344. binades: base-clip times binades/32.
+    scaled_max: base-clip times max under the largest scale. quantile: base-clip times the median norm.
+    ungated: plain clipping to base-clip, at every step."""
     base_clip: float = 1.0
-    """Clip threshold that E5M2 would have; the format's is this times max/57344."""
+    """Clip threshold that E5M2 would have; for other rules than max, what they multiply."""
     overflow_threshold: float = 0.01
     """Overflow rate at and above which gradients are clipped."""
     nan_patience: int = 3
@@ -122,16 +135,28 @@ class TrainConfig:
             raise RunError("--storage-rounding has no effect on float32 masters; expected it with --storage committed")
         check_base_clip(self.base_clip)
         check_rate("overflow_threshold", self.overflow_threshold)
-        self._refuse_without(self.clip, "--clip", ("base_clip", "overflow_threshold"))
+        self._refuse_without(self.clip, "--clip", ("clip_rule", "base_clip", "overflow_threshold"))
+        self._refuse_without(self.clip_rule != "ungated", "a gated --clip-rule", ("overflow_threshold",))
+        self._refuse_without(self.scaling == "delayed", "--scaling delayed", ("calibrate", "refuse_spikes"))
         self._refuse_without(self.shift, "--shift", ("nan_patience", "stall_threshold", "policy", "recover_after"))
-        self._refuse_without(self.recover, "--recover", ("snapshot_every", "snapshots_kept", "rollback_moments"))
+        self._refuse_without(
+            self.recover, "--recover", ("refuse_spikes", "snapshot_every", "snapshots_kept", "rollback_moments")
+        )
         stalls_count = self.policy == "fallback_chain" or (self.policy != "off" and self.storage == "committed")
         told = "--storage committed (and a --policy) or --policy fallback_chain"
         self._refuse_without(stalls_count, told, ("stall_threshold",))
         if self.recover_after is not None and check_count("--recover-after", self.recover_after, 1) >= self.steps:
             raise RunError(f"--recover-after {self.recover_after} would never happen: the run has {self.steps} steps")
         if parse(self.format).is_float32:
-            self._refuse_without(False, "a format other than float32", ("operand_overflow", "gradient_overflow"))
+            of_casts = (
+                "operand_overflow",
+                "gradient_overflow",
+                "scaling",
+                "calibrate",
+                "refuse_spikes",
+                "repair_scales",
+            )
+            self._refuse_without(False, "a format other than float32", of_casts)
             if self.storage == "committed":
                 raise RunError("--storage committed has no effect in float32: its weights are on the grid already")
 
@@ -139,7 +164,8 @@ class TrainConfig:
         defaults = {field.name: field.default for field in fields(self)}
         changed = [option for option in options if getattr(self, option) != defaults[option]]
         if changed and not switch:
-            raise RunError(f"--{changed[0].replace('_', '-')} has no effect without {name}")
+            negation = "no-" if getattr(self, changed[0]) is False else ""
+            raise RunError(f"--{negation}{changed[0].replace('_', '-')} has no effect without {name}")
 
     def plan(self) -> RunPlan:
         """The run as the job sees it."""
@@ -153,6 +179,10 @@ class TrainConfig:
                 self.gradient_overflow,
                 clip=self.clip,
                 recover=self.recover,
+                scaling=self.scaling,
+                refuse_spikes=self.refuse_spikes,
+                calibrate=self.calibrate,
+                repair_scales=self.repair_scales,
             ),
             check_faults(self.inject, self.steps),
             shift=self.shift,
@@ -169,6 +199,7 @@ class TrainConfig:
             OptimizerConfig(
                 self.steps,
                 self.learning_rate,
+                clip_rule=self.clip_rule,
                 base_clip=self.base_clip,
                 overflow_threshold=self.overflow_threshold,
             ),

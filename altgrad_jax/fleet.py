@@ -92,10 +92,9 @@ class Fleet:
             tokens: int32 ``(runs, batch, context + 1)``.
             faults: one for each run.
         """
+        dtypes = Fault(np.float32, bool, np.float32, bool, np.float32)
         fault = Fault(
-            np.array([each.loss_factor for each in faults], np.float32),
-            np.array([each.poison for each in faults], bool),
-            np.array([each.weight for each in faults], np.float32),
+            *(np.array(values, dtype) for values, dtype in zip(zip(*faults, strict=True), dtypes, strict=True))
         )
         return self._step(state, self._spread(tokens), jax.tree.map(self._spread, fault))
 

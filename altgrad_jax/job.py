@@ -18,7 +18,7 @@ from altgrad_core.snapshots import Moments
 from altgrad_core.stability import EmergencyMantissaShift
 from altgrad_jax.control import Decision, FormatController, Observation, Policy
 from altgrad_jax.data import Corpus
-from altgrad_jax.faults import Injection, fault_at
+from altgrad_jax.faults import Injection, fault_at, spoiled
 from altgrad_jax.fleet import Fleet
 from altgrad_jax.recovery import Snapshots
 from altgrad_jax.state import Recoverable, RunSpec, StepMetrics, TrainState
@@ -232,7 +232,7 @@ class Job:
             seed: self._corpus.batch(seed, step, self._batch, self._context)
             for seed in {plan.spec.seed for plan in self.plans}
         }
-        return np.stack([drawn[plan.spec.seed] for plan in self.plans])
+        return np.stack([spoiled(drawn[plan.spec.seed], plan.injections, step) for plan in self.plans])
 
 
 def _noted(step: int, seen: Mapping[str, Any], plan: RunPlan, sites: Sequence[str]) -> list[Event]:

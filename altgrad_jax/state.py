@@ -16,6 +16,7 @@ Params = dict[str, Any]
 
 Storage = Literal["master", "committed"]
 StorageRounding = Literal["nearest_even", "stochastic"]
+Scaling = Literal["delayed", "static"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,12 @@ class RunSpec:
         operand_overflow: what overflow becomes in operands.
         gradient_overflow: what overflow becomes in gradients.
         clip: whether the partition-relative clipper may act.
-        recover: whether non-finite steps are skipped and spikes kept out of the amax history.
+        recover: whether non-finite steps are skipped.
+        scaling: ``delayed`` power-of-two scales from amax histories, or ``static`` ones of 1.
+        refuse_spikes: whether a run that recovers keeps steps with a spike of the norm out of its amax history.
+        calibrate: whether the amax history is filled from one batch before step 0, which otherwise runs at scale 1.
+        repair_scales: whether the scale of a cast that saturates is doubled for the next step.
+        learning_rate: a factor on the scheduled learning rate.
     """
 
     format: str
@@ -41,6 +47,11 @@ class RunSpec:
     gradient_overflow: Overflow = "saturate_finite"
     clip: bool = True
     recover: bool = True
+    scaling: Scaling = "delayed"
+    refuse_spikes: bool = True
+    calibrate: bool = True
+    repair_scales: bool = False
+    learning_rate: float = 1.0
 
 
 class Fault(NamedTuple):
@@ -50,11 +61,15 @@ class Fault(NamedTuple):
         loss_factor: float32, multiplies the loss: NaN for a NaN batch, 1e4 for a spike.
         poison: bool, whether to overwrite a weight before the step.
         weight: float32, with what.
+        corrupt: bool, whether to overwrite one element of the gradient.
+        gradient: float32, with what.
     """
 
     loss_factor: jax.typing.ArrayLike = 1.0
     poison: jax.typing.ArrayLike = False
     weight: jax.typing.ArrayLike = 0.0
+    corrupt: jax.typing.ArrayLike = False
+    gradient: jax.typing.ArrayLike = 0.0
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +80,10 @@ class Switches:
     clip: jax.Array
     recover: jax.Array
     committed: jax.Array
+    static_scales: jax.Array
+    refuse_spikes: jax.Array
+    calibrate: jax.Array
+    repair_scales: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -99,6 +118,8 @@ class TrainState:
         opt_state: optax state; the clipper's and the stall monitor's formats are in it.
         amax_history: float32 ``(window, sites, 3)``.
         norm_history: float32 ``(32,)``, raw gradient norms of applied steps, newest last, 0 where empty.
+        widening: float32 ``(sites, 3)``, powers of two by which scales are larger than their histories say; all 1
+            unless scales are repaired.
         run: formats and switches.
         step: int32, steps taken, skipped ones included.
         sound: bool, whether the last step was finite and left finite parameters: fit for a snapshot.
@@ -108,6 +129,7 @@ class TrainState:
     opt_state: optax.OptState
     amax_history: jax.Array
     norm_history: jax.Array
+    widening: jax.Array
     run: RunData
     step: jax.Array
     sound: jax.Array
@@ -115,7 +137,7 @@ class TrainState:
     @property
     def recoverable(self) -> Recoverable:
         """The part that snapshots keep and a rollback brings back."""
-        return Recoverable(self.params, self.opt_state, self.amax_history, self.norm_history)
+        return Recoverable(self.params, self.opt_state, self.amax_history, self.norm_history, self.widening)
 
     def recovered(self, kept: Recoverable) -> TrainState:
         """This state with that part replaced; the step, the formats of the casts and the switches go on."""
@@ -129,6 +151,7 @@ class Recoverable(NamedTuple):
     opt_state: optax.OptState
     amax_history: jax.Array
     norm_history: jax.Array
+    widening: jax.Array
 
 
 class StepMetrics(NamedTuple):

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from altgrad_core.clip_rules import ClipRule
 from altgrad_core.formats import CastPath, parse
-from altgrad_jax.clipping import partition_relative_clip
+from altgrad_jax.clipping import clip_by_global_norm, partition_relative_clip
 from altgrad_jax.models import GPT, Casts, GPTConfig, next_token_loss
 from altgrad_jax.nn import GRADIENT, RHS, Grid, Record, empty_record, read_record
 from altgrad_jax.norms import global_norm
@@ -31,6 +32,11 @@ _NORM_WINDOW = 32
 _NORMS_NEEDED = 8
 _SPIKE_FACTOR = 10.0
 _CALIBRATION_PASSES = 4
+_SATURATES_FROM = 0.01
+_WIDEST = 2.0**40
+
+JobClipRule = ClipRule | Literal["ungated"]
+"""The rules of the partition-relative clipper, or plain clipping by the global norm at every step."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class OptimizerConfig:
         warmup: steps of warm-up.
         weight_decay: on matrices only.
         beta2: decay of the second moment.
-        base_clip: threshold on the global norm that E5M2 would have.
+        clip_rule: what the clipper's threshold follows, or ``ungated`` for plain clipping to ``base_clip``.
+        base_clip: threshold on the global norm that E5M2 would have; for other rules what they multiply.
         overflow_threshold: pooled overflow rate of the gradient casts that opens the clipper's gate.
     """
 
@@ -52,6 +59,7 @@ class OptimizerConfig:
     warmup: int = 20
     weight_decay: float = 0.01
     beta2: float = 0.99
+    clip_rule: JobClipRule = "max"
     base_clip: float = 1.0
     overflow_threshold: float = 0.01
 
@@ -101,9 +109,13 @@ class Program:
                 clip=jnp.asarray(run.clip),
                 recover=jnp.asarray(run.recover),
                 committed=jnp.asarray(run.storage == "committed"),
+                static_scales=jnp.asarray(run.scaling == "static"),
+                refuse_spikes=jnp.asarray(run.recover and run.refuse_spikes),
+                calibrate=jnp.asarray(run.calibrate),
+                repair_scales=jnp.asarray(run.repair_scales),
             ),
             seed=jnp.uint32(run.seed),
-            learning_rate=jnp.float32(1),
+            learning_rate=jnp.float32(run.learning_rate),
         )
 
     def start(self, params: Params, run: RunData) -> TrainState:
@@ -113,6 +125,7 @@ class Program:
             opt_state=self._optimizer(run).init(params),
             amax_history=empty_history(self.amax_window, (self.model.sites, 3)),
             norm_history=empty_history(_NORM_WINDOW),
+            widening=jnp.ones((self.model.sites, 3), jnp.float32),
             run=run,
             step=jnp.int32(0),
             sound=jnp.asarray(True),
@@ -130,7 +143,7 @@ class Program:
         Returns:
             The new state, and the metrics, which do not alias it.
         """
-        state = replace(state, params=_poisoned(state.params, fault))
+        state = replace(state, params=_with_one_weight(state.params, fault.poison, fault.weight))
         record = empty_record(self.model.sites)
         casts = self._casts(state, record)
 
@@ -138,6 +151,7 @@ class Program:
             return self.loss(params, tokens, casts) * fault.loss_factor
 
         loss, gradients = jax.value_and_grad(loss_of)(state.params)
+        gradients = _with_one_weight(gradients, fault.corrupt, fault.gradient)
         seen = _Seen.of(record)
         norm = global_norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -149,19 +163,20 @@ class Program:
             overflow_rate=jnp.where(state.run.switches.clip, seen.gradient.overflow_rate, -1),
             total_norm=norm,
         )
-        refused = state.run.switches.recover & _is_spike(norm, state.norm_history)
+        refused = state.run.switches.refuse_spikes & _is_spike(norm, state.norm_history)
         moved = replace(
             state,
             params=self._store(state, cast(Params, optax.apply_updates(state.params, updates))),
             opt_state=opt_state,
             amax_history=jnp.where(refused, state.amax_history, push_amax(state.amax_history, seen.amax)),
             norm_history=push_amax(state.norm_history, norm),
+            widening=_repaired(state, seen.overflow_rates),
         )
         applied = finite | ~state.run.switches.recover
         new = select_if_finite(applied, moved, state)
         params_finite = all_finite(new.params)
         new = replace(new, step=state.step + 1, sound=finite & params_finite)
-        return new, self._metrics(loss, finite, params_finite, applied, norm, refused, seen, moved.opt_state)
+        return new, self._metrics(loss, finite, params_finite, applied, norm, refused, seen, moved)
 
     def reset_moments(self, state: TrainState, params: Params) -> optax.OptState:
         """The optimizer state with new moments for ``params``; see :func:`altgrad_jax.recovery.reset_moments`."""
@@ -183,7 +198,7 @@ class Program:
             return jnp.broadcast_to(kept, history.shape), None
 
         history, _ = jax.lax.scan(measure, state.amax_history, length=_CALIBRATION_PASSES)
-        return replace(state, amax_history=history)
+        return replace(state, amax_history=jnp.where(state.run.switches.calibrate, history, state.amax_history))
 
     def evaluate(self, state: TrainState, batches: jax.Array) -> jax.Array:
         """Mean loss over int32 ``(count, batch, context + 1)`` batches, cast as in training: float32 scalar."""
@@ -214,6 +229,7 @@ class Program:
         sites = jnp.array(list(self.model.weight_sites))
         of_weights = [amax(_module(state.params, path)["weight"]) for path in self.model.weight_sites.values()]
         scales = power_of_two_scale(amaxes.at[sites, RHS].set(jnp.stack(of_weights)), state.run.operand.max_value)
+        scales = jnp.where(state.run.switches.static_scales, 1, scales) * state.widening
         return Casts(
             operands=Grid.of(state.run.operand, scales[:, :GRADIENT]),
             gradients=Grid.of(state.run.gradient, scales[:, GRADIENT]),
@@ -236,7 +252,7 @@ class Program:
             config.learning_rate / 10,
         )
         return optax.chain(
-            partition_relative_clip(run.operand, config.base_clip, config.overflow_threshold, window=1),
+            self._clipper(run),
             optax.adamw(
                 lambda count: schedule(count) * run.learning_rate,
                 b2=config.beta2,
@@ -244,6 +260,15 @@ class Program:
                 mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
             ),
             stall_monitor(run.operand, self._matmul_weights),
+        )
+
+    def _clipper(self, run: RunData) -> optax.GradientTransformationExtraArgs:
+        config = self.optimizer
+        if config.clip_rule == "ungated":
+            return clip_by_global_norm(jnp.where(run.switches.clip, config.base_clip, jnp.inf))
+        window = self.amax_window if config.clip_rule == "scaled_max" else 1
+        return partition_relative_clip(
+            run.operand, config.base_clip, config.overflow_threshold, rule=config.clip_rule, window=window
         )
 
     def _store(self, state: TrainState, params: Params) -> Params:
@@ -265,16 +290,17 @@ class Program:
         norm: jax.Array,
         refused: jax.Array,
         seen: _Seen,
-        opt_state: optax.OptState,
+        moved: TrainState,
     ) -> StepMetrics:
-        per_site = seen.per_gradient.overflow_rate
+        per_site = seen.overflow_rates[:, GRADIENT]
+        opt_state, clip = moved.opt_state, moved.run.switches.clip
         return StepMetrics(
             loss=loss,
             finite=finite,
             params_finite=params_finite,
             applied=applied,
             norm=norm,
-            clipped=optax.tree.get(opt_state, "clipped"),
+            clipped=optax.tree.get(opt_state, "clipped", clip & (norm > self.optimizer.base_clip)),
             overflow_rate=seen.gradient.overflow_rate,
             worst_overflow_rate=jnp.max(per_site),
             worst_site=jnp.argmax(per_site).astype(jnp.int32),
@@ -293,14 +319,14 @@ class _Seen(NamedTuple):
     amax: jax.Array
     gradient: CastCounts
     operand: CastCounts
-    per_gradient: CastCounts
+    overflow_rates: jax.Array
 
     @classmethod
     def of(cls, record: Record) -> _Seen:
         tallies = read_record(record)
         counts = CastCounts.of_tallies(tallies)
-        per_gradient, operands = CastCounts(counts.limbs[:, GRADIENT]), CastCounts(counts.limbs[:, :GRADIENT])
-        return cls(amax_of_tallies(tallies), per_gradient.pooled(), operands.pooled(), per_gradient)
+        gradients, operands = CastCounts(counts.limbs[:, GRADIENT]), CastCounts(counts.limbs[:, :GRADIENT])
+        return cls(amax_of_tallies(tallies), gradients.pooled(), operands.pooled(), counts.overflow_rate)
 
 
 def _module(params: Params, path: tuple[str | int, ...]) -> Params:
@@ -310,12 +336,19 @@ def _module(params: Params, path: tuple[str | int, ...]) -> Params:
     return found
 
 
-def _poisoned(params: Params, fault: Fault) -> Params:
-    """Overwrite one weight of the first block's perceptron, if the fault says so."""
+def _with_one_weight(params: Params, hit: jax.typing.ArrayLike, value: jax.typing.ArrayLike) -> Params:
+    """Overwrite one weight of the first block's perceptron, or its gradient, if it is hit."""
     weight = params["blocks"][0]["up"]["weight"]
-    hit = weight.at[0, 0].set(jnp.where(fault.poison, fault.weight, weight[0, 0]))
-    first = {**params["blocks"][0], "up": {**params["blocks"][0]["up"], "weight": hit}}
+    weight = weight.at[0, 0].set(jnp.where(hit, value, weight[0, 0]))
+    first = {**params["blocks"][0], "up": {**params["blocks"][0]["up"], "weight": weight}}
     return {**params, "blocks": {**params["blocks"], 0: first}}
+
+
+def _repaired(state: TrainState, overflow_rates: jax.Array) -> jax.Array:
+    """Twice the scale where a cast saturates. Delayed scales follow what they saw, once nothing saturates any more."""
+    saturates = state.run.switches.repair_scales & (overflow_rates >= _SATURATES_FROM)
+    kept = jnp.where(state.run.switches.static_scales, state.widening, jnp.where(overflow_rates > 0, state.widening, 1))
+    return jnp.where(saturates, jnp.minimum(2 * state.widening, _WIDEST), kept)
 
 
 def _is_spike(norm: jax.Array, history: jax.Array) -> jax.Array:

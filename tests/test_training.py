@@ -55,7 +55,8 @@ class Compiled:
         states, shown = [self.calibrate(self.start(spec), tokens(0))], []
         for step in range(steps):
             fault = jax.tree.map(jnp.float32, faults.get(step, Fault()))
-            state, metrics = self.step(states[-1], tokens(step), fault._replace(poison=fault.poison > 0))
+            fault = fault._replace(poison=fault.poison > 0, corrupt=fault.corrupt > 0)
+            state, metrics = self.step(states[-1], tokens(step), fault)
             states.append(state)
             shown.append(metrics)
         return states, shown
@@ -75,6 +76,17 @@ def losses(shown: list[StepMetrics]) -> list[float]:
 
 
 # ---- what a step keeps out
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_gradient_with_one_bad_element_is_skipped_like_a_nan_batch(value: float) -> None:
+    fault = Fault(corrupt=True, gradient=value)
+    states, shown = fast().run(RunSpec("E5M2"), {5: fault}, 7)
+    assert [bool(metrics.applied) for metrics in shown] == [True] * 5 + [False, True]
+    assert np.isfinite(losses(shown)).all()
+    assert_same_bits(states[6].recoverable, states[5].recoverable)
+    states, shown = fast().run(RunSpec("E5M2", recover=False), {5: fault}, 7)
+    assert not bool(shown[5].params_finite)
 
 
 def test_nan_batch_leaves_everything_as_it_was() -> None:
@@ -121,9 +133,16 @@ def test_spike_stays_out_of_the_amax_history() -> None:
     assert not bool(shown[11].clipped)
 
 
-@pytest.mark.parametrize("spec", [RunSpec("E5M2", recover=False), RunSpec("E5M2")], ids=["off", "too early"])
-def test_spike_that_comes_through(spec: RunSpec) -> None:
-    at = 3 if spec.recover else 10  # a median needs eight norms
+@pytest.mark.parametrize(
+    ("spec", "at"),
+    [
+        (RunSpec("E5M2", recover=False), 10),
+        (RunSpec("E5M2", refuse_spikes=False), 10),
+        (RunSpec("E5M2"), 3),  # a median needs eight norms
+    ],
+    ids=["no recovery", "switched off", "too early"],
+)
+def test_spike_that_comes_through(spec: RunSpec, at: int) -> None:
     states, shown = fast().run(spec, {at: SPIKE}, at + 1)
     assert not bool(shown[at].amax_refused)
     assert float(jnp.max(states[at + 1].amax_history)) > 100 * float(jnp.max(states[at].amax_history))
@@ -166,7 +185,7 @@ def test_format_can_be_set_between_steps() -> None:
     assert float(other.run.operand.max_value) == 2.0**64
 
 
-FAULTLESS = Fault(jnp.float32(1), jnp.asarray(False), jnp.float32(0))
+FAULTLESS = jax.tree.map(lambda value: jnp.asarray(value, bool if isinstance(value, bool) else jnp.float32), Fault())
 
 
 def test_factor_on_the_learning_rate_is_data() -> None:
@@ -360,3 +379,60 @@ def test_recoverable_is_what_a_rollback_replaces() -> None:
     assert isinstance(back.recoverable, Recoverable)
     assert_same_bits(back.recoverable, states[1].recoverable)
     assert int(back.step) == 3
+
+
+# ---- scales
+
+
+def test_static_scales_are_one_and_can_be_repaired() -> None:
+    """At a scale of 1 the operands of E0M7 saturate: its largest value is 127/128. Doubled scales end that."""
+    plain, repaired = (
+        fast().run(set_spec, {}, 12)
+        for set_spec in (
+            RunSpec("E0M7", scaling="static"),
+            RunSpec("E0M7", scaling="static", repair_scales=True),
+        )
+    )
+    assert {float(metrics.operand_overflow_rate) > 0.05 for metrics in plain[1]} == {True}
+    assert_same_bits(plain[0][-1].widening, np.ones_like(plain[0][-1].widening))
+    widening = np.asarray(repaired[0][-1].widening)
+    assert set(np.unique(np.log2(widening) % 1)) == {0.0}
+    assert widening.max() >= 4
+    assert float(repaired[1][-1].operand_overflow_rate) < 0.01
+
+
+def test_delayed_scales_need_a_repair_only_until_their_history_has_it() -> None:
+    states, shown = fast().run(RunSpec("E5M2", repair_scales=True), {10: SPIKE}, 12)
+    assert float(jnp.max(states[10].widening)) == 1
+    assert float(shown[10].overflow_rate) > 0.01
+    assert float(jnp.max(states[11].widening)) == 2  # the spike's amax was refused
+    assert float(jnp.max(states[12].widening)) == 1
+
+
+def test_without_calibration_step_0_runs_at_scale_1() -> None:
+    compiled = fast()
+    state = compiled.calibrate(compiled.start(RunSpec("E5M2", calibrate=False)), tokens(0))
+    assert float(jnp.max(state.amax_history)) == 0
+
+
+def test_the_factor_on_the_learning_rate_of_a_run() -> None:
+    halved, _ = fast().run(RunSpec("E5M2", learning_rate=0.5), {}, 2)
+    assert float(halved[0].run.learning_rate) == 0.5
+    whole, _ = fast().run(RunSpec("E5M2"), {}, 2)
+    assert not np.array_equal(halved[2].params["tokens"], whole[2].params["tokens"])
+
+
+# ---- other clip rules
+
+
+@pytest.mark.parametrize("rule", ["binades", "scaled_max", "quantile", "ungated"])
+def test_a_job_can_clip_by_any_rule(rule: Any) -> None:
+    base = 1e-3
+    program = Program.for_format("E5M2", MODEL, replace(OPTIMIZER, clip_rule=rule, base_clip=base))
+    state = program.calibrate(program.start(program.fresh_params(0), program.run_data(RunSpec("E5M2"))), tokens(0))
+    step = jax.jit(program.step)
+    for k in range(10):
+        fault = jax.tree.map(jnp.asarray, SPIKE._replace(loss_factor=1e6 if k == 9 else 1.0, corrupt=False))
+        state, metrics = step(state, tokens(k), fault)
+        assert bool(metrics.clipped) is (rule == "ungated" or k == 9)
+    assert float(optax.tree.get(state.opt_state[0], "total_norm")) == float(metrics.norm)
