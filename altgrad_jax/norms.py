@@ -7,7 +7,7 @@ which then is the norm; where they do not, the sum is taken again in integers. `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,8 +17,7 @@ import optax
 from jax import lax
 
 from altgrad_core.norms import EXPONENTS, FLOAT64_ROUNDOFF, LIMB_BITS
-
-AxisName = Hashable | Sequence[Hashable]
+from altgrad_jax.axes import AxisName, by_axes, places, sum_over
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _IMPLICIT_ONE = np.int32(1 << 23)
@@ -60,7 +59,9 @@ def global_norm(tree: optax.Updates, *, axis_name: AxisName | None = None) -> ja
 
     Args:
         tree: pytree of floating-point arrays of any shapes and dtypes.
-        axis_name: inside ``shard_map`` or ``vmap``, the axes over which every leaf is a part of a larger one.
+        axis_name: inside ``shard_map`` or ``vmap``, the axes over which leaves are parts of larger ones. A leaf that is
+            replicated over an axis counts once, as :func:`altgrad_jax.axes.axes_of` says; but with
+            ``check_vma=False``, where JAX does not know, as often as the axis is long.
 
     Returns:
         float32 scalar; inf or NaN if a leaf holds one.
@@ -107,10 +108,9 @@ def norm_of(leaves: Sequence[jax.Array], norm_type: float = 2.0, axis_name: Axis
         # Relative to the largest, no power overflows. Infinities and NaN, which that would lose, are the largest.
         finite = jnp.isfinite(largest)
         unit = jnp.where(finite & (largest > 0), largest, 1.0)
-        total = jnp.float64(0)
-        for leaf in leaves:
-            total = total + jnp.sum((jnp.abs(_widen_subnormals(leaf)) / unit) ** norm_type)
-        total = total if axis_name is None else lax.psum(total, axis_name)
+        total = _added_up(
+            leaves, lambda leaf: jnp.sum((jnp.abs(_widen_subnormals(leaf)) / unit) ** norm_type), axis_name
+        )
         return _as_norm(jnp.where(finite, unit * total ** (1 / norm_type), largest))
 
 
@@ -134,28 +134,28 @@ def euclidean_norm(leaves: Sequence[jax.Array], axis_name: AxisName | None = Non
 
 def _sum_of_squares(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> tuple[jax.Array, float]:
     """The sum in float64, and by how much its root may be off, relatively, from the true norm."""
-    total = _added_up(leaves, _widen, axis_name)
+    total = _added_up(leaves, lambda leaf: _squares_of(leaf, _widen), axis_name)
     # Subnormals add less than 2^-252 each: they count only in a sum so small that XLA may have dropped some of it.
     total = lax.cond(
         total < _SUBNORMALS_COUNT_BELOW,
-        lambda them: _added_up(them, _widen_subnormals, axis_name),
+        lambda them: _added_up(them, lambda leaf: _squares_of(leaf, _widen_subnormals), axis_name),
         lambda _: total,
         list(leaves),
     )
     # Of positive numbers n are added with at most n - 1 roundings in a row, in any order whatever. Twice that for what
     # is added up over leaves and devices; one for each square; the root halves it all, and adds two of its own.
     in_a_row = max(_roundings_in_a_row(leaf) for leaf in leaves) + 2 * len(leaves)
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    return total, (in_a_row + 2 * devices + 4) * FLOAT64_ROUNDOFF
+    return total, (in_a_row + 2 * places(axis_name) + 4) * FLOAT64_ROUNDOFF
 
 
 def _added_up(
-    leaves: Sequence[jax.Array], widen: Callable[[jax.Array], jax.Array], axis_name: AxisName | None
+    leaves: Sequence[jax.Array], sum_of: Callable[[jax.Array], jax.Array], axis_name: AxisName | None
 ) -> jax.Array:
+    """float64: what is summed up of each leaf, over all leaves and, where they are parts, over the places."""
     total = jnp.float64(0)
-    for leaf in leaves:
-        total = total + _squares_of(leaf, widen)
-    return total if axis_name is None else lax.psum(total, axis_name)
+    for axes, group in by_axes(leaves, axis_name).items():
+        total = total + sum_over(sum((sum_of(leaves[k]) for k in group), jnp.float64(0)), axes)
+    return total
 
 
 def _squares_of(leaf: jax.Array, widen: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -243,12 +243,8 @@ def _of_bits(bits: jax.Array) -> Norm:
 def _rounded_exactly(bits: jax.Array, leaves: Sequence[jax.Array], axis_name: AxisName | None) -> jax.Array:
     """The right one of a float32 and its two neighbours, by comparing the exact sum with the squares half way."""
     sums = jnp.zeros((EXPONENTS, 2), jnp.int64)
-    flat = [leaf.astype(jnp.float32).reshape(-1) for leaf in leaves]
-    # Small leaves together: each loop is a program of its own to compile.
-    small = [leaf for leaf in flat if leaf.size < _CHUNK]
-    for leaf in [*(leaf for leaf in flat if leaf.size >= _CHUNK), *([jnp.concatenate(small)] if small else [])]:
-        sums = _add_exponent_sums(sums, leaf)
-    sums = sums if axis_name is None else lax.psum(sums, axis_name)
+    for axes, group in by_axes(leaves, axis_name).items():
+        sums = sums + sum_over(_exponent_sums([leaves[k] for k in group]), axes)
     positions = 2 * np.maximum(np.arange(EXPONENTS) - 1, 0) + 2
     total = _limbs(sums.reshape(-1), (positions[:, None] + np.array([0, LIMB_BITS])).reshape(-1))
     above = _sign_of_difference(total, _square_half_way(bits))
@@ -257,6 +253,16 @@ def _rounded_exactly(bits: jax.Array, leaves: Sequence[jax.Array], axis_name: Ax
     up = (above > 0) | ((above == 0) & is_odd)
     down = (below < 0) | ((below == 0) & is_odd)
     return jnp.minimum(bits + up.astype(jnp.int32) - down.astype(jnp.int32), _MAX_BITS)
+
+
+def _exponent_sums(leaves: Sequence[jax.Array]) -> jax.Array:
+    sums = jnp.zeros((EXPONENTS, 2), jnp.int64)
+    flat = [leaf.astype(jnp.float32).reshape(-1) for leaf in leaves]
+    # Small leaves together: each loop is a program of its own to compile.
+    small = [leaf for leaf in flat if leaf.size < _CHUNK]
+    for leaf in [*(leaf for leaf in flat if leaf.size >= _CHUNK), *([jnp.concatenate(small)] if small else [])]:
+        sums = _add_exponent_sums(sums, leaf)
+    return sums
 
 
 def _add_exponent_sums(sums: jax.Array, flat: jax.Array) -> jax.Array:
@@ -271,9 +277,9 @@ def _add_exponent_sums(sums: jax.Array, flat: jax.Array) -> jax.Array:
         return sums.at[field].add(limbs), None
 
     whole = flat.size - flat.size % _CHUNK
-    if whole:
-        sums, _ = lax.scan(add, sums, flat[:whole].reshape(-1, _CHUNK))
-    return add(sums, flat[whole:])[0]
+    # The rest first: inside shard_map what a loop begins with has to vary over the axes over which it will.
+    sums, _ = add(sums, flat[whole:])
+    return lax.scan(add, sums, flat[:whole].reshape(-1, _CHUNK))[0] if whole else sums
 
 
 def _square_half_way(bits: jax.Array) -> jax.Array:
@@ -295,7 +301,8 @@ def _limbs(values: jax.Array, positions: jax.Array | np.ndarray) -> jax.Array:
         whole = word + carried
         return whole >> 32, whole & _WORD
 
-    return lax.scan(carry, jnp.int64(0), words)[1]
+    # A zero that varies over the axes of shard_map over which the words do, as a loop wants it.
+    return lax.scan(carry, words[0] & 0, words)[1]
 
 
 def _sign_of_difference(left: jax.Array, right: jax.Array) -> jax.Array:
