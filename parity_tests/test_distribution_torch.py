@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -21,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import altgrad_jax
 from altgrad_core.clip_rules import ClipRule
 from altgrad_core.nonfinite import Nonfinite
 from altgrad_torch import PartitionRelativeClipper, cast_counts, clip_grad_norm_, global_norm
@@ -207,16 +205,24 @@ def strided(rank: int) -> list[Any]:
     return [float(global_norm([gradient])), cast_counts(gradient, "E5M2").as_integers()["elements"]]
 
 
+def summand(rank: int) -> Single:
+    return np.random.default_rng(rank).standard_normal(16).astype(np.float32)
+
+
 def summands(rank: int, mesh: Any) -> list[Any]:
     """Gradients of which each process holds a summand."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    zeros = DTensor.from_local(torch.zeros(2), mesh, [Replicate()])
-    parameter = torch.nn.Parameter(zeros)
-    parameter.grad = DTensor.from_local(torch.tensor([rank + 1.0, 2.0]), mesh, [Partial()])
-    norm = float(global_norm([parameter.grad]))
-    returned = float(clip_grad_norm_([parameter], 1.0))
-    return [norm, returned, digits(parameter.grad)]
+    found: list[Any] = []
+    for act in (
+        lambda parameter: clip_grad_norm_([parameter], 1.0),
+        lambda parameter: PartitionRelativeClipper("E5M2").clip_if_needed([parameter], 1.0),
+    ):
+        parameter = torch.nn.Parameter(DTensor.from_local(torch.zeros(16), mesh, [Replicate()]))
+        parameter.grad = DTensor.from_local(torch.tensor(summand(rank)), mesh, [Partial()])
+        norm = float(global_norm([parameter.grad]))
+        found.append([norm, float(act(parameter)), digits(parameter.grad)])
+    return found
 
 
 CHUNK = 1 << 15
@@ -295,6 +301,10 @@ def same(found: list[dict[str, Any]], of_one_process: dict[str, Any], name: str)
 
 
 def in_jax(values: npt.NDArray[np.float64], rate: float) -> tuple[float, bool, list[list[str]]]:
+    import jax.numpy as jnp  # not needed by the processes
+
+    import altgrad_jax
+
     tx = altgrad_jax.partition_relative_clip("E3M4")
     leaves = {name: jnp.asarray(leaf) for name, leaf in tree(values).items()}
     updates, state = tx.update(leaves, tx.init(leaves), overflow_rate=rate)
@@ -384,10 +394,12 @@ def test_strided_shards(found: list[dict[str, Any]]) -> None:
 
 
 def test_summands_are_added_up_first(found: list[dict[str, Any]]) -> None:
-    """[1, 2] and [2, 2] on two processes are the gradient [3, 4], whose norm is 5, not the root of 13."""
-    coefficient = np.float32(1 / (5 + 1e-6))
-    after = [float(np.float32(value) * coefficient).hex() for value in (3, 4)]
-    assert [process["summands"] for process in found] == [[5.0, 5.0, after]] * 2
+    """Clipped is the sum: clipped summands would add up to other bits, and their norm is none of anything."""
+    whole = summand(0) + summand(1)
+    norm = np.float32(math.sqrt(math.fsum(whole.astype(np.float64) ** 2)))
+    after = [float(value).hex() for value in whole * np.float32(1 / (float(norm) + 1e-6))]
+    expected = [[float(norm), float(norm), after], [float(norm), 1.0, after]]
+    assert [process["summands"] for process in found] == [expected] * 2
 
 
 def test_processes_agree_on_what_is_certain(found: list[dict[str, Any]]) -> None:

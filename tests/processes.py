@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,12 @@ def results_of(
             )
             for rank, (file, log) in enumerate(zip(files, logs, strict=True))
         ]
+        deadline = time.monotonic() + timeout
         try:
-            for process in running:
-                process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            pass  # told below, with what it said
+            while any(process.poll() is None for process in running) and time.monotonic() < deadline:
+                time.sleep(0.05)
+                if any(process.poll() and not file.exists() for process, file in zip(running, files, strict=True)):
+                    break  # the others would wait for it
         finally:
             for process in running:
                 process.kill()
@@ -57,7 +59,7 @@ def results_of(
         said = [Path(log.name).read_text() for log in logs]
         missing = [rank for rank, file in enumerate(files) if not file.exists()]
         told = "\n".join(f"--- process {rank} of {module}:\n{said[rank][-6000:]}" for rank in range(count))
-        assert not missing, f"no result from {missing} within {timeout} s\n{told}"
+        assert not missing, f"no result from {missing}, within {timeout} s or because another failed\n{told}"
         return [json.loads(file.read_text()) for file in files]
 
 
