@@ -196,13 +196,13 @@ class FormatController(Controller):
         if jax.process_index() != 0:
             return self._take_over(json.loads(self._consensus.from_first("")), seen.step)
         decision, failure = Decision(), None
+        told: dict[str, Any] = {"step": seen.step, "failed": None}
         try:
             decision = super().observe(seen, in_flight=in_flight)
+            text = json.dumps(told | {"decision": asdict(decision), "memory": self.saved()})
         except Exception as error:  # told to the others, who would wait for it
-            failure = error
-        failed = None if failure is None else repr(failure)
-        told = {"step": seen.step, "decision": asdict(decision), "memory": self.saved(), "failed": failed}
-        self._consensus.from_first(json.dumps(told))
+            failure, text = error, json.dumps(told | {"failed": repr(error)})
+        self._consensus.from_first(text)
         if failure is not None:
             raise failure
         return decision

@@ -137,7 +137,7 @@ def keeps_devices_busy(mesh: Mesh) -> dict[str, bool]:
 def told(act: Callable[[], object]) -> str:
     try:
         return str(act())
-    except (RuntimeError, TimeoutError) as error:
+    except (RuntimeError, TimeoutError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -147,8 +147,13 @@ def at_odds(rank: int) -> dict[str, str]:
     def rule(evidence: Evidence, policy: Policy, shifter: EmergencyMantissaShift | None) -> tuple[Remedy, ...]:
         raise RuntimeError("no rule")
 
+    def numpy_rule(evidence: Evidence, policy: Policy, shifter: EmergencyMantissaShift | None) -> tuple[Remedy, ...]:
+        return (Remedy("whim", format="E5M2", numbers={"why": np.float32(0.5)}),)
+
     alone = FormatController("E4M3", policy=OFF, shifter=EmergencyMantissaShift(1), together=False)
     found = {"alone": told(lambda: alone.observe(Observation(0, math.nan, finite=rank == 0)).format)}
+    untold = FormatController("E4M3", policy=Policy(numpy_rule), shifter=EmergencyMantissaShift(3))
+    found["untold"] = told(lambda: untold.observe(Observation(1, 1.0, True)))
     found["failed"] = told(lambda: FormatController("E4M3", policy=Policy(rule)).observe(Observation(3, 1.0, True)))
     found["apart"] = told(lambda: FormatController("E4M3").observe(Observation(7 + rank, 1.0, True)).acts)
     consensus_module._PATIENCE = 0.2
@@ -169,7 +174,9 @@ def many_messages(rank: int) -> dict[str, Any]:
 
 def main(rank: int, count: int, port: int, file: str) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"127.0.0.1:{port}", count, rank, heartbeat_timeout_seconds=20)
+    jax.distributed.initialize(
+        f"127.0.0.1:{port}", count, rank, heartbeat_timeout_seconds=20, shutdown_timeout_seconds=5
+    )
     assert (jax.device_count(), jax.local_device_count()) == (4, 2)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
     found: dict[str, Any] = {"run": train(mesh), "apart": train(mesh, nan_at(NANS_APART))}
@@ -240,6 +247,8 @@ def test_a_run_of_ones_own(found: list[dict[str, Any]]) -> None:
 
 def test_processes_at_odds(found: list[dict[str, Any]]) -> None:
     first, second = (process["at odds"] for process in found)
+    assert first["untold"].startswith("TypeError: Object of type float32 is not JSON")
+    assert second["untold"].startswith("RuntimeError: process 0 could not decide on step 1: TypeError(")
     assert first["failed"] == "RuntimeError: no rule"
     assert second["failed"] == "RuntimeError: process 0 could not decide on step 3: RuntimeError('no rule')"
     assert first["apart"] == "False"
