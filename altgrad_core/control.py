@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from altgrad_core.errors import InputError
 from altgrad_core.events import Event, EventKind
@@ -44,6 +44,16 @@ class Decision:
     def acts(self) -> bool:
         """Whether the state has to change."""
         return self.format is not None or self.rounding is not None or self.learning_rate is not None or self.rollback
+
+
+class ControllerOptions(TypedDict, total=False):
+    """What :class:`Controller` takes beside the format, for classes that hand it on."""
+
+    policy: Policy | PolicyName | Rule | None
+    shifter: EmergencyMantissaShift | None
+    rounding: Rounding | None
+    can_roll_back: bool
+    learning_rate: float | None
 
 
 class Controller:

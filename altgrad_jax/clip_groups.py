@@ -15,9 +15,10 @@ from altgrad_core.clip_rules import NORMS_NEEDED, REFERENCE_BINADES, ClipRule
 from altgrad_core.nonfinite import Nonfinite
 from altgrad_core.norms import NOT_MEASURED
 from altgrad_core.stability import CLIP_EPSILON, REFERENCE_MAX
+from altgrad_jax.axes import AxisName, by_axes, varying_as
 from altgrad_jax.casting import flush_subnormals, to_float32
 from altgrad_jax.nonfinite import Culprit, find_culprit, without_nonfinite
-from altgrad_jax.norms import AxisName, Norm, as_norm, euclidean_norm
+from altgrad_jax.norms import Norm, as_norm, euclidean_norm
 from altgrad_jax.params import FormatParams
 from altgrad_jax.scaling import amax, delayed_scale, empty_history, push_amax
 from altgrad_jax.statistics import observe, overflow_rate_of
@@ -60,8 +61,8 @@ class _Seen(NamedTuple):
         return cls(jnp.float32(NOT_MEASURED), Culprit.none())
 
     @classmethod
-    def of(cls, norm: Norm, leaves: Sequence[jax.Array]) -> _Seen:
-        return cls(norm.single, culprit_of_norm(norm, leaves))
+    def of(cls, norm: Norm, leaves: Sequence[jax.Array], axis_name: AxisName | None) -> _Seen:
+        return cls(norm.single, culprit_of_norm(norm, leaves, axis_name))
 
 
 @dataclass(frozen=True)
@@ -100,18 +101,19 @@ class ClipGroup:
     ) -> tuple[list[jax.Array], PartitionRelativeClipState]:
         """Clip leaves if the gate opens; their rate and their norm are taken here unless they are given."""
         rate, history = self._rate(leaves, state, overflow_rate)
-        culprit = None if self.nonfinite == "propagate" else find_culprit(leaves)
+        culprit = None if self.nonfinite == "propagate" else find_culprit(leaves, self.axis_name)
         finite = [without_nonfinite(leaf) for leaf in leaves] if self.nonfinite == "zero" else leaves
         # Not "rate >= threshold": a rate that is NaN must open the gate.
         is_open = ~(rate < jnp.asarray(self.overflow_threshold, jnp.float32))
         threshold, norm = self._threshold(state), self._norm(finite, total_norm)
         # Leaves that nobody reads after the conditional pass through a shut gate without a copy, if they are donated.
         if norm is None:
+            nothing = varying_as(_Seen.nothing(), finite, self.axis_name)
             clipped, seen = lax.cond(
-                is_open, lambda them: self._clip(them, threshold), lambda them: (them, _Seen.nothing()), finite
+                is_open, lambda them: self._clip(them, threshold), lambda them: (them, nothing), finite
             )
         else:
-            seen = _Seen.of(norm, finite)
+            seen = _Seen.of(norm, finite, self.axis_name)
             limit = _after(seen, threshold)
             clipped = lax.cond(is_open, lambda them: scaled_to(them, limit, norm), lambda them: them, finite)
         after = PartitionRelativeClipState(
@@ -134,7 +136,7 @@ class ClipGroup:
 
     def _clip(self, leaves: list[jax.Array], threshold: jax.Array) -> tuple[list[jax.Array], _Seen]:
         norm = euclidean_norm(leaves, self.axis_name)
-        seen = _Seen.of(norm, leaves)
+        seen = _Seen.of(norm, leaves, self.axis_name)
         return scaled_to(leaves, _after(seen, threshold), norm), seen
 
     def _rate(
@@ -148,7 +150,7 @@ class ClipGroup:
             rate, amaxes = given, jnp.stack([amax(leaf) for leaf in leaves])
         else:
             return given, history
-        return rate, push_amax(history, amaxes if self.axis_name is None else lax.pmax(amaxes, self.axis_name))
+        return rate, push_amax(history, _largest_over(amaxes, self.axis_name))
 
     def _threshold(self, state: PartitionRelativeClipState) -> jax.Array:
         if self.rule == "max" or self.rule == "binades":
@@ -182,9 +184,12 @@ def _after(seen: _Seen, threshold: jax.Array) -> jax.Array:
     return jnp.where(seen.culprit.count < 0, jnp.float32(0), threshold)
 
 
-def culprit_of_norm(norm: Norm, leaves: Sequence[jax.Array]) -> Culprit:
+def culprit_of_norm(norm: Norm, leaves: Sequence[jax.Array], axis_name: AxisName | None = None) -> Culprit:
     """Look for the culprit only if the norm says that there is one."""
-    return lax.cond(jnp.isfinite(norm.single), lambda _: Culprit.none(), find_culprit, list(leaves))
+    nobody = varying_as(Culprit.none(), leaves, axis_name)
+    return lax.cond(
+        jnp.isfinite(norm.single), lambda _: nobody, lambda them: find_culprit(them, axis_name), list(leaves)
+    )
 
 
 def scaled_to(
@@ -218,12 +223,22 @@ def _measure_overflow(
     # Where the grid ends is moved, instead of every gradient: on the wide path, which reaches as far as float32 does.
     wide = replace(params, path="wide") if params.path == "fast" else params
     grids = wide.scaled(delayed_scale(history, params.max_value))
-    has_history = jnp.max(history, axis=0) > 0
+    has_history = (jnp.max(history, axis=0) > 0).astype(jnp.int32)
     countable = [to_float32(leaf, "the clipper") if leaf.dtype == jnp.float64 else leaf for leaf in leaves]
     counts, amaxes = zip(*(observe(leaf, grids.at(k)) for k, leaf in enumerate(countable)), strict=True)
-    limbs = jnp.stack([count.limbs for count in counts])
-    overflow_seen = limbs.at[:, 1].multiply(has_history[:, None].astype(jnp.int32))
-    return overflow_rate_of(overflow_seen, axis_name), jnp.stack(amaxes)
+    seen = {}
+    for axes, group in by_axes(leaves, axis_name).items():
+        limbs = jnp.stack([counts[k].limbs for k in group])
+        seen[axes] = limbs.at[:, 1].multiply(has_history[np.array(group)][:, None])
+    return overflow_rate_of(seen), jnp.stack(amaxes)
+
+
+def _largest_over(amaxes: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """Over mapped axes. As integers: a float maximum may lose a NaN."""
+    if axis_name is None:
+        return amaxes
+    bits = lax.pmax(lax.bitcast_convert_type(amaxes, jnp.int32), axis_name)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _binades(params: FormatParams) -> jax.Array:

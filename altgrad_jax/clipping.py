@@ -21,9 +21,10 @@ from altgrad_core.nonfinite import Nonfinite, check_nonfinite
 from altgrad_core.norms import NOT_MEASURED, check_norm_type
 from altgrad_core.patterns import group_by_pattern
 from altgrad_core.stability import CLIP_EPSILON, check_base_clip, check_max_norm, check_rate
+from altgrad_jax.axes import AxisName
 from altgrad_jax.clip_groups import ClipGroup, PartitionRelativeClipState, culprit_of_norm, scaled_to, zeros_if
 from altgrad_jax.nonfinite import Culprit, find_culprit, leaf_paths, raise_if_nonfinite, without_nonfinite
-from altgrad_jax.norms import AxisName, float_leaves, norm_of
+from altgrad_jax.norms import float_leaves, norm_of
 from altgrad_jax.params import FormatParams, as_params
 
 FormatLike = str | Format | FormatParams
@@ -70,7 +71,8 @@ def clip_by_global_norm(
         eps: what is added to the norm; with 0, gradients whose norm is zero stay as they are.
         norm_type: order of the norm: 2, 1, inf or any other positive number; see :func:`altgrad_jax.norms.norm_of`.
         nonfinite: what becomes of updates that are not finite; see :data:`altgrad_core.nonfinite.Nonfinite`.
-        axis_name: inside ``shard_map``, the axes over which every leaf is a part of a larger one.
+        axis_name: inside ``shard_map``, the axes over which leaves are parts of larger ones; see
+            :func:`altgrad_jax.global_norm`.
 
     Raises:
         ValueError: if ``max_norm`` is negative or NaN, ``eps`` negative or not finite, or another argument unknown.
@@ -101,7 +103,9 @@ def clip_by_global_norm(
         leaves, structure = float_leaves(updates), jax.tree.structure(updates)
         finite = [without_nonfinite(leaf) for leaf in leaves] if nonfinite == "zero" else leaves
         norm = norm_of(finite, norm_type, axis_name)
-        culprit = culprit_of_norm(norm, leaves) if nonfinite == "propagate" else find_culprit(leaves)
+        culprit = (
+            culprit_of_norm(norm, leaves, axis_name) if nonfinite == "propagate" else find_culprit(leaves, axis_name)
+        )
         clipped = scaled_to(finite, max_norm, norm, eps)
         if nonfinite == "skip":
             clipped = zeros_if(culprit.count > 0, clipped)
@@ -149,7 +153,8 @@ def partition_relative_clip(
             clipping: a quantile of clipped ones would sink step by step.
         nonfinite: what becomes of updates that are not finite; see :data:`altgrad_core.nonfinite.Nonfinite`. All but
             ``propagate`` read the gradients at every update. ``skip`` makes all of them zero, whatever their group.
-        axis_name: inside ``shard_map``, the axes over which every leaf is a part of a larger one.
+        axis_name: inside ``shard_map``, the axes over which leaves are parts of larger ones; see
+            :func:`altgrad_jax.global_norm`.
 
     Returns:
         A transformation whose ``update`` takes two keywords, both optional: ``overflow_rate``, a scalar in [0, 1], or

@@ -7,20 +7,23 @@ nothing is compiled again.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from dataclasses import asdict, replace
+from typing import Any, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from altgrad_core.control import Controller
+from altgrad_core.control import Controller, ControllerOptions
 from altgrad_core.control import Decision as Decision
+from altgrad_core.events import Event
 from altgrad_core.evidence import Observation as Observation
 from altgrad_core.formats import Format, parse
 from altgrad_core.settings import Policy as Policy
 from altgrad_core.stability import EmergencyMantissaShift as EmergencyMantissaShift
+from altgrad_jax.consensus import Consensus, process_count
 from altgrad_jax.params import FormatParams, paths_of
 
 State = TypeVar("State")
@@ -110,9 +113,11 @@ def _rewritten(params: FormatParams, formats: Sequence[Format]) -> FormatParams:
 
 def replace_data(old: jax.Array, new: np.ndarray) -> jax.Array:
     """New values in an array's place: its dtype, its sharding, and committed to devices only if it was."""
+    values = new.astype(old.dtype)
     if isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer) and old.committed:
-        return jax.device_put(new.astype(old.dtype), old.sharding)
-    return jnp.asarray(new.astype(old.dtype))
+        # Not device_put: on several processes that first compares their values, on the devices.
+        return jax.make_array_from_callback(values.shape, old.sharding, lambda index: values[index])
+    return jnp.asarray(values)
 
 
 class FormatController(Controller):
@@ -121,10 +126,59 @@ class FormatController(Controller):
     It is made as :class:`altgrad_core.control.Controller` is. In a loop of your own :meth:`step` reads late, decides
     and writes formats, while :meth:`observe` only decides.
 
+    After ``jax.distributed.initialize()`` process 0 decides for all, on what it sees itself; the others take over what
+    it decided and what it remembers. Each process observes every step, and each carries a decision out between the
+    same two steps, whatever it saw. Hosts wait for the host of process 0, none for a device.
+
+    Args:
+        format: the format that the run starts in.
+        together: whether all processes of ``jax.distributed`` train this run; False for one that this process has to
+            itself.
+        options: what :class:`altgrad_core.control.Controller` takes beside the format.
+
+    Raises:
+        ValueError: as of that class.
+
     >>> controller = FormatController("E7M0", policy="off", shifter=EmergencyMantissaShift(nan_patience=2))
     >>> [controller.observe(Observation(step, float("nan"), finite=False)).format for step in range(2)]
     [None, 'E5M2']
     """
+
+    def __init__(self, format: str, *, together: bool = True, **options: Unpack[ControllerOptions]) -> None:
+        super().__init__(format, **options)
+        self._consensus = Consensus() if together else None
+
+    def observe(self, seen: Observation, *, in_flight: int | None = None) -> Decision:
+        """Take one step's observation and decide, on several processes as the first one does.
+
+        Args:
+            seen: the numbers of a step; those of process 0 count.
+            in_flight: the last step that was already started when the decision lands; see
+                :meth:`altgrad_core.control.Controller.observe`.
+
+        Returns:
+            What to do; a decision that does not act is the usual one.
+
+        Raises:
+            InputError: if a policy of one's own calls for what the run cannot do.
+            RuntimeError: on the other processes, where process 0 failed or observed another step.
+            TimeoutError: if process 0 observes nothing for half an hour.
+        """
+        if self._consensus is None or process_count() == 1:
+            return super().observe(seen, in_flight=in_flight)
+        if jax.process_index() != 0:
+            return self._take_over(json.loads(self._consensus.from_first("")), seen.step)
+        decision, failure = Decision(), None
+        told: dict[str, Any] = {"step": seen.step, "failed": None}
+        try:
+            decision = super().observe(seen, in_flight=in_flight)
+            text = json.dumps(told | {"decision": asdict(decision), "memory": self.saved()})
+        except Exception as error:  # told to the others, who would wait for it
+            failure, text = error, json.dumps(told | {"failed": repr(error)})
+        self._consensus.from_first(text)
+        if failure is not None:
+            raise failure
+        return decision
 
     def step(
         self,
@@ -159,6 +213,21 @@ class FormatController(Controller):
         """Decide on the last step, whose metrics no further :meth:`step` would read."""
         self._check_step_can_carry_out(roll_back)
         return self._carried_out(self.observe_last(), state, roll_back)
+
+    def _take_over(self, told: Mapping[str, Any], step: int) -> Decision:
+        """Decide and remember what process 0 has."""
+        if told["failed"] is not None:
+            raise RuntimeError(f"process 0 could not decide on step {told['step']}: {told['failed']}")
+        if told["step"] != step:
+            raise RuntimeError(
+                f"process {jax.process_index()} observes step {step} but process 0 step {told['step']}; expected the "
+                "same steps on all"
+            )
+        what = told["decision"]
+        events = tuple(Event(**each) for each in what["events"])
+        self.restore(told["memory"])
+        self.events.extend(events)
+        return Decision(what["format"], what["rounding"], what["rollback"], events, what["learning_rate"])
 
     def _carried_out(self, decision: Decision, state: State, roll_back: Callable[[State], State] | None) -> State:
         if decision.rollback and roll_back is not None:

@@ -92,10 +92,9 @@ class Fleet:
             tokens: int32 ``(runs, batch, context + 1)``.
             faults: one for each run.
         """
-        dtypes = Fault(np.float32, bool, np.float32, bool, np.float32)
-        fault = Fault(
-            *(np.array(values, dtype) for values, dtype in zip(zip(*faults, strict=True), dtypes, strict=True))
-        )
+        kinds = (np.float32, bool, np.float32, bool, np.float32)
+        columns = zip(zip(*faults, strict=True), kinds, strict=True)
+        fault = Fault(*(np.array(list(values)).astype(kind) for values, kind in columns))
         return self._step(state, self._spread(tokens), jax.tree.map(self._spread, fault))
 
     def evaluate(self, state: TrainState, batches: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
 from altgrad_core.errors import InputError
 from altgrad_core.nonfinite import NO_CULPRIT, culprit_message
+from altgrad_jax.axes import AxisName, by_axes, sum_over
 
 _MOST = 2**31 - 1
 
@@ -33,15 +35,23 @@ class Culprit(NamedTuple):
         return cls(jnp.int32(NO_CULPRIT), jnp.int32(0))
 
 
-def find_culprit(leaves: Sequence[jax.Array]) -> Culprit:
+def find_culprit(leaves: Sequence[jax.Array], axis_name: AxisName | None = None) -> Culprit:
     """Look through leaves for what is not finite: one pass.
+
+    Args:
+        leaves: floating-point arrays.
+        axis_name: inside ``shard_map`` or ``vmap``, the axes over which they are parts of larger ones; see
+            :func:`altgrad_jax.axes.axes_of`.
 
     >>> culprit = find_culprit([jnp.ones(2), jnp.array([jnp.nan, 1.0, jnp.inf])])
     >>> int(culprit.index), int(culprit.count)
     (1, 2)
     """
     with jax.enable_x64(True):
-        counts = jnp.stack([jnp.sum(~jnp.isfinite(leaf), dtype=jnp.int64) for leaf in leaves])
+        counts = jnp.zeros(len(leaves), jnp.int64)
+        for axes, group in by_axes(leaves, axis_name).items():
+            seen = jnp.stack([jnp.sum(~jnp.isfinite(leaves[k]), dtype=jnp.int64) for k in group])
+            counts = counts.at[np.array(group)].set(sum_over(seen, axes))
         total = jnp.minimum(jnp.sum(counts), _MOST).astype(jnp.int32)
         first = lax.argmax((counts > 0).astype(jnp.int32), 0, jnp.int32)
         return Culprit(jnp.where(total > 0, first, NO_CULPRIT).astype(jnp.int32), total)

@@ -7,7 +7,7 @@ which then is the norm; where they do not, the sum is taken again in integers. `
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,8 +17,7 @@ import optax
 from jax import lax
 
 from altgrad_core.norms import EXPONENTS, FLOAT64_ROUNDOFF, LIMB_BITS
-
-AxisName = Hashable | Sequence[Hashable]
+from altgrad_jax.axes import AxisName, by_axes, places, sum_over
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _IMPLICIT_ONE = np.int32(1 << 23)
@@ -68,7 +67,9 @@ def global_norm(tree: optax.Updates, *, axis_name: AxisName | None = None) -> ja
 
     Args:
         tree: pytree of floating-point arrays of any shapes and dtypes.
-        axis_name: inside ``shard_map`` or ``vmap``, the axes over which every leaf is a part of a larger one.
+        axis_name: inside ``shard_map`` or ``vmap``, the axes over which leaves are parts of larger ones. A leaf that is
+            replicated over an axis counts once, as :func:`altgrad_jax.axes.axes_of` says; but with
+            ``check_vma=False``, where JAX does not know, as often as the axis is long.
 
     Returns:
         float32 scalar; inf or NaN if a leaf holds one.
@@ -116,17 +117,19 @@ def norm_of(leaves: Sequence[jax.Array], norm_type: float = 2.0, axis_name: Axis
         finite = jnp.isfinite(largest)
         unit = jnp.where(finite & (largest > 0), largest, 1.0)
         total = jnp.float64(0)
-        for leaf in leaves:
-            total = total + jnp.sum((jnp.abs(_widen_subnormals(leaf)) / unit) ** norm_type)
-        total = total if axis_name is None else lax.psum(total, axis_name)
+        for axes, group in by_axes(leaves, axis_name).items():
+            powers = [jnp.sum((jnp.abs(_widen_subnormals(leaves[k])) / unit) ** norm_type) for k in group]
+            total = total + sum_over(sum(powers, jnp.float64(0)), axes)
         return _of_bits(_rounded_bits(jnp.where(finite, unit * total ** (1 / norm_type), largest)))
 
 
 def euclidean_norm(leaves: Sequence[jax.Array], axis_name: AxisName | None = None) -> Norm:
     """:func:`global_norm` of leaves, in two dtypes."""
     with jax.enable_x64(True):
-        total, in_a_row = _sum_of_squares(leaves)
-        total = total if axis_name is None else lax.psum(total, axis_name)
+        total, in_a_row = jnp.float64(0), 0
+        for axes, group in by_axes(leaves, axis_name).items():
+            part, roundings = _sum_of_squares([leaves[k] for k in group])
+            total, in_a_row = total + sum_over(part, axes), max(in_a_row, roundings) + 2
         root = jnp.sqrt(total)
         bits = _rounded_bits(root)
         if any(leaf.dtype == jnp.float64 for leaf in leaves):
@@ -149,8 +152,7 @@ def _relative_error(in_a_row: int, axis_name: AxisName | None) -> float:
 
     Twice what is added up over devices; one rounding for each square; the root halves it all, and adds two of its own.
     """
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    return (in_a_row + 2 * devices + 4) * FLOAT64_ROUNDOFF
+    return (in_a_row + 2 * places(axis_name) + 4) * FLOAT64_ROUNDOFF
 
 
 def _sum_of_squares(leaves: Sequence[jax.Array]) -> tuple[jax.Array, int]:
@@ -263,8 +265,9 @@ def _of_bits(bits: jax.Array) -> Norm:
 
 def _rounded_exactly(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> jax.Array:
     """The bits of the norm, from an exact sum."""
-    sums = _exponent_sums(leaves)
-    sums = sums if axis_name is None else lax.psum(sums, axis_name)
+    sums = jnp.zeros((EXPONENTS, 2), jnp.int64)
+    for axes, group in by_axes(leaves, axis_name).items():
+        sums = sums + sum_over(_exponent_sums([leaves[k] for k in group]), axes)
     return _mended(_rounded_bits(jnp.sqrt(jnp.sum(_widen(sums) * np.exp2(_POSITIONS - _UNIT)))), sums)
 
 
@@ -334,5 +337,6 @@ def _sign(words: jax.Array) -> jax.Array:
         whole = word + carried
         return whole >> 32, whole & _WORD
 
-    highest, rest = lax.scan(carry, jnp.int64(0), words)
+    # A zero that varies over the axes of shard_map over which the words do, as a loop wants it.
+    highest, rest = lax.scan(carry, words[0] & 0, words)
     return jnp.where(highest < 0, -1, jnp.max(jnp.sign(rest))).astype(jnp.int32)

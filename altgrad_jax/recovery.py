@@ -19,6 +19,7 @@ from jax import lax
 from altgrad_core.formats import Format
 from altgrad_core.settings import check_count
 from altgrad_core.snapshots import check_back
+from altgrad_jax.axes import AxisName
 from altgrad_jax.casting import quantize
 from altgrad_jax.hashing import hash_bits
 from altgrad_jax.params import FormatParams, as_params
@@ -30,15 +31,20 @@ State = TypeVar("State")
 _Path = tuple[Any, ...]
 
 
-def all_finite(tree: optax.Params) -> jax.Array:
+def all_finite(tree: optax.Params, *, axis_name: AxisName | None = None) -> jax.Array:
     """Whether no floating-point or complex leaf holds an infinity or NaN: bool scalar, True for a tree without any.
+
+    Args:
+        tree: pytree of arrays.
+        axis_name: inside ``shard_map`` or ``vmap``, the axes over whose places the answer has to be the same.
 
     >>> bool(all_finite({"w": jnp.array([1.0, jnp.nan])}))
     False
     """
     # x * 0 is 0, or NaN where x is not finite: one sum for each leaf, where reducing with "and" takes three passes.
     sums = [jnp.sum(leaf * 0) for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.isfinite(each) for each in sums])) if sums else jnp.asarray(True)
+    finite = jnp.all(jnp.stack([jnp.isfinite(each) for each in sums])) if sums else jnp.asarray(True)
+    return finite if axis_name is None else lax.pmin(finite.astype(jnp.int32), axis_name) == 1
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -57,13 +63,16 @@ class SkipNonfiniteState(NamedTuple):
     skipped: jax.Array
 
 
-def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def skip_nonfinite(
+    inner: optax.GradientTransformation, *, axis_name: AxisName | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Skip steps whose gradients hold an infinity or NaN: zero updates, inner state as it was.
 
     Unlike ``optax.apply_if_finite`` it never gives in and applies one after all; how many were skipped is in the state.
 
     Args:
         inner: what to wrap, usually the whole chain.
+        axis_name: inside ``shard_map``, the axes over which gradients are parts: if one place skips, all do.
 
     >>> tx = skip_nonfinite(optax.sgd(1.0))
     >>> grads = {"w": jnp.array([jnp.inf, 1.0])}
@@ -80,7 +89,7 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
     def update(
         updates: optax.Updates, state: SkipNonfiniteState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, SkipNonfiniteState]:
-        finite = all_finite(updates)
+        finite = all_finite(updates, axis_name=axis_name)
         new_updates, inner_state = lax.cond(
             finite,
             lambda: inner.update(updates, state.inner_state, params, **extra_args),

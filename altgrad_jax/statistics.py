@@ -6,7 +6,7 @@ not wrap at 2^31. Rates are quotients of counts, formed in float64 and rounded o
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -17,6 +17,7 @@ import optax
 from jax import lax
 
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding
+from altgrad_jax.axes import sum_over
 from altgrad_jax.casting import cast, checked_scale, divide_by_scale, flush_subnormals, quantize
 from altgrad_jax.params import Edges, FormatParams, as_params, edges
 from altgrad_jax.scaling import amax, power_of_two_scale
@@ -127,20 +128,20 @@ class StallCounts:
         return {name: np.asarray(totals[..., k]).tolist() for k, name in enumerate(names)}
 
 
-def overflow_rate_of(limbs: jax.Array, axis_name: Hashable | Sequence[Hashable] | None = None) -> jax.Array:
-    """The overflow rate of the counts of several tensors, and over mapped axes, together.
+def overflow_rate_of(limbs: Mapping[tuple[Hashable, ...], jax.Array]) -> jax.Array:
+    """The overflow rate of the counts of several tensors, and of their other parts over mapped axes, together.
 
     Args:
-        limbs: int32 of shape ``(tensors, 5, 2)``; see :class:`CastCounts`.
-        axis_name: of ``shard_map`` or ``vmap``.
+        limbs: int32 of shape ``(tensors, 5, 2)``, see :class:`CastCounts`, by the axes over which they are parts.
 
     Returns:
         float32 scalar; 0 without elements.
     """
     with jax.enable_x64(True):
-        wide = limbs.astype(jnp.int64)
-        totals = jnp.sum(wide[..., 0] * (1 << _LIMB_BITS) + wide[..., 1], 0)
-        totals = totals if axis_name is None else lax.psum(totals, axis_name)
+        totals = jnp.zeros(5, jnp.int64)
+        for axes, counts in limbs.items():
+            wide = counts.astype(jnp.int64)
+            totals = totals + sum_over(jnp.sum(wide[..., 0] * (1 << _LIMB_BITS) + wide[..., 1], 0), axes)
         elements, overflow = lax.convert_element_type(totals[0], jnp.float64), totals[1].astype(jnp.float64)
         return lax.convert_element_type(overflow / jnp.maximum(elements, 1.0), jnp.float32)
 

@@ -17,7 +17,7 @@ from altgrad_core.nonfinite import Nonfinite
 from altgrad_core.norms import NOT_MEASURED
 from altgrad_core.stability import CLIP_EPSILON
 from altgrad_torch.nonfinite import Culprit, find_culprit, raise_for, zero_nonfinite_
-from altgrad_torch.norms import euclidean_norm, float_tensors, is_sharded, local, over_shards
+from altgrad_torch.norms import euclidean_norm, float_tensors, is_sharded, local, over_shards, summed
 from altgrad_torch.scaling import amax, power_of_two_scale
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -46,11 +46,12 @@ class ClipGroup:
         quantile: float,
         norm_window: int,
         nonfinite: Nonfinite,
+        foreach: bool | None,
     ) -> None:
         self._base_clip, self._base = base_clip, float(np.float32(base_clip))
         self._overflow_threshold = np.float32(overflow_threshold)
         self._rule, self._window, self._quantile, self._norm_window = rule, window, quantile, norm_window
-        self._nonfinite = nonfinite
+        self._nonfinite, self._foreach = nonfinite, foreach
         self._norms: list[float] = []
         self._amaxes: dict[str, list[float]] = {}
         self.set_format(format)
@@ -91,7 +92,7 @@ class ClipGroup:
         if self._rule == "quantile" and math.isfinite(self.total_norm) and self.total_norm > 0:
             self._norms = [*self._norms, self.total_norm][-self._norm_window :]
         if self.clipped:
-            scale_to_(list(parameters.values()), threshold, self.total_norm)
+            scale_to_(list(parameters.values()), threshold, self.total_norm, self._foreach)
         return self.clipped
 
     def remembered(self) -> dict[str, Any]:
@@ -143,13 +144,14 @@ class ClipGroup:
 
 
 @torch.no_grad()
-def scale_to_(parameters: Sequence[Tensor], max_norm: float, norm: float) -> None:
+def scale_to_(parameters: Sequence[Tensor], max_norm: float, norm: float, foreach: bool | None = None) -> None:
     """Scale gradients in place by ``min(1, max_norm / (norm + 1e-6))``; below 2^-126 they become zero.
 
     Args:
         parameters: each with a gradient.
         max_norm: at least 0.
         norm: the norm of all gradients, a float that float32 holds.
+        foreach: whether to multiply many tensors in one call; None where torch does.
     """
     if math.isinf(max_norm):
         return
@@ -160,7 +162,14 @@ def scale_to_(parameters: Sequence[Tensor], max_norm: float, norm: float) -> Non
     for kind in (False, True):
         group = [_with_dimension(p) for p in parameters if is_sharded(p.grad) == kind]
         if group:
-            clip_grads_with_norm_(group, max_norm, torch.tensor(norm, dtype=torch.float64))
+            clip_grads_with_norm_(group, max_norm, torch.tensor(norm, dtype=torch.float64), foreach)
+
+
+def sum_parts_(parameters: Iterable[Tensor]) -> None:
+    """Add up, over the processes, gradients of which each holds a summand (``Partial``), as the norm of a sum needs."""
+    for parameter in parameters:
+        if parameter.grad is not None and (whole := summed(parameter.grad)) is not parameter.grad:
+            parameter.grad = whole
 
 
 def zero_(gradients: Iterable[Tensor]) -> None:

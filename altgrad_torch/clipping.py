@@ -21,7 +21,7 @@ from altgrad_core.norms import check_norm_type
 from altgrad_core.patterns import group_by_pattern
 from altgrad_core.scaling import check_window
 from altgrad_core.stability import check_base_clip, check_max_norm, check_rate
-from altgrad_torch.clip_groups import ClipGroup, scale_to_, zero_
+from altgrad_torch.clip_groups import ClipGroup, scale_to_, sum_parts_, zero_
 from altgrad_torch.nonfinite import Culprit, find_culprit, raise_for, zero_nonfinite_
 from altgrad_torch.norms import float_tensors, norm_of
 
@@ -37,6 +37,7 @@ def clip_grad_norm_(
     overflow_rate: float | Tensor | None = None,
     overflow_threshold: float = 0.01,
     nonfinite: Nonfinite = "propagate",
+    foreach: bool | None = None,
 ) -> Tensor:
     """Scale gradients in place by ``min(1, max_norm / (norm + 1e-6))``.
 
@@ -54,9 +55,11 @@ def clip_grad_norm_(
         overflow_rate: with a format: the fraction of gradient elements that overflow, 0 to 1.
         overflow_threshold: with a format: the rate at and above which gradients are clipped.
         nonfinite: what becomes of gradients that are not finite; see :data:`altgrad_core.nonfinite.Nonfinite`.
+        foreach: whether to multiply many gradients in one call, as in torch; None where torch would. Same bits.
 
     Returns:
-        The norm before clipping, float32 scalar; -1 where a gate was shut and none was taken.
+        The norm before clipping, float32 scalar on the first gradient's device; -1 where a gate was shut and none was
+        taken.
 
     Raises:
         ValueError: if no parameter has a gradient, or an argument is out of range or without effect.
@@ -78,21 +81,25 @@ def clip_grad_norm_(
             )
         if max_norm is None:
             raise InputError("max_norm is missing; expected the largest norm to let through, or a format")
-        return _clip_together_(listed, check_max_norm(max_norm), norm_type, nonfinite)
+        return _clip_together_(listed, check_max_norm(max_norm), norm_type, nonfinite, foreach)
     if overflow_rate is None:
         raise InputError("overflow_rate is missing: with a format the gate needs the rate of gradients that overflow")
     if norm_type != 2:
         raise InputError(f"norm_type={norm_type} would have no effect: with a format the norm is the Euclidean one")
     clipper = PartitionRelativeClipper(
-        format, 1.0 if max_norm is None else max_norm, overflow_threshold, nonfinite=nonfinite
+        format, 1.0 if max_norm is None else max_norm, overflow_threshold, nonfinite=nonfinite, foreach=foreach
     )
     clipper.clip_if_needed(listed, overflow_rate)
-    return torch.tensor(clipper.total_norm)
+    device = next((parameter.grad.device for parameter in listed if parameter.grad is not None), None)
+    return torch.tensor(clipper.total_norm, dtype=torch.float32, device=device)
 
 
 @torch.no_grad()
-def _clip_together_(listed: list[Tensor], max_norm: float, norm_type: float, nonfinite: Nonfinite) -> Tensor:
+def _clip_together_(
+    listed: list[Tensor], max_norm: float, norm_type: float, nonfinite: Nonfinite, foreach: bool | None
+) -> Tensor:
     with_gradient = _with_gradient(listed)
+    sum_parts_(with_gradient)
     gradients = float_tensors(parameter.grad for parameter in with_gradient if parameter.grad is not None)
     culprit = Culprit.none() if nonfinite == "propagate" else find_culprit(gradients)
     if culprit.count and nonfinite == "raise":
@@ -103,7 +110,7 @@ def _clip_together_(listed: list[Tensor], max_norm: float, norm_type: float, non
     if culprit.count and nonfinite == "skip":
         zero_(gradients)
     else:
-        scale_to_(with_gradient, max_norm, norm)
+        scale_to_(with_gradient, max_norm, norm, foreach)
     return torch.tensor(norm, dtype=torch.float32, device=gradients[0].device)
 
 
@@ -126,6 +133,7 @@ class PartitionRelativeClipper:
         norm_window: for the rule ``quantile``, of how many of the last norms: 128 by default.
         nonfinite: what becomes of gradients that are not finite; see :data:`altgrad_core.nonfinite.Nonfinite`. All but
             ``propagate`` read the gradients at every call. ``skip`` makes all of them zero, whatever their group.
+        foreach: see :func:`clip_grad_norm_`.
 
     Attributes:
         groups: by pattern, what each group clips by and saw at the last call: its ``clip_threshold``, ``total_norm``,
@@ -153,6 +161,7 @@ class PartitionRelativeClipper:
         quantile: float | None = None,
         norm_window: int | None = None,
         nonfinite: Nonfinite = "propagate",
+        foreach: bool | None = None,
     ) -> None:
         check_rule(rule)
         check_nonfinite(nonfinite)
@@ -167,7 +176,7 @@ class PartitionRelativeClipper:
         base, threshold = check_base_clip(base_clip), check_rate("overflow_threshold", overflow_threshold)
         self.overflow_threshold = threshold
         self.groups = {
-            pattern: ClipGroup(parse(each), base, threshold, rule, history, *norms, nonfinite)
+            pattern: ClipGroup(parse(each), base, threshold, rule, history, *norms, nonfinite, foreach)
             for pattern, each in formats.items()
         }
         self._nonfinite = nonfinite
@@ -206,7 +215,8 @@ class PartitionRelativeClipper:
     def clip_if_needed(self, model: Parameters, overflow_rate: float | Tensor | Mapping[str, float | Tensor]) -> bool:
         """Clip the model's gradients in place if the rate is at or above the threshold. Call it before the optimizer.
 
-        With ``torch.amp.GradScaler``, call ``scaler.unscale_(optimizer)`` first.
+        With ``torch.amp.GradScaler``, call ``scaler.unscale_(optimizer)`` first. Where parameters are DTensors, call
+        it on all processes with the same rate: :func:`altgrad_torch.cast_counts` counts over all shards.
 
         Args:
             model: a module, or its parameters; with groups, a module.
@@ -221,6 +231,7 @@ class PartitionRelativeClipper:
             FloatingPointError: with ``nonfinite="raise"``.
         """
         named = _named(model, grouped=list(self.groups) != [".*"])
+        sum_parts_(named.values())
         for group in self.groups.values():
             group.forget()
         rates = self._rates(overflow_rate)

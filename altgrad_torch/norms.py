@@ -52,7 +52,7 @@ def global_norm(tensors: Iterable[Tensor] | Tensor) -> Tensor:
 
 
 def float_tensors(tensors: Iterable[Tensor] | Tensor) -> list[Tensor]:
-    """Tensors as a list.
+    """Tensors as a list, those whose parts were yet to be added up added up.
 
     Raises:
         ValueError: if there are none.
@@ -64,7 +64,7 @@ def float_tensors(tensors: Iterable[Tensor] | Tensor) -> list[Tensor]:
     for tensor in listed:
         if not tensor.is_floating_point():
             raise TypeError(f"gradients are real floating-point tensors; got one of {tensor.dtype}")
-    return listed
+    return [summed(tensor) for tensor in listed]
 
 
 @torch.no_grad()
@@ -85,20 +85,21 @@ def norm_of(tensors: Sequence[Tensor], norm_type: float = 2.0) -> float:
     powers = [
         ((part.to(torch.float64).abs() / largest.to(part.device)) ** norm_type).sum() for part in map(local, tensors)
     ]
-    return _rounded(float(largest * over_shards(powers, tensors, "sum").sum() ** (1 / norm_type)))
+    return _rounded(float(largest * sum_over_shards(powers, tensors) ** (1 / norm_type)))
 
 
 @torch.no_grad()
 def euclidean_norm(tensors: Sequence[Tensor]) -> float:
     """:func:`global_norm` as a float that float32 holds."""
     parts = [local(tensor) for tensor in tensors]
-    total = float(over_shards([_sum_of_squares(part) for part in parts], tensors, "sum").sum())
+    total = float(sum_over_shards([_sum_of_squares(part) for part in parts], tensors))
     root = math.sqrt(total) if total >= 0 else total
     if not math.isfinite(root) or any(tensor.dtype == torch.float64 for tensor in tensors):
         return _rounded(root)
     # Of positive numbers n are added with at most n - 1 roundings in a row, in any order whatever. Twice what is added
     # up over tensors and devices; one for each square; the root halves it all, and adds two of its own.
-    in_a_row = _CHUNK + max(part.numel() for part in parts) // _CHUNK + 2 * len(parts) + 2 * _world_size(tensors) + 4
+    # From whole sizes: if those of shards made processes disagree on what is certain, some would wait for ever.
+    in_a_row = _CHUNK + max(each.numel() for each in tensors) // _CHUNK + 2 * len(parts) + 2 * _world_size(tensors) + 4
     slack = in_a_row * FLOAT64_ROUNDOFF
     is_certain = _rounded(root * (1 - slack)) == _rounded(root * (1 + slack))
     if is_certain and total >= _SUBNORMALS_COUNT_BELOW:
@@ -122,21 +123,73 @@ def local(tensor: Tensor) -> Tensor:
     return sharded.to_local()
 
 
+def summed(tensor: Tensor) -> Tensor:
+    """A DTensor whose value is yet to be added up over processes (``Partial``), added up; any other as it is."""
+    if not is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    sharded: Any = tensor
+    if not any(each.is_partial() for each in sharded.placements):
+        return tensor
+    whole = [Replicate() if each.is_partial() else each for each in sharded.placements]
+    return sharded.redistribute(placements=whole)
+
+
 def over_shards(values: Sequence[Tensor], tensors: Sequence[Tensor], reduction: Literal["sum", "max"]) -> Tensor:
-    """Values of tensors, stacked on the first one's device; those of DTensors reduced over the processes."""
+    """Values of tensors, stacked on the first one's device; those of DTensors reduced over the processes.
+
+    Sums are of integers and maxima of magnitudes, so that it does not matter in which order.
+    """
+    if reduction == "max":
+        # As integers: a float maximum over processes may lose a NaN.
+        dtype = values[0].dtype
+        values = [value.abs().view(torch.int64 if dtype == torch.float64 else torch.int32) for value in values]
+        return _reduced(values, tensors, reduction).view(dtype)
+    return _reduced(values, tensors, reduction)
+
+
+def sum_over_shards(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of float64 values of tensors, and of all shards of those that are DTensors: on the first one's device.
+
+    Shards' values are gathered, and added up here. Where processes added them up in different orders, they could go
+    different ways next to a tie, and wait for each other for ever.
+    """
     device = values[0].device
-    whole = [_reduced(value, tensor, reduction) for value, tensor in zip(values, tensors, strict=True)]
+    sums = [value.to(device) for value, tensor in zip(values, tensors, strict=True) if not is_sharded(tensor)]
+    for (mesh, split), group in _by_layout(tensors).items():
+        part = torch.stack([values[k].to(values[group[0]].device) for k in group]).sum()[None]
+        for axis in split:
+            gathered = [torch.empty_like(part) for _ in range(mesh.size(axis))]
+            torch.distributed.all_gather(gathered, part, mesh.get_group(axis))
+            part = torch.cat(gathered)
+        sums.append(part.sum().to(device))
+    return torch.stack(sums).sum()
+
+
+def _reduced(values: Sequence[Tensor], tensors: Sequence[Tensor], reduction: Literal["sum", "max"]) -> Tensor:
+    device, whole = values[0].device, list(values)
+    for (mesh, split), group in _by_layout(tensors).items():
+        # Together, because each reduction is a message to every process.
+        parts = torch.stack([values[k].to(values[group[0]].device) for k in group])
+        operation = torch.distributed.ReduceOp.SUM if reduction == "sum" else torch.distributed.ReduceOp.MAX
+        for axis in split:
+            torch.distributed.all_reduce(parts, operation, mesh.get_group(axis))
+        for k, value in zip(group, parts, strict=True):
+            whole[k] = value
     return torch.stack([value.to(device) for value in whole])
 
 
-def _reduced(value: Tensor, tensor: Tensor, reduction: Literal["sum", "max"]) -> Tensor:
-    if not is_sharded(tensor):
-        return value
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    sharded: Any = tensor
-    placements = [Partial(reduction) if each.is_shard() else Replicate() for each in sharded.placements]
-    return DTensor.from_local(value, sharded.device_mesh, placements, run_check=False).full_tensor()
+def _by_layout(tensors: Sequence[Tensor]) -> dict[tuple[Any, tuple[int, ...]], list[int]]:
+    """The places of DTensors among tensors, by their mesh and those of its axes over which they are split."""
+    groups: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
+    for k, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            sharded: Any = tensor
+            # Not is_shard(), which is False of the strided shards that FSDP2 makes of tensor-parallel parameters.
+            split = tuple(axis for axis, each in enumerate(sharded.placements) if not each.is_replicate())
+            groups.setdefault((sharded.device_mesh, split), []).append(k)
+    return groups
 
 
 def _world_size(tensors: Sequence[Tensor]) -> int:

@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from altgrad_core.errors import InputError
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import round_to_format
 from altgrad_torch.casting import as_grid, cast, checked_scale, divide_by_scale, flush_subnormals, quantize
+from altgrad_torch.norms import is_sharded, local, over_shards, summed
 from altgrad_torch.params import Edges, FormatParams, edges
 from altgrad_torch.scaling import power_of_two_scale
 
@@ -121,15 +123,17 @@ def cast_counts(x: Tensor, format: str | Format | FormatParams, *, scale: Tensor
     nothing ever overflows. For a format without a sign magnitudes are counted, and none becomes zero.
 
     Args:
-        x: floating-point tensor of any shape; bfloat16 and float16 count at their own values.
+        x: floating-point tensor of any shape; bfloat16 and float16 count at their own values. Of a DTensor all shards
+            count, on every process.
         format: a name, a :class:`~altgrad_core.formats.Format` or :class:`~altgrad_torch.params.FormatParams`.
-        scale: the worth of one, positive, a power of two; counted is ``x / scale``.
+        scale: the worth of one, positive, a power of two; counted is ``x / scale``. One for all of a DTensor.
 
     Returns:
         Counts of shape ``()``.
 
     Raises:
         TypeError: if ``x`` is not floating point, or float64.
+        InputError: for several scales with a DTensor.
         UnknownFormatError: for an unknown name.
 
     >>> cast_counts(torch.tensor([1e6, 1.0, 1e-9, 0.0]), "E5M2").as_integers()
@@ -200,6 +204,8 @@ def observe(
     """
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"counts are made of float32, bfloat16 and float16 tensors; got {x.dtype}")
+    if is_sharded(x):
+        return _observe_shards(x, format, scale)
     grid = as_grid(format)
     limits = edges(grid) if isinstance(grid, FormatParams) else _thresholds(grid)
     totals = torch.zeros(5, dtype=torch.int64, device=x.device)
@@ -216,6 +222,16 @@ def observe(
         totals += counted
         amax_bits = torch.maximum(amax_bits, part_amax)
     return CastCounts(totals), amax_bits.view(torch.float32)
+
+
+def _observe_shards(
+    x: Tensor, format: str | Format | FormatParams, scale: Tensor | float | None
+) -> tuple[CastCounts, Tensor]:
+    if isinstance(scale, Tensor) and scale.numel() > 1:
+        raise InputError(f"{scale.numel()} scales for a DTensor; expected one for all of it")
+    whole = summed(x)
+    counts, amax = observe(local(whole), format, scale=scale)
+    return CastCounts(over_shards([counts.totals], [whole], "sum")[0]), over_shards([amax], [whole], "max")[0]
 
 
 def _observe_chunk(x: Tensor, limits: Edges, scale: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,87 @@
+"""Sums over mapped axes, of leaves of which every place holds a part, and of leaves that every place holds whole."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
+
+import jax
+from jax import lax
+
+AxisName = Hashable | Sequence[Hashable]
+"""The name of a mapped axis, or several."""
+
+Value = TypeVar("Value")
+"""Any pytree of arrays."""
+
+
+def axes_of(leaf: jax.Array, axis_name: AxisName | None) -> tuple[Hashable, ...]:
+    """Of the axes named, those over which a leaf is a part of a larger one.
+
+    Inside ``shard_map`` types say over which axes a value varies; over the others every place holds all of it. Where
+    nothing is said, under ``vmap`` and with ``check_vma=False``, every leaf is a part over all axes.
+
+    Args:
+        leaf: as one place sees it.
+        axis_name: axes of ``shard_map`` or ``vmap``; None for none.
+
+    Returns:
+        Their names, in the order given.
+
+    >>> import numpy as np
+    >>> mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    >>> def look(part, whole):
+    ...     print(axes_of(part, "data"), axes_of(whole, "data"))
+    ...     return part
+    >>> spec = jax.sharding.PartitionSpec
+    >>> seen = jax.shard_map(look, mesh=mesh, in_specs=(spec("data"), spec()), out_specs=spec("data"))(*np.ones((2, 4)))
+    ('data',) ()
+    """
+    varying = _varying(leaf)
+    return tuple(name for name in _names(axis_name) if name in varying or not _is_typed(name))
+
+
+def by_axes(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> dict[tuple[Hashable, ...], list[int]]:
+    """The places, in a sequence of leaves, of those that go together: by what :func:`axes_of` says of them."""
+    groups: dict[tuple[Hashable, ...], list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        groups.setdefault(axes_of(leaf, axis_name), []).append(index)
+    return groups
+
+
+def sum_over(value: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
+    """The sum over mapped axes; the value itself over none."""
+    return lax.psum(value, axes) if axes else value
+
+
+def varying_as(value: Value, leaves: Sequence[jax.Array], axis_name: AxisName | None) -> Value:
+    """A constant that by its type varies as sums of leaves over the axes do: over what is left of the leaves' own axes.
+
+    For a branch that returns it where the other branch returns such a sum.
+    """
+    axes = frozenset().union(*map(_varying, leaves)) - set(_names(axis_name))
+    return jax.tree.map(lambda x: lax.pcast(x, tuple(axes), to="varying"), value) if axes else value
+
+
+def places(axis_name: AxisName | None) -> int:
+    """How many places the axes have, all of them together."""
+    names = _names(axis_name)
+    return lax.axis_size(names) if names else 1
+
+
+def _names(axis_name: AxisName | None) -> tuple[Hashable, ...]:
+    if axis_name is None:
+        return ()
+    return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+
+
+def _is_typed(name: Hashable) -> bool:
+    """Whether types tell what varies over an axis: the index on it does."""
+    return name in _varying(lax.axis_index(name))
+
+
+def _varying(x: jax.Array) -> frozenset[Hashable]:
+    # JAX names it in one way up to 0.9 and in another since.
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)
+    return getattr(kind, "vma", frozenset()) if manual is None else manual.varying
