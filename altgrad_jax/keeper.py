@@ -14,7 +14,7 @@ import numpy as np
 
 from altgrad_core.errors import InputError
 from altgrad_core.settings import check_count
-from altgrad_core.snapshots import LastGood, Where, check_back, check_where
+from altgrad_core.snapshots import LastGood, Where, check_where
 from altgrad_jax.recovery import Snapshots, State, rollback, snapshot
 
 
@@ -94,7 +94,6 @@ class _OnDevice(Generic[State]):
         self._snapshots = self._push(self._snapshots, state, jnp.asarray(good))
 
     def pop(self, state: State, back: int | None) -> State:
-        check_back(back, self._snapshots.keep)
         restored, self._snapshots = self._pop(self._snapshots, state, True, back=back)
         return restored
 

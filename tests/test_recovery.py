@@ -419,6 +419,13 @@ def test_moments_are_found_in_whatever_holds_them(name: str) -> None:
     assert set(counts) == {count} if count else not any(counts)
 
 
+def test_formats_stay_in_force_beside_the_moments_of_a_single_array() -> None:
+    tx = optax.chain(partition_relative_clip("E5M2"), optax.adam(0.1))
+    state = reset_moments(tx, set_format(after_steps(tx, jnp.ones(3)), "E3M4"), jnp.ones(3))
+    assert float(get_format(state).max_value) == 124.0
+    assert not np.any(state[1][0].mu)
+
+
 def test_state_without_moments_is_left_alone() -> None:
     tx = optax.chain(optax.scale_by_schedule(lambda count: 0.1 / (1 + count)), partition_relative_clip("E5M2"))
     worn = after_steps(tx, PARAMS)

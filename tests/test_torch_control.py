@@ -88,6 +88,12 @@ def test_decisions_land_a_step_late_and_draining_decides_on_the_last() -> None:
     assert (str(detector.format), late.format, late.events[0].step) == ("E5M2", "E5M2", 2)
 
 
+def test_the_step_in_flight_is_not_judged() -> None:
+    falling = FormatController("E0M7", policy="off", shifter=EmergencyMantissaShift())
+    decisions = [falling.step(step, NAN).format for step in range(8)]
+    assert decisions == [None, None, None, "E3M4", None, None, None, "E5M2"]  # steps 0 to 2, then 4 to 6
+
+
 def test_rollbacks_are_carried_out_before_the_format_is_written() -> None:
     keeping, detector, happened = controller(can_roll_back=True), BitStallDetector("E7M0"), []
 
@@ -96,9 +102,11 @@ def test_rollbacks_are_carried_out_before_the_format_is_written() -> None:
         detector.format = parse("E7M0")  # as a snapshot may
 
     poisoned = {**NAN, "params_finite": torch.tensor(False)}
-    for step, metrics in enumerate([NAN, NAN, poisoned, NAN]):
+    calm = {"loss": torch.tensor(1.0), "finite": torch.tensor(True)}
+    for step, metrics in enumerate([NAN, NAN, poisoned, NAN, calm, poisoned, calm]):
         keeping.step(step, metrics, [detector], roll_back)
-    assert (happened, str(detector.format)) == (["E7M0"], "E5M2")
+    assert [event.kind for event in keeping.events] == ["rollback", "shift", "rollback"]
+    assert (happened, str(detector.format)) == (["E7M0", "E5M2"], "E5M2")
 
 
 @pytest.mark.parametrize(

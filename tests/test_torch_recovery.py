@@ -230,6 +230,28 @@ def test_the_start_has_no_moments_and_they_may_come_back(where: Any) -> None:
     assert len(run.optimizer.state) == len(list(run.model.parameters()))
 
 
+class Exposed:
+    """Hands out its state itself, and takes up what it is given as it is."""
+
+    def __init__(self) -> None:
+        self.held = {"seen": torch.zeros(1)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.held
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.held = state_dict
+
+
+def test_what_hands_out_its_state_itself_is_copied() -> None:
+    holder = Exposed()
+    keeper = SnapshotKeeper(holder)
+    for _ in range(2):
+        holder.held["seen"] += 1
+        keeper.roll_back()
+        assert holder.held["seen"].item() == 0.0
+
+
 def test_what_cannot_be_kept() -> None:
     model = torch.nn.Linear(2, 1)
     for settings, told in (
@@ -253,7 +275,7 @@ def test_a_reading_is_what_was_there_when_it_was_taken() -> None:
     loss = torch.tensor(0.5, requires_grad=True)
     reading = Reading({"loss": loss * 1, "rate": 0.25, "finite": torch.tensor([True]), "n": torch.tensor(3)})
     loss.data.fill_(7.0)
-    flag = torch.tensor(1.0)
+    flag = torch.tensor(1.0, dtype=torch.float64)
     later = Reading({"flag": flag})
     flag.fill_(0.0)
     assert reading.read() == {"loss": 0.5, "rate": 0.25, "finite": 1.0, "n": 3.0}
