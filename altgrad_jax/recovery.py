@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from altgrad_core.formats import Format
+from altgrad_core.formats import Format, parse
 from altgrad_core.settings import check_count
 from altgrad_core.snapshots import check_back
 from altgrad_jax.axes import AxisName
 from altgrad_jax.casting import quantize
 from altgrad_jax.hashing import hash_bits
-from altgrad_jax.params import FormatParams, as_params
+from altgrad_jax.params import FormatParams, paths_of
 from altgrad_jax.scaling import amax, power_of_two_scale
 
 State = TypeVar("State")
@@ -128,11 +128,13 @@ def commit(
 ) -> optax.Params:
     """Store weights on the grid of a format: each leaf under the power-of-two scale of its own amax.
 
-    A cast to the same format under the same rule leaves committed weights as they are. What would overflow saturates.
+    A cast to the same format under the same rule leaves committed weights as they are. Scales end at 2^100; finite
+    weights that are too large for that saturate, and infinities stay (in params as they say).
 
     Args:
         params: pytree of float32 arrays.
-        format: the grid; the rounding is that of :class:`~altgrad_jax.casting.FormatParams`, else nearest even.
+        format: the grid; rounding and overflow are those of :class:`~altgrad_jax.params.FormatParams`, else to nearest
+            even and ``saturate_finite``.
         mask: pytree of Python bools like ``params``: which leaves to store on the grid.
         seed: of stochastic rounding, uint32 or an integer from 0 to 2^32 - 1: params on the integer path need it.
             Random bits come from :func:`~altgrad_jax.hashing.hash_bits`, with a seed of its own for each leaf: word k
@@ -148,7 +150,7 @@ def commit(
     >>> commit({"w": jnp.array([1.0, 1.1])}, "E5M2", {"w": True})["w"].tolist()
     [1.0, 1.0]
     """
-    grid = as_params(format)
+    grid = format if isinstance(format, FormatParams) else _grid_of(parse(format))
     leaves, structure = jax.tree.flatten(params)
     keep, mask_structure = jax.tree.flatten(mask)
     if mask_structure != structure:
@@ -163,6 +165,12 @@ def commit(
 
     rounded = [on_grid(k, leaf) if chosen else leaf for k, (leaf, chosen) in enumerate(zip(leaves, keep, strict=True))]
     return jax.tree.unflatten(structure, rounded)
+
+
+def _grid_of(format: Format) -> FormatParams:
+    """On a path that reaches as far as float32 does, whatever the scale: the fast one does not."""
+    path = next(path for path in paths_of(format) if path != "fast")
+    return FormatParams.from_format(format, overflow="saturate_finite", path=path)
 
 
 @jax.tree_util.register_dataclass

@@ -45,19 +45,21 @@ def commit_(
     format: str | Format | FormatParams,
     *,
     rounding: Rounding = "nearest_even",
-    overflow: Overflow = "native",
+    overflow: Overflow = "saturate_finite",
     seed: int | None = None,
     step: int = 0,
 ) -> None:
     """Store weights on the grid of a format, in place: each tensor under the power-of-two scale of its own amax.
 
-    A cast to the same format under the same rule leaves committed weights as they are. No finite value overflows.
+    A cast to the same format under the same rule leaves committed weights as they are. Scales end at 2^100; what is too
+    large for that becomes what ``overflow`` says.
 
     Args:
         parameters: a module, for all its parameters, or those to store: float32 tensors.
         format: the grid.
         rounding: see :data:`altgrad_core.formats.Rounding`.
-        overflow: what becomes of infinities; see :data:`altgrad_core.formats.Overflow`.
+        overflow: what becomes of infinities and of what no scale brings down; see
+            :data:`altgrad_core.formats.Overflow`.
         seed: for stochastic rounding, an integer from 0 to 2^32 - 1. Random bits come from
             :func:`~altgrad_torch.hashing.hash_bits`, with a seed of its own for each tensor: word k of
             ``hash_bits((tensors,), seed, step)`` for the k-th.

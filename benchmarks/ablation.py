@@ -110,8 +110,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 def entries(steps: int, seeds: int) -> Iterator[Entry]:
     """All runs."""
-    for format, seed in itertools.product(FORMATS, range(seeds)):
-        spec = RunSpec(format, seed)
+    for name, seed in itertools.product(FORMATS, range(seeds)):
+        spec = RunSpec(name, seed)
         yield from _clip_entries(spec, steps)
         yield from _hygiene_entries(spec, steps)
         yield from _policy_entries(spec, steps)
@@ -220,22 +220,22 @@ def tables(done: Sequence[tuple[Entry, Outcome]]) -> list[str]:
         tally = {variant: dict.fromkeys(("better", "same", "worse", "lost"), 0) for variant in others}
         here = [(entry, outcome) for entry, outcome in done if entry.table == table]
         for setting in dict.fromkeys(entry.setting for entry, _ in here):
-            for format in FORMATS:
+            for name in FORMATS:
                 row = {
-                    variant: _samples(here, setting, format, variant)
+                    variant: _samples(here, setting, name, variant)
                     for variant in variants
-                    if _samples(here, setting, format, variant)
+                    if _samples(here, setting, name, variant)
                 }
                 cells = [_cell(row, first, variant, tally) for variant in others]
                 losses = [outcome.loss for outcome in row[first]]
-                lines.append(f"| {setting} | {format} | {np.mean(losses):.3f} | {' | '.join(cells)} |")
+                lines.append(f"| {setting} | {name} | {np.mean(losses):.3f} | {' | '.join(cells)} |")
         lines += ["", *(f"- `{variant}`: {_told(counts)}" for variant, counts in tally.items())]
     return lines
 
 
-def _samples(here: Sequence[tuple[Entry, Outcome]], setting: str, format: str, variant: str) -> list[Outcome]:
+def _samples(here: Sequence[tuple[Entry, Outcome]], setting: str, name: str, variant: str) -> list[Outcome]:
     """In the order of the seeds."""
-    wanted = (setting, format, variant)
+    wanted = (setting, name, variant)
     return [outcome for entry, outcome in here if (entry.setting, entry.plan.spec.format, entry.variant) == wanted]
 
 
