@@ -6,8 +6,9 @@ TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
 DEMO_ARGS ?=
 BENCH_ARGS ?=
-# loadfile: a file stays with one worker, so what it compiled is reused. Each worker imports both frameworks.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# loadfile: a file stays with one worker, so what it compiled is reused; conftest.py puts the longest first, and xdist
+# is to leave them in that order. Each worker imports both frameworks.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 
+import pytest
 from hypothesis import settings
 
 # Before anything imports jax: the promises are about bits, and a CPU is what every machine has.
@@ -21,3 +22,19 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+# The files that take longest, longest first: two workers then end at about the same time.
+_LONGEST_FIRST = (
+    "test_job.py",
+    "test_checkpoint.py",
+    "test_replay.py",
+    "test_training.py",
+    "test_torch_casting.py",
+    "test_distribution_jax.py",
+    "test_clipping.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))

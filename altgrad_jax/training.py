@@ -145,7 +145,7 @@ class Program:
         """
         state = replace(state, params=_with_one_weight(state.params, fault.poison, fault.weight))
         record = empty_record(self.model.sites)
-        casts = self._casts(state, record)
+        casts = self.casts(state, record)
 
         def loss_of(params: Params) -> jax.Array:
             return self.loss(params, tokens, casts) * fault.loss_factor
@@ -191,7 +191,7 @@ class Program:
 
         def measure(history: jax.Array, _: None) -> tuple[jax.Array, None]:
             record = empty_record(self.model.sites)
-            casts = self._casts(replace(state, amax_history=history), record)
+            casts = self.casts(replace(state, amax_history=history), record)
             jax.grad(lambda params: self.loss(params, tokens, casts))(state.params)
             amax = _Seen.of(record).amax
             kept = jnp.where(jnp.isfinite(amax), amax, history[-1])
@@ -202,7 +202,7 @@ class Program:
 
     def evaluate(self, state: TrainState, batches: jax.Array) -> jax.Array:
         """Mean loss over int32 ``(count, batch, context + 1)`` batches, cast as in training: float32 scalar."""
-        casts = self._casts(state, None)
+        casts = self.casts(state, None)
         return jnp.mean(jax.lax.map(lambda tokens: self.loss(state.params, tokens, casts), batches))
 
     @cached_property
@@ -223,8 +223,13 @@ class Program:
         nnx.replace_by_pure_dict(filled, params)
         return next_token_loss(nnx.merge(graph, filled)(tokens[:, :-1], casts), tokens[:, 1:])
 
-    def _casts(self, state: TrainState, record: Record | None) -> Casts:
-        """Delayed scales for activations and gradients; weights, known by now, have that of their own amax."""
+    def casts(self, state: TrainState, record: Record | None) -> Casts:
+        """By what a step casts: delayed scales for activations and gradients; weights have that of their own amax.
+
+        Args:
+            state: the run so far.
+            record: where the casts write what they see; None for nowhere.
+        """
         amaxes = jnp.max(state.amax_history, axis=0)
         sites = jnp.array(list(self.model.weight_sites))
         of_weights = [amax(_module(state.params, path)["weight"]) for path in self.model.weight_sites.values()]

@@ -1,22 +1,27 @@
 """A training step with every operand and gradient cast and every count on, against the plain float32 step.
 
 The plain step is the same GPT and AdamW with ``lax.dot_general`` in the place of the quantised products, and no
-clipper, no monitor, no skipping: what one would write without AltGrad.
+clipper, no monitor, no skipping: what one would write without AltGrad. What the interventions alone cost is measured
+against a step that casts and does nothing else, and snapshots against blocks of steps without one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from altgrad_jax import SnapshotKeeper
 from altgrad_jax.data import load_corpus
 from altgrad_jax.models import GPTConfig
-from altgrad_jax.state import Fault, RunSpec
+from altgrad_jax.state import Fault, Params, RunSpec, StepMetrics, TrainState
 from altgrad_jax.training import OptimizerConfig, Program
-from benchmarks.timing import show, side_by_side
+from benchmarks.page import write_page
+from benchmarks.timing import Comparison, side_by_side
 
 _SHAPES = {
     "the demo's GPT: 2 layers of 64, 8 x 32 characters": (8, 32, 2, 64),
@@ -24,6 +29,7 @@ _SHAPES = {
     "2 layers of 256, 16 x 64 characters": (16, 64, 2, 256),
 }
 _STEPS = 300
+_BLOCK = 50
 
 
 class _PlainProducts:
@@ -34,22 +40,81 @@ class _PlainProducts:
 
 
 def main() -> None:
+    for comparison in comparisons():
+        comparison.show()
+
+
+def comparisons() -> Iterator[Comparison]:
+    """One after the other, measured when asked for."""
     for label, (batch, context, layers, width) in _SHAPES.items():
         corpus = load_corpus(None, context)
         tokens = jnp.asarray(corpus.batch(0, 0, batch, context))
         shape = GPTConfig(len(corpus.vocabulary), context, layers, width, 4)
-        contestants = {"plain float32": _plain(shape, tokens)}
-        contestants |= {name: _ours(name, shape, tokens) for name in ("float32", "bf16", "E0M7", "E5M2", "E7M0")}
-        show(label, side_by_side(contestants, rounds=30), "plain float32")
+        names = ("float32", "bf16", "E0M7", "E5M2", "E7M0")
+        contestants = {"plain float32": _plain(shape, tokens)} | {name: _ours(name, shape, tokens) for name in names}
+        goals = dict.fromkeys(names[2:], 1 / 1.15)
+        yield Comparison(label, "plain float32", side_by_side(contestants, rounds=60), goals)
+        casts, everything = "casts alone", "with skip, counts, clip and stall"
+        contestants = {casts: _casting("E5M2", shape, tokens), everything: _ours("E5M2", shape, tokens)}
+        timings = side_by_side(contestants, rounds=60)
+        yield Comparison(f"E5M2, {label}: the interventions", casts, timings, {everything: 1 / 1.10})
+    without, kept = f"{_BLOCK} steps", f"{_BLOCK} steps and a snapshot"
+    contestants = {without: _block(shape, tokens, snapshots=False), kept: _block(shape, tokens, snapshots=True)}
+    timings = side_by_side(contestants, rounds=8, warmup=1)
+    yield Comparison(f"E5M2, {label}: snapshots", without, timings, {kept: 1 / 1.02})
 
 
-def _ours(name: str, shape: GPTConfig, tokens: jax.Array) -> Callable[[], object]:
+def _block(shape: GPTConfig, tokens: jax.Array, *, snapshots: bool) -> Callable[[], object]:
+    once = _ours("E5M2", shape, tokens)
+    keeper: SnapshotKeeper | None = None
+    step = 0
+
+    def block() -> object:
+        nonlocal keeper, step
+        for _ in range(_BLOCK):
+            state, metrics = once()
+            if snapshots:
+                keeper = keeper or SnapshotKeeper(state, every=_BLOCK, keep=2)
+                keeper.offer(step, state, metrics.finite & metrics.params_finite)
+            step += 1
+        return state
+
+    return block
+
+
+def _casting(name: str, shape: GPTConfig, tokens: jax.Array) -> Callable[[], object]:
+    """The step of a job without what watches and guards it: delayed scales that stay as they are, casts and AdamW."""
+    program = Program.for_format(name, shape, OptimizerConfig(_STEPS))
+    state = program.start(program.fresh_params(0), program.run_data(RunSpec(name)))
+    optimizer = _adamw(state.params)
+    params, opt_state = state.params, optimizer.init(state.params)
+
+    def casting_step(
+        params: Params, opt_state: optax.OptState, state: TrainState
+    ) -> tuple[optax.Params, optax.OptState, jax.Array]:
+        casts = program.casts(replace(state, params=params), None)
+        loss, gradients = jax.value_and_grad(lambda params: program.loss(params, tokens, casts))(params)
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    state = replace(state, params={}, opt_state=())
+    step = jax.jit(casting_step, donate_argnums=(0, 1))
+
+    def once() -> object:
+        nonlocal params, opt_state
+        params, opt_state, loss = step(params, opt_state, state)
+        return params, opt_state, loss
+
+    return once
+
+
+def _ours(name: str, shape: GPTConfig, tokens: jax.Array) -> Callable[[], tuple[TrainState, StepMetrics]]:
     program = Program.for_format(name, shape, OptimizerConfig(_STEPS))
     state = program.start(program.fresh_params(0), program.run_data(RunSpec(name)))
     step = jax.jit(program.step, donate_argnums=0)
     fault = jax.tree.map(jnp.asarray, Fault())
 
-    def once() -> object:
+    def once() -> tuple[TrainState, StepMetrics]:
         nonlocal state
         state, metrics = step(state, tokens, fault)
         return state, metrics
@@ -60,9 +125,7 @@ def _ours(name: str, shape: GPTConfig, tokens: jax.Array) -> Callable[[], object
 def _plain(shape: GPTConfig, tokens: jax.Array) -> Callable[[], object]:
     program = Program.for_format("float32", shape, OptimizerConfig(_STEPS))
     params = program.fresh_params(0)
-    schedule = optax.warmup_cosine_decay_schedule(1.5e-4, 3e-3, 20, _STEPS, 3e-4)
-    matrices = jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
-    optimizer = optax.adamw(schedule, b2=0.99, weight_decay=0.01, mask=matrices)
+    optimizer = _adamw(params)
     opt_state = optimizer.init(params)
 
     def plain_step(params: optax.Params, opt_state: optax.OptState) -> tuple[optax.Params, optax.OptState, jax.Array]:
@@ -78,3 +141,17 @@ def _plain(shape: GPTConfig, tokens: jax.Array) -> Callable[[], object]:
         return params, opt_state, loss
 
     return once
+
+
+def _adamw(params: Params) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(1.5e-4, 3e-3, 20, _STEPS, 3e-4)
+    matrices = jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+    return optax.adamw(schedule, b2=0.99, weight_decay=0.01, mask=matrices)
+
+
+if __name__ == "__main__":
+    measured = list(comparisons())
+    for measurement in measured:
+        measurement.show()
+    if "--write" in sys.argv[1:]:
+        print(write_page("training_step", "What a training step costs", measured, ["jax", "optax", "flax"]))
