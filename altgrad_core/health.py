@@ -11,7 +11,6 @@ from altgrad_core.events import Event
 from altgrad_core.evidence import Observation
 from altgrad_core.settings import Policy
 
-
 _NORM_WINDOW = 32
 _NORMS_NEEDED = 8
 

@@ -16,7 +16,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 def write_page(name: str, title: str, comparisons: Sequence[Comparison], packages: Sequence[str]) -> Path:
     """Write ``docs/benchmarks/<name>.md`` and ``<name>.svg``."""
     DOCS.mkdir(parents=True, exist_ok=True)
-    lines = [f"# {title}", "", f"Written by `python -m benchmarks.{name} --write` on {_machine(packages)}.", ""]
+    lines = [f"# {title}", "", f"Written by `python -m benchmarks.{name} --write` on {machine(packages)}.", ""]
     lines += [
         "Speeds are medians of ratios, round by round, within one run; more is faster.",
         "",
@@ -39,7 +39,7 @@ def write_page(name: str, title: str, comparisons: Sequence[Comparison], package
     return page
 
 
-def _machine(packages: Sequence[str]) -> str:
+def machine(packages: Sequence[str]) -> str:
     names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {versions}"

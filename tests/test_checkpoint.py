@@ -359,7 +359,9 @@ def test_a_checkpoint_that_fails_in_the_background_is_told_and_taken_away(tmp_pa
     with Checkpoints(folder, {}) as checkpoints:
         (folder / "0.orbax-checkpoint-tmp").mkdir()  # as a save that fails leaves it
         monkeypatch.setattr(checkpoints._manager, "wait_until_finished", failed)
-        with pytest.raises(UnsavedError, match=r"last checkpoint could not be written to .* \(No space left on device\)"):
+        with pytest.raises(
+            UnsavedError, match=r"last checkpoint could not be written to .* \(No space left on device\)"
+        ):
             checkpoints.wait()
         monkeypatch.setattr(checkpoints._manager, "wait_until_finished", failed)
         with pytest.raises(UnsavedError, match="last checkpoint"):
