@@ -91,7 +91,8 @@ class TrainConfig:
     stall_threshold: float = 0.5
     """Windowed stall rate above which a shift is considered."""
     policy: PolicyName = "relative_stall"
-    """What else a shift may answer. relative_stall: a stall of committed weights that grew, on a plateau.
+    """What else a shift may answer. relative_stall: stalls of committed weights, by stochastic rounding at
+    once, then by a shift where they grew on a plateau.
     fallback_chain: any stall above the threshold. by_cause: overflow, underflow and stalls of committed weights, each
     with what is missing: exponent bits, mantissa bits, stochastic rounding. off: nothing, NaN batches alone shift."""
     recover_after: int | None = None

@@ -21,6 +21,7 @@ from benchmarks.faults.cases import Storage
 ROOT = Path(__file__).parents[2]
 _FILES = ("metrics.jsonl", "events.jsonl", "result.json")
 _STEPS, _EVERY, _LIMIT = 160, 20, 600
+_FULL_FOR = 0.15  # seconds: a few dozen steps
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,12 @@ def _full(runs: _Runs, out: Path) -> tuple[str, str]:
     wait_for_step(process, out, full)
     before = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, before[1]))
-    time.sleep(0.5)
+    time.sleep(_FULL_FOR)
     at = logged(out)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before)
     said = runs.finish(process)
     told = "told" if "training goes on" in said else "the run ended too soon to notice"
-    return f"dies there: all {at} steps so far", f"full for 0.5 s from step {at} on: {told}; no step again"
+    return f"dies there: all {at} steps so far", f"full for {_FULL_FOR} s from step {at} on: {told}; no step again"
 
 
 _BEFALLS: dict[str, Callable[[_Runs, Path], tuple[str, str]]] = {
