@@ -10,14 +10,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from altgrad.runfiles import RunFiles, console_on_stderr
 from altgrad_core.errors import InputError
-from altgrad_core.events import Event, jsonable
+from altgrad_core.events import Event
 from altgrad_core.formats import Overflow, parse
 from altgrad_core.settings import Policy, PolicyName, check_count
 from altgrad_core.snapshots import Moments
@@ -90,7 +91,8 @@ class TrainConfig:
     stall_threshold: float = 0.5
     """Windowed stall rate above which a shift is considered."""
     policy: PolicyName = "relative_stall"
-    """What else a shift may answer. relative_stall: a stall of committed weights that grew, on a plateau.
+    """What else a shift may answer. relative_stall: stalls of committed weights, by stochastic rounding at
+    once, then by a shift where they grew on a plateau.
     fallback_chain: any stall above the threshold. by_cause: overflow, underflow and stalls of committed weights, each
     with what is missing: exponent bits, mantissa bits, stochastic rounding. off: nothing, NaN batches alone shift."""
     recover_after: int | None = None
@@ -230,7 +232,7 @@ def train(config: TrainConfig, console: Console | None = None) -> float | None:
 
     Writes ``config.json``, ``metrics.jsonl`` (a line for each step), ``events.jsonl`` (a line for each event),
     ``result.json`` and ``checkpoints/`` into ``config.out``. Interrupted by Ctrl-C or SIGTERM it writes a checkpoint;
-    killed, it goes on from the last one.
+    killed, it goes on from the last one. A full disk does not stop it: what cannot be written is kept and tried again.
 
     Args:
         config: the run.
@@ -243,8 +245,9 @@ def train(config: TrainConfig, console: Console | None = None) -> float | None:
         RunError: if the folder does not fit what was asked.
         CheckpointError: if the folder's checkpoint is of another run.
         DataError: for a data file that cannot be used.
+        UnwrittenError: at the end, if something could not be written; once there is room, ``resume`` writes it.
     """
-    console = console or Console(stderr=True)
+    console = console or console_on_stderr()
     corpus = load_corpus(config.data, config.context)
     program, plan = config.program(len(corpus.vocabulary)), config.plan()
     plan.controller()  # refuses what cannot work before anything is written or compiled
@@ -264,35 +267,34 @@ def train(config: TrainConfig, console: Console | None = None) -> float | None:
         )
         if checkpoints.latest_step is not None:
             console.print(f"resuming at step {checkpoints.restore(job)}")
-        with _Log(config.out, job.reported_through) as log:
-            finished = _train_to_the_end(config, job, checkpoints, log, console)
-    if not finished:
-        console.print(f"interrupted at step {job.step}; go on with --resume --out {config.out}")
-        return None
-    batches = corpus.validation_batches(_VALIDATION_BATCHES, config.batch, config.context)
-    loss = float(job.evaluate(batches)[0])
-    result = {"validation_loss": loss, "steps": job.step, "final_format": job.controllers[0].format}
-    (config.out / "result.json").write_text(json.dumps(jsonable(result), indent=2) + "\n")
-    console.print(f"held-out loss {loss:.4f} nats/character in {result['final_format']}; run folder {config.out}")
+        with RunFiles(config.out, checkpoints, console) as files:
+            if not _train_to_the_end(config, job, files, console):
+                console.print(f"interrupted at step {job.step}; go on with --resume --out {config.out}")
+                files.finish(None)
+                return None
+            batches = corpus.validation_batches(_VALIDATION_BATCHES, config.batch, config.context)
+            loss, final_format = float(job.evaluate(batches)[0]), job.controllers[0].format
+            console.print(f"held-out loss {loss:.4f} nats/character in {final_format}; run folder {config.out}")
+            files.finish({"validation_loss": loss, "steps": job.step, "final_format": final_format})
     return loss
 
 
-def _train_to_the_end(config: TrainConfig, job: Job, checkpoints: Checkpoints, log: _Log, console: Console) -> bool:
+def _train_to_the_end(config: TrainConfig, job: Job, files: RunFiles, console: Console) -> bool:
     """Train until the last step or the first signal; whether the last step was reached."""
     with _signals() as stop, _progress(console) as progress:
         task = progress.add_task("", total=config.steps, completed=job.step, note="")
         while job.step < config.steps and not stop:
             report = job.advance()
             if report is not None:
-                _show(log.write(report), report, progress, task)
+                _show(files.log(report), report, progress, task)
             if job.step % config.checkpoint_every == 0 and job.step < config.steps:
-                checkpoints.save(job)
-        checkpoints.save(job)
+                files.save(job)
+        files.save(job)
         if stop:
             return False
         report = job.drain()
         if report is not None:
-            _show(log.write(report), report, progress, task)
+            _show(files.log(report), report, progress, task)
     return True
 
 
@@ -316,39 +318,6 @@ def _require_same_run(folder: Path, identity: Mapping[str, Any]) -> None:
     if differing:
         told = "; ".join(f"{name} is {found.get(name)!r} there, {identity.get(name)!r} here" for name in differing)
         raise CheckpointError(f"{folder} holds another run: {told}")
-
-
-class _Log:
-    """``metrics.jsonl`` and ``events.jsonl`` of a run, cut back to where it resumes."""
-
-    def __init__(self, folder: Path, reported_through: int) -> None:
-        self._metrics = _continued(folder / "metrics.jsonl", reported_through)
-        self._events = _continued(folder / "events.jsonl", reported_through)
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._metrics.close()
-        self._events.close()
-
-    def write(self, report: StepReport) -> tuple[Event, ...]:
-        numbers = {name: values[0].item() for name, values in report.metrics.items()}
-        line = {"step": report.step, "format": report.formats[0], **jsonable(numbers)}
-        # The events first: whatever stops the run here, a step that is logged has all of its events.
-        self._events.writelines(event.to_json() + "\n" for event in report.events[0])
-        self._events.flush()
-        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
-        self._metrics.flush()
-        return report.events[0]
-
-
-def _continued(path: Path, reported_through: int) -> TextIO:
-    """Open a log for appending, without the lines of steps that will be reported again."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= reported_through]
-    path.write_text("".join(line + "\n" for line in kept))
-    return path.open("a")
 
 
 @contextmanager

@@ -31,6 +31,7 @@ class Observation:
         loss: training loss.
         finite: whether loss and gradients were.
         params_finite: whether the parameters were, after it.
+        norm: global norm of the raw gradients; 0 or less where nobody measured it.
         stall_rate: of its update.
         saturation_rate: the part of it that stalled at ±max.
         worst_stall_rate: of the tensor with most.
@@ -46,6 +47,7 @@ class Observation:
     loss: float
     finite: bool
     params_finite: bool = True
+    norm: float = 0.0
     stall_rate: float = 0.0
     saturation_rate: float = 0.0
     worst_stall_rate: float = 0.0
@@ -67,15 +69,15 @@ class Observation:
         Raises:
             KeyError: without ``loss`` or ``finite``.
 
-        >>> Observation.of(3, {"loss": 2.5, "finite": 1.0, "overflow_rate": 0.25, "norm": 7.0}).overflow_rate
+        >>> Observation.of(3, {"loss": 2.5, "finite": 1.0, "overflow_rate": 0.25, "applied": 1.0}).overflow_rate
         0.25
         """
         flags = {"finite": bool(metrics["finite"]), "params_finite": bool(metrics.get("params_finite", True))}
-        rates = {name: float(metrics[name]) for name in _RATES if name in metrics}
-        return cls(step, float(metrics["loss"]), **flags, **rates)
+        numbers = {name: float(metrics[name]) for name in _NUMBERS if name in metrics}
+        return cls(step, float(metrics["loss"]), **flags, **numbers)
 
 
-_RATES = tuple(each.name for each in fields(Observation) if each.name.endswith("_rate"))
+_NUMBERS = ("norm", *(each.name for each in fields(Observation) if each.name.endswith("_rate")))
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from altgrad_core.events import Event
 from altgrad_core.evidence import Observation
 from altgrad_core.settings import Policy
 
+_NORM_WINDOW = 32
+_NORMS_NEEDED = 8
+
 
 @dataclass
 class _Memory:
-    """Plain numbers, so that they can be saved."""
+    """Plain numbers, so that they can be saved. The norms are those of steps that showed nothing, newest last."""
 
     nans: int = 0
     runaway: int = 0
+    spikes: int = 0
     mean_loss: float | None = None
+    norms: list[float] = field(default_factory=list)
 
 
 class Health:
@@ -38,7 +44,7 @@ class Health:
     @property
     def calm(self) -> bool:
         """Whether the last observation gave no reason to doubt the run."""
-        return self._memory.nans == 0 and self._memory.runaway == 0
+        return self._memory.nans == 0 and self._memory.runaway == 0 and self._memory.spikes == 0
 
     def judge(self, seen: Observation) -> Event | None:
         """Take one observation, and say whether the run should go back to a snapshot."""
@@ -50,12 +56,20 @@ class Health:
         memory.runaway = memory.runaway + 1 if running_away else 0
         if seen.finite and not running_away:
             memory.mean_loss = seen.loss if memory.mean_loss is None else 0.9 * memory.mean_loss + 0.1 * seen.loss
+        usual = median(memory.norms) if len(memory.norms) >= _NORMS_NEEDED else None
+        # One spike is a bad batch. Several in a row are a bad weight: the loss may tell so much later, or never.
+        spiking = seen.finite and usual is not None and seen.norm > policy.spike_factor * usual
+        memory.spikes = memory.spikes + 1 if spiking else 0
+        if seen.finite and seen.norm > 0 and not spiking:
+            memory.norms = [*memory.norms, seen.norm][-_NORM_WINDOW:]
         if not seen.params_finite:
             return Event(seen.step, "rollback", "poisoned weights", {"loss": seen.loss})
         if memory.nans >= policy.rollback_patience:
             return Event(seen.step, "rollback", "nan", {"consecutive_nans": memory.nans})
         if memory.runaway >= policy.runaway_patience:
             return Event(seen.step, "rollback", "runaway loss", {"loss": seen.loss, "mean": memory.mean_loss or 0.0})
+        if memory.spikes >= policy.runaway_patience:
+            return Event(seen.step, "rollback", "norm spikes", {"norm": seen.norm, "median": usual or 0.0})
         return None
 
     def start_anew(self) -> None:

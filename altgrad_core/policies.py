@@ -39,11 +39,13 @@ def fallback_chain(evidence: Evidence, policy: Policy, shifter: EmergencyMantiss
 
 
 def relative_stall(evidence: Evidence, policy: Policy, shifter: EmergencyMantissaShift | None) -> Sequence[Remedy]:
-    """Judge stalls of committed weights only, by the format's own baseline and on a plateau (AltGrad rule).
+    """Judge stalls of committed weights only: round them stochastically first, then shift with care (AltGrad rule).
 
-    The share of updates that move must have fallen below ``policy.moving_share`` of what it was in the format's first
-    window, and the loss must have fallen by less than ``policy.plateau`` since the window before. The first remedy is
-    stochastic rounding, the next a shift by the fallback table. NaN batches shift as in :func:`off`.
+    Weights that are rounded to nearest lose every update that stalls: above the shifter's threshold they are rounded
+    stochastically, which keeps such updates on average. After that a stall calls for a shift by the fallback table only
+    by the format's own baseline and on a plateau: the share of updates that move must have fallen below
+    ``policy.moving_share`` of what it was in the format's first window, and the loss by less than ``policy.plateau``
+    since the window before. NaN batches shift as in :func:`off`.
 
     >>> from altgrad_core.evidence import Reading
     >>> usual, now = Reading(1.0, stall=0.6), Reading(1.0, stall=0.9)
@@ -52,14 +54,14 @@ def relative_stall(evidence: Evidence, policy: Policy, shifter: EmergencyMantiss
     ['stochastic']
     """
     window, previous, baseline = evidence.window, evidence.previous, evidence.baseline
+    rounds_to_nearest = evidence.committed and evidence.rounding != "stochastic"
+    if rounds_to_nearest and window and window.precision_stall > stall_threshold(shifter):
+        return (Remedy("stall", rounding="stochastic", numbers={"stall_rate": window.stall}),)
     if not (evidence.committed and evidence.whole and window and previous and baseline):
         return shift_by_table(evidence, shifter, stall_rate=0.0)
     on_plateau = window.loss > previous.loss - policy.plateau
     has_risen = 1 - window.stall < policy.moving_share * (1 - baseline.stall)
-    stall = window.stall if on_plateau and has_risen else 0.0
-    if stall > stall_threshold(shifter) and evidence.rounding == "nearest_even":
-        return (Remedy("stall", rounding="stochastic", numbers={"stall_rate": stall}),)
-    return shift_by_table(evidence, shifter, stall)
+    return shift_by_table(evidence, shifter, window.stall if on_plateau and has_risen else 0.0)
 
 
 def recover(rule: Rule, after: int) -> Rule:

@@ -38,10 +38,12 @@ class Policy:
         window: finite steps in a window.
         warmup: steps before the first decision on a rate.
         cooldown: steps after a decision in which no rate is judged.
-        moving_share: ``relative_stall`` needs the share of updates that move to be below this much of the baseline's.
+        moving_share: ``relative_stall`` shifts where the share of updates that move is below this much of the
+            baseline's.
         plateau: improvement of the mean loss from one window to the next, in nats, below which it is on a plateau.
         runaway_margin: nats above the running mean at which a loss counts as running away.
-        runaway_patience: losses in a row that far up before the run goes back to a snapshot.
+        spike_factor: multiple of the running median above which a gradient norm is a spike.
+        runaway_patience: steps in a row with either before the run goes back to a snapshot.
         rollback_patience: non-finite steps in a row before it does; at once if parameters are not finite.
         recover_after: quiet steps before the format that the run began in is tried again; None for never.
         release: share of its limit that a rate must fall below before ``by_cause`` answers it with the same kind of
@@ -67,6 +69,7 @@ class Policy:
     moving_share: float = 0.75
     plateau: float = 0.01
     runaway_margin: float = 0.3
+    spike_factor: float = 10.0
     runaway_patience: int = 3
     rollback_patience: int = 6
     recover_after: int | None = None
@@ -89,6 +92,7 @@ class Policy:
         if self.recover_after is not None:
             check_count("recover_after", self.recover_after, 1)
         check_factor("smallest_learning_rate", self.smallest_learning_rate)
+        check_factor("spike_factor", self.spike_factor)
 
 
 def check_count(name: str, value: int, least: int) -> int:

@@ -5,7 +5,10 @@ A run that was interrupted and resumed is the same, in every bit, as one that ne
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,19 @@ import orbax.checkpoint as ocp
 from altgrad_core.errors import InputError
 from altgrad_jax.job import Job
 
-_VERSION = 3
+_VERSION = 4
 _KEPT = 2
+_ROOM_BESIDE_ARRAYS = 1 << 20
+_FAILURES = (OSError, ValueError)  # the second is tensorstore's word for the first
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(InputError):
     """A checkpoint that is missing or belongs to another run."""
+
+
+class UnsavedError(OSError):
+    """A checkpoint that could not be written, such as for lack of space. Those before it are still there."""
 
 
 class Checkpoints:
@@ -29,12 +39,16 @@ class Checkpoints:
     Args:
         folder: where they are; made if it does not exist.
         identity: what a run must agree in to go on from them: format, model, data; JSON-ready.
+
+    Attributes:
+        notes: what :meth:`save` was told to keep beside the job, in the checkpoint restored; empty before that.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self._identity = {"version": _VERSION, **identity}
-        options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        self.notes: Mapping[str, Any] = {}
+        self._folder = folder.resolve()
+        self._manager = _manager_of(self._folder)
 
     def __enter__(self) -> Checkpoints:
         """Use in a ``with`` statement."""
@@ -42,27 +56,53 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         """Wait for what is being written, then let go of the folder."""
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
     @property
     def latest_step(self) -> int | None:
         """The step that the newest checkpoint would go on with, or None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, job: Job) -> None:
+    def save(self, job: Job, notes: Mapping[str, Any] | None = None) -> None:
         """Write a checkpoint of a job as it stands; returns once the arrays are copied, and writes in the background.
 
-        A checkpoint of the same step that exists already is left as it is: it holds the same.
+        A checkpoint of the same step that exists already is left as it is: it holds the same. It is not begun where
+        there is no room for it, so that a full disk costs no more than the checkpoint.
+
+        Args:
+            job: what to save.
+            notes: what to keep beside it; JSON-ready.
+
+        Raises:
+            UnsavedError: if it cannot be written, or if it turns out that the one before was not; this one then is on
+                its way.
         """
         if job.step == self._manager.latest_step():
             return
-        self._manager.save(
-            job.step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(_leaves(job)),
-                host=ocp.args.JsonSave({"identity": self._identity, "job": job.saved()}),
-            ),
-        )
+        earlier = self._settled()
+        arrays = _leaves(job)
+        self._check_room(job.step, sum(each.nbytes for each in arrays.values()) + _ROOM_BESIDE_ARRAYS)
+        host = {"identity": self._identity, "job": job.saved(), "notes": dict(notes or {})}
+        items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(host))
+        try:
+            self._manager.save(job.step, args=items)
+        except _FAILURES as error:
+            raise self._given_up(error, f"the checkpoint of step {job.step}") from error
+        if earlier is not None:
+            raise earlier
+
+    def wait(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            UnsavedError: if it could not be written.
+        """
+        failed = self._settled()
+        if failed is not None:
+            raise failed
 
     def restore(self, job: Job) -> int:
         """Bring a freshly made job to where the newest checkpoint stands.
@@ -87,7 +127,42 @@ class Checkpoints:
         structure = jax.tree.structure((job.state, job.snapshots))
         leaves = [arrays[name] for name in _names(len(abstract))]
         job.restore(host["job"], *jax.tree.unflatten(structure, leaves))
+        self.notes = host["notes"]
         return step
+
+    def _settled(self) -> UnsavedError | None:
+        """Wait for what is being written; why it could not be, if so."""
+        try:
+            self._manager.wait_until_finished()
+        except _FAILURES as error:
+            return self._given_up(error, "the last checkpoint")
+        return None
+
+    def _given_up(self, error: Exception, which: str) -> UnsavedError:
+        """Take away what was begun, which takes room, and start afresh: the manager would fail of it once more."""
+        with suppress(*_FAILURES):
+            self._manager.close()
+        self._manager = _manager_of(self._folder)
+        return self._unsaved(error, which)
+
+    def _unsaved(self, error: Exception, which: str) -> UnsavedError:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error).partition(" [")[0]
+        return UnsavedError(f"{which} could not be written to {self._folder} ({why})")
+
+    def _check_room(self, step: int, size: int) -> None:
+        """Take the room that a checkpoint needs, and give it back: so quotas and limits are heard of, too."""
+        if not hasattr(os, "posix_fallocate"):
+            return
+        probe = self._folder / ".room"
+        try:
+            with probe.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            # A file system that cannot reserve says nothing about its room.
+            if error.errno in _NO_ROOM:
+                raise self._unsaved(error, f"the checkpoint of step {step}") from error
+        finally:
+            probe.unlink(missing_ok=True)
 
     def _read(self, step: int, item: str, how: Any) -> Any:
         try:
@@ -105,6 +180,12 @@ class Checkpoints:
         if differing:
             told = "; ".join(f"{name} is {found.get(name)!r} there, {expected.get(name)!r} here" for name in differing)
             raise CheckpointError(f"the checkpoint in {self._manager.directory} is of another run: {told}")
+
+
+def _manager_of(folder: Path) -> ocp.CheckpointManager:
+    """A manager of a folder, from which what was left half written is taken away."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def _leaves(job: Job) -> dict[str, jax.Array]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,10 +22,12 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
+from altgrad.replay import replay_run
+from altgrad.runfiles import LineFile, RunFiles, UnwrittenError
 from altgrad.train import RunError, TrainConfig, train
-from altgrad_jax.checkpoint import CheckpointError, Checkpoints
+from altgrad_jax.checkpoint import CheckpointError, Checkpoints, UnsavedError
 from altgrad_jax.data import load_corpus
-from altgrad_jax.job import Job
+from altgrad_jax.job import Job, StepReport
 
 _ROOT = Path(__file__).parents[1]
 _SMALL = {"batch": 2, "context": 8, "layers": 1, "width": 16, "heads": 2, "steps": 40, "checkpoint_every": 12}
@@ -234,3 +238,133 @@ def test_nothing_is_unpickled_and_every_bit_comes_back(tmp_path, monkeypatch):
 def test_a_resume_without_a_run_is_refused(tmp_path):
     with pytest.raises(RunError, match="holds no run to resume"):
         train(TrainConfig(out=tmp_path / "none", resume=True, **_SMALL), _quiet())
+
+
+# ---- a full disk
+
+
+class _Disk:
+    """Fills up at a step and may have room again at another: no file can grow beyond a size meanwhile."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, full_from: int, until: int | None = None) -> None:
+        self._hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        log = RunFiles.log
+
+        def logged(files: RunFiles, report: StepReport) -> object:
+            if report.step == full_from:
+                files._checkpoints.wait()  # so that it does not matter how fast that is
+                self.fill(2000)
+            if report.step == until:
+                self.clear()
+            return log(files, report)
+
+        monkeypatch.setattr(RunFiles, "log", logged)
+
+    def fill(self, size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, self._hard))
+
+    def clear(self) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self._hard, self._hard))
+
+
+def _same_files(out: Path, undisturbed: Path) -> None:
+    for name in _FILES:
+        assert (out / name).read_text() == (undisturbed / name).read_text(), name
+    assert replay_run(out).difference is None
+
+
+def _telling() -> Console:
+    return Console(file=io.StringIO(), width=500)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path, undisturbed, monkeypatch):
+    out, console = tmp_path / "run", _telling()
+    disk = _Disk(monkeypatch, full_from=9, until=29)
+    try:
+        train(TrainConfig(out=out, **_RUN), console)
+    finally:
+        disk.clear()
+    _same_files(out, undisturbed)
+    told = console.file.getvalue()
+    for once in ("metrics.jsonl (File too large)", "logs can be written again", "step 12 could not be written"):
+        assert told.count(once) == 1, told
+    assert "checkpoints can be written again" in told
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["36", "40"]
+
+
+def test_a_disk_that_stays_full_is_an_error_at_the_end_and_a_resumed_run_is_whole(tmp_path, undisturbed, monkeypatch):
+    out, console = tmp_path / "run", _telling()
+    disk = _Disk(monkeypatch, full_from=20)
+    try:
+        with pytest.raises(UnwrittenError) as raised:
+            train(TrainConfig(out=out, **_RUN), console)
+    finally:
+        disk.clear()
+    for part in (f"lines of {out / 'metrics.jsonl'} could not be written", "checkpoint of step 40", "--resume --out"):
+        assert part in str(raised.value)
+    assert not (out / "result.json").exists()
+    assert replay_run(out).difference is None  # what there is of the logs agrees
+    monkeypatch.undo()
+    train(TrainConfig(out=out, resume=True, **_RUN), console)
+    assert "resuming at step 12" in console.file.getvalue()
+    _same_files(out, undisturbed)
+
+
+def test_a_checkpoint_holds_the_lines_that_were_waiting(tmp_path, undisturbed, monkeypatch):
+    """One log alone cannot be written, so that the last checkpoint is ahead of it."""
+    out, console = tmp_path / "run", _telling()
+    flush = LineFile.flush
+
+    def failing(file: LineFile) -> bool:
+        if file.path.name == "events.jsonl" and any('"step": 10,' in line for line in file.state["unwritten"]):
+            file.trouble = OSError(errno.ENOSPC, "No space left on device")
+            return False
+        return flush(file)
+
+    monkeypatch.setattr(LineFile, "flush", failing)
+    with pytest.raises(UnwrittenError, match=r"30 lines of .*metrics\.jsonl could not be written; \d+ lines of .*eve"):
+        train(TrainConfig(out=out, **_RUN), console)
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(10))  # no step without all of its events
+    monkeypatch.undo()
+    train(TrainConfig(out=out, resume=True, **_RUN), console)
+    assert "resuming at step 40" in console.file.getvalue()
+    _same_files(out, undisturbed)
+
+
+def test_a_checkpoint_without_room_leaves_the_last_good_one(tmp_path, monkeypatch):
+    job, disk = _job(TrainConfig(out=tmp_path, **_SMALL)), _Disk(monkeypatch, full_from=0)
+    with Checkpoints(tmp_path / "checkpoints", {}) as checkpoints:
+        checkpoints.save(job, {"kept": 1})
+        checkpoints.wait()
+        job.step += 1
+        disk.fill(4000)
+        try:
+            with pytest.raises(UnsavedError, match=r"step 1 could not be written to .* \(File too large\)"):
+                checkpoints.save(job)
+        finally:
+            disk.clear()
+        assert checkpoints.latest_step == 0
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
+        assert checkpoints.restore(job) == 0
+        assert checkpoints.notes == {"kept": 1}
+
+
+def test_a_checkpoint_that_fails_in_the_background_is_told_and_taken_away(tmp_path, monkeypatch):
+    job, folder = _job(TrainConfig(out=tmp_path, **_SMALL)), tmp_path / "checkpoints"
+
+    def failed() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Checkpoints(folder, {}) as checkpoints:
+        (folder / "0.orbax-checkpoint-tmp").mkdir()  # as a save that fails leaves it
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", failed)
+        with pytest.raises(
+            UnsavedError, match=r"last checkpoint could not be written to .* \(No space left on device\)"
+        ):
+            checkpoints.wait()
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", failed)
+        with pytest.raises(UnsavedError, match="last checkpoint"):
+            checkpoints.save(job)  # and yet this one is written
+        checkpoints.wait()
+        assert [path.name for path in folder.iterdir()] == ["0"]

@@ -351,7 +351,7 @@ def test_decisions_are_the_same_after_a_restart_at_any_point(
 def test_observations_take_what_they_know_from_metrics() -> None:
     metrics = {"loss": 2.0, "finite": True, "stall_rate": 0.25, "norm": 3.0, "worst_site": 4, "saturation_rate": 0.125}
     seen = Observation.of(7, metrics)
-    assert seen == Observation(7, 2.0, finite=True, stall_rate=0.25, saturation_rate=0.125)
+    assert seen == Observation(7, 2.0, finite=True, norm=3.0, stall_rate=0.25, saturation_rate=0.125)
     assert Reading.of(seen).precision_stall == 0.125
     with pytest.raises(KeyError, match="finite"):
         Observation.of(7, {"loss": 2.0})

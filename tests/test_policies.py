@@ -130,14 +130,24 @@ def test_relative_stall_at_its_limits() -> None:
     policy = Policy("relative_stall", moving_share=0.5, plateau=0.25)
     usual = Reading(2.0, stall=0.5)
     worse = Reading(2.0, stall=above(0.75))
-    assert told(relative_stall(rising(worse, usual), policy, SHIFTER)) == [("stall", "stochastic")]
+    assert told(relative_stall(rising(worse, usual, "stochastic"), policy, SHIFTER)) == [("stall", "E5M2")]
     for calm in (
         replace(worse, stall=0.75),  # half of the usual share moves: not below half of it
         replace(worse, loss=1.75),  # has improved by the plateau
         replace(worse, stall=0.5),
     ):
-        assert not relative_stall(rising(calm, usual), policy, SHIFTER)
-    assert told(relative_stall(rising(replace(worse, loss=1.76), usual), policy, SHIFTER)) == [("stall", "stochastic")]
+        assert not relative_stall(rising(calm, usual, "stochastic"), policy, SHIFTER)
+    improved = replace(worse, loss=1.76)
+    assert told(relative_stall(rising(improved, usual, "stochastic"), policy, SHIFTER)) == [("stall", "E5M2")]
+
+
+@pytest.mark.parametrize("shifter", [SHIFTER, None])
+def test_relative_stall_rounds_stochastically_at_once(shifter: Any) -> None:
+    """Without a baseline, a plateau or a format to shift to: no update that stalls is lost for longer than a window."""
+    stalled = replace(judged(stall=above(0.5)), rounding="nearest_even")
+    assert told(relative_stall(stalled, POLICY, shifter)) == [("stall", "stochastic")]
+    for calm in (judged(stall=0.5), judged(stall=0.9, saturation=0.4)):
+        assert not relative_stall(replace(calm, rounding="nearest_even"), POLICY, shifter)
 
 
 @pytest.mark.parametrize(("rounding", "expected"), [("stochastic", [("stall", "E5M2")]), (None, [])])

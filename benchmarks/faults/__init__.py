@@ -1,0 +1,1 @@
+"""The fault matrix: what each fault costs a run, with and without the interventions, against an undisturbed twin."""

@@ -1,0 +1,56 @@
+"""``python -m benchmarks.faults [--write] [jax] [torch] [processes]``: the fault matrix, or some parts of it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+# Before jax is imported: a fleet's runs go side by side on as many devices.
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={min(os.cpu_count() or 1, 16)}")
+
+import torch
+
+from benchmarks.faults import in_jax, in_torch, processes
+from benchmarks.faults.cases import cases
+from benchmarks.faults.page import Matrix, write, written
+
+SEEDS = (0, 1, 2)
+STALLED_FORMAT = "E7M0"
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    parts = {"jax": _jax, "torch": _torch, "processes": _processes}
+    unknown = [each for each in arguments if each not in (*parts, "--write")]
+    if unknown:
+        sys.exit(f"no part {unknown[0]!r}; expected some of {', '.join(parts)}, or --write")
+    chosen = [each for each in arguments if each in parts] or list(parts)
+    matrix = Matrix()
+    for name in chosen:
+        began = time.monotonic()
+        parts[name](matrix)
+        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+    print(written(matrix))
+    if "--write" in arguments:
+        if chosen != list(parts):
+            sys.exit("a page of some parts is not written; leave them out")
+        print(write(matrix), file=sys.stderr)
+
+
+def _jax(matrix: Matrix) -> None:
+    wanted = cases(("E4M3", STALLED_FORMAT), SEEDS, STALLED_FORMAT)
+    matrix.add("JAX", in_jax.outcomes(wanted, in_jax.Size()))
+
+
+def _torch(matrix: Matrix) -> None:
+    torch.set_num_threads(1)  # the tensors are small, and threads would wait for each other
+    wanted = cases(("E4M3",), SEEDS, STALLED_FORMAT)
+    matrix.add("torch", in_torch.outcomes(wanted, in_torch.Size()))
+
+
+def _processes(matrix: Matrix) -> None:
+    matrix.processes.extend(processes.rows())
+
+
+main()
