@@ -191,8 +191,8 @@ class FormatController(Controller):
 
         Args:
             step: its number.
-            metrics: device scalars ``loss`` and ``finite``; if there are, ``params_finite`` and rates under the names
-                of :class:`~altgrad_core.evidence.Observation`.
+            metrics: device scalars ``loss`` and ``finite``; if there are, ``params_finite``, the gradients' ``norm``
+                and rates under the names of :class:`~altgrad_core.evidence.Observation`.
             state: the state after the step, not read.
             roll_back: takes a state back to a snapshot, as :meth:`altgrad_jax.SnapshotKeeper.roll_back` does; goes with
                 ``can_roll_back``.

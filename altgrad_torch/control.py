@@ -100,9 +100,9 @@ class FormatController(Controller):
 
         Args:
             step: its number.
-            metrics: ``loss`` and ``finite``; if there are, ``params_finite`` and rates under the names of
-                :class:`~altgrad_core.evidence.Observation`: tensors of one element, on one device or on the CPU, or
-                numbers.
+            metrics: ``loss`` and ``finite``; if there are, ``params_finite``, the gradients' ``norm`` and rates under
+                the names of :class:`~altgrad_core.evidence.Observation`: tensors of one element, on one device or on
+                the CPU, or numbers.
             holders: what the format is written into; see :func:`set_format`.
             roll_back: takes the run back to a snapshot, as :meth:`altgrad_torch.SnapshotKeeper.roll_back` does; goes
                 with ``can_roll_back``.

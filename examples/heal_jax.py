@@ -12,6 +12,7 @@ from altgrad_jax import (
     SnapshotKeeper,
     all_finite,
     get_format,
+    global_norm,
     partition_relative_clip,
     quantize,
     skip_nonfinite,
@@ -35,7 +36,7 @@ def train_step(state, batch, target):
     updates, opt_state = tx.update(grads, opt_state, params)
     params = optax.apply_updates(params, updates)
     finite = jnp.isfinite(loss) & opt_state.finite
-    metrics = {"loss": loss, "finite": finite, "params_finite": all_finite(params)}
+    metrics = {"loss": loss, "finite": finite, "params_finite": all_finite(params), "norm": global_norm(grads)}
     return {"params": params, "opt_state": opt_state}, metrics
 
 

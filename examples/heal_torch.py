@@ -10,6 +10,7 @@ from altgrad_torch import (
     SnapshotKeeper,
     all_finite,
     cast_counts,
+    global_norm,
     quantize,
 )
 
@@ -49,10 +50,11 @@ def main() -> None:
         loss = (model(batch) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
+        norm = global_norm([p.grad for p in model.parameters()])
         overflow_rate = max(float(cast_counts(p.grad, controller.format).overflow_rate) for p in model.parameters())
         clipper.clip_if_needed(model, overflow_rate)
         finite = skipping.step() & loss.isfinite()
-        metrics = {"loss": loss, "finite": finite, "params_finite": all_finite(model)}
+        metrics = {"loss": loss, "finite": finite, "params_finite": all_finite(model), "norm": norm}
         controller.step(step, metrics, holders=[model, clipper], roll_back=keeper.roll_back)
         keeper.offer(step, finite & metrics["params_finite"] & controller.calm)
     controller.drain(holders=[model, clipper], roll_back=keeper.roll_back)

@@ -204,6 +204,13 @@ def test_norms_that_stay_spikes_go_back_and_one_does_not() -> None:
     assert (event.cause, event.numbers) == ("norm spikes", {"norm": 11.1, "median": 1.1})
 
 
+def test_spikes_do_not_become_what_is_usual() -> None:
+    controller = FormatController("E5M2", can_roll_back=True)
+    usual, spike = replace(good(), norm=1.0), replace(good(), norm=20.0)
+    assert not any(each.acts for each in feed(controller, [*[usual] * 8, *[spike, spike, usual] * 20]))
+    assert feed(controller, [spike] * 3, start=68)[-1].rollback
+
+
 @pytest.mark.parametrize("norms", [[1.0] * 4, [0.0] * 40], ids=["too few to tell", "nobody measures"])
 def test_norms_are_no_spikes_without_others_to_compare_with(norms: list[float]) -> None:
     controller = FormatController("E5M2", can_roll_back=True)

@@ -55,6 +55,17 @@ def test_a_file_goes_on_where_its_state_says(tmp_path: Path, on_disk: str) -> No
     assert path.read_text().split() == ["first", "second", "third"]
 
 
+def test_a_line_that_was_lost_in_part_is_dropped(tmp_path: Path) -> None:
+    """As by a machine that went down with lines that it had not yet put on its disk."""
+    path = tmp_path / "log"
+    path.write_text("first\nsec")
+    file = LineFile(path, {"written": 2, "unwritten": []})
+    file.add(["third"])
+    file.flush()
+    file.close()
+    assert path.read_text().split() == ["first", "third"]
+
+
 def test_a_file_without_a_state_starts_anew(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_text("old\n")

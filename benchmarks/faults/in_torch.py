@@ -19,6 +19,7 @@ from altgrad_jax.data import Corpus, load_corpus
 from altgrad_jax.faults import check_faults, fault_at, spoiled
 from altgrad_torch import (
     BitStallDetector,
+    CastCounts,
     Delayed,
     EmergencyMantissaShift,
     FormatController,
@@ -27,9 +28,9 @@ from altgrad_torch import (
     SnapshotKeeper,
     all_finite,
     amax,
-    cast_counts,
     commit_,
     global_norm,
+    observe,
     power_of_two_scale,
     quantize,
     set_format,
@@ -42,13 +43,13 @@ from benchmarks.faults.in_jax import injections
 class Size:
     """How large the runs are."""
 
-    steps: int = 160
-    batch: int = 64
+    steps: int = 240
+    batch: int = 256
     context: int = 8
     embedding: int = 16
     width: int = 64
     learning_rate: float = 1e-2
-    snapshot_every: int = 20
+    snapshot_every: int = 10
 
 
 class Perceptron(torch.nn.Module):
@@ -81,21 +82,23 @@ class GradientScales:
     def __init__(self, model: torch.nn.Module) -> None:
         self._delayed = Delayed(16)
         self._histories = {name: self._delayed.init() for name, _ in model.named_parameters()}
+        self._seen: dict[str, Tensor] = {}
 
     def overflow_rate(self, model: torch.nn.Module, format: str) -> Tensor:
-        """Elements that overflow over elements, of all gradients."""
-        most, counts = parse(format).max_representable_value, []
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None and bool(self._histories[name].any()):
-                scale = self._delayed.scale(amax(parameter.grad), most, self._histories[name])
-                counts.append(cast_counts(parameter.grad, format, scale=scale))
-        return sum(counts[1:], counts[0]).overflow_rate if counts else torch.zeros(())
-
-    def update(self, model: torch.nn.Module) -> None:
-        """Enter the amaxes of a step."""
+        """Elements that overflow over elements, of all gradients; of those without a history none does."""
+        most, counts = parse(format).max_representable_value, CastCounts.zeros()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                self._histories[name] = self._delayed.update(self._histories[name], amax(parameter.grad))
+                history = self._histories[name]
+                scale = self._delayed.scale(1.0, most, history)
+                counted, self._seen[name] = observe(parameter.grad, format, scale=scale)
+                counts = counts + counted if history.any() else counts
+        return counts.overflow_rate
+
+    def update(self) -> None:
+        """Enter the amaxes of the gradients that were counted last."""
+        for name, seen in self._seen.items():
+            self._histories[name] = self._delayed.update(self._histories[name], seen)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All histories."""
@@ -151,15 +154,16 @@ def train(case: Case, corpus: Corpus, size: Size) -> Outcome:
             model.hidden.weight.grad[0, 0] = float(fault.gradient)
         norm = global_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
         finite = bool(loss.isfinite() & norm.isfinite())
-        opened = case.on and finite and clipper.clip_if_needed(model, scales.overflow_rate(model, model.format))
-        with detector.watch(model.weights()):
+        rate = scales.overflow_rate(model, model.format)
+        opened = case.on and finite and clipper.clip_if_needed(model, rate)
+        with detector.watch(model.weights() if committed else []):
             if case.on:
                 skipping.step()
             else:
                 optimizer.step()
         schedule.step()
         if finite and not opened:
-            scales.update(model)
+            scales.update()
         if committed:
             draws: dict[str, Any] = {"seed": case.seed, "step": step} if rounding == "stochastic" else {}
             commit_(model.weights(), model.format, rounding=rounding, **draws)
