@@ -94,6 +94,7 @@ def test_a_page_keeps_the_sections_that_were_not_measured_again(tmp_path, monkey
     assert page.PAGE.read_text() == whole
 
 
+@pytest.mark.exhaustive  # trains three fleets: the job's own tests go the same way
 def test_a_tiny_matrix_in_jax() -> None:
     wanted = cases(("E4M3",), (0,), "E7M0", faults=("NaN batch",))
     size = in_jax.Size(steps=30, batch=4, context=8, layers=1, width=16, heads=2, snapshot_every=5)

@@ -425,7 +425,10 @@ def test_the_factor_on_the_learning_rate_of_a_run() -> None:
 # ---- other clip rules
 
 
-@pytest.mark.parametrize("rule", ["binades", "scaled_max", "quantile", "ungated"])
+@pytest.mark.parametrize(
+    "rule",
+    ["scaled_max", "ungated", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("binades", "quantile"))],
+)
 def test_a_job_can_clip_by_any_rule(rule: Any) -> None:
     base = 1e-3
     program = Program.for_format("E5M2", MODEL, replace(OPTIMIZER, clip_rule=rule, base_clip=base))
