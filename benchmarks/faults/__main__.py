@@ -50,7 +50,8 @@ def _torch(matrix: Matrix) -> None:
     about = (
         f"A character perceptron, 64 wide, batches of {size.batch}: a loop of one's own on `altgrad_torch`'s pieces. "
         "This is the second size tried: with 160 steps, batches of 64 and snapshots every 20 steps, while the loss "
-        "still fell steeply, 10 of these 19 rows were not healed, by 0.06 to 0.13 nats. What a rollback costs hangs on that."
+        "still fell steeply, 10 of these 19 rows were not healed, by 0.06 to 0.13 nats. What a rollback costs hangs "
+        "on that."
     )
     matrix.add("torch", about, in_torch.outcomes(wanted, size), size.steps, size.snapshot_every)
 
