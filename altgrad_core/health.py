@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
+from altgrad_core.clip_rules import NORMS_NEEDED
 from altgrad_core.events import Event
 from altgrad_core.evidence import Observation
 from altgrad_core.settings import Policy
 
-_NORM_WINDOW = 32
-_NORMS_NEEDED = 8
+NORM_WINDOW = 32
+"""Norms of past steps that a spike is told by."""
 
 
 @dataclass
@@ -56,12 +57,12 @@ class Health:
         memory.runaway = memory.runaway + 1 if running_away else 0
         if seen.finite and not running_away:
             memory.mean_loss = seen.loss if memory.mean_loss is None else 0.9 * memory.mean_loss + 0.1 * seen.loss
-        usual = median(memory.norms) if len(memory.norms) >= _NORMS_NEEDED else None
+        usual = median(memory.norms) if len(memory.norms) >= NORMS_NEEDED else None
         # One spike is a bad batch. Several in a row are a bad weight: the loss may tell so much later, or never.
         spiking = seen.finite and usual is not None and seen.norm > policy.spike_factor * usual
         memory.spikes = memory.spikes + 1 if spiking else 0
         if seen.finite and seen.norm > 0 and not spiking:
-            memory.norms = [*memory.norms, seen.norm][-_NORM_WINDOW:]
+            memory.norms = [*memory.norms, seen.norm][-NORM_WINDOW:]
         if not seen.params_finite:
             return Event(seen.step, "rollback", "poisoned weights", {"loss": seen.loss})
         if memory.nans >= policy.rollback_patience:

@@ -18,6 +18,9 @@ PolicyName = Literal["relative_stall", "fallback_chain", "by_cause", "off"]
 
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
+SPIKE_FACTOR = 10.0
+"""Multiple of the running median of raw norms above which one is a spike (AltGrad rule)."""
+
 _COUNTS = (("window", 1), ("warmup", 0), ("cooldown", 0), ("runaway_patience", 1), ("rollback_patience", 1))
 _RATES = (
     "overflow_limit",
@@ -69,7 +72,7 @@ class Policy:
     moving_share: float = 0.75
     plateau: float = 0.01
     runaway_margin: float = 0.3
-    spike_factor: float = 10.0
+    spike_factor: float = SPIKE_FACTOR
     runaway_patience: int = 3
     rollback_patience: int = 6
     recover_after: int | None = None

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from altgrad_core.clip_rules import ClipRule
+from altgrad_core.clip_rules import NORMS_NEEDED, ClipRule
 from altgrad_core.formats import CastPath, parse
+from altgrad_core.health import NORM_WINDOW
+from altgrad_core.settings import SPIKE_FACTOR
 from altgrad_jax.clipping import clip_by_global_norm, partition_relative_clip
 from altgrad_jax.models import GPT, Casts, GPTConfig, next_token_loss
 from altgrad_jax.nn import GRADIENT, RHS, Grid, Record, empty_record, read_record
@@ -28,9 +30,6 @@ from altgrad_jax.scaling import amax, empty_history, power_of_two_scale, push_am
 from altgrad_jax.state import Fault, Params, RunData, RunSpec, StepMetrics, Switches, TrainState
 from altgrad_jax.statistics import CastCounts, amax_of_tallies, stall_monitor
 
-_NORM_WINDOW = 32
-_NORMS_NEEDED = 8
-_SPIKE_FACTOR = 10.0
 _CALIBRATION_PASSES = 4
 _SATURATES_FROM = 0.01
 _WIDEST = 2.0**40
@@ -124,7 +123,7 @@ class Program:
             params=params,
             opt_state=self._optimizer(run).init(params),
             amax_history=empty_history(self.amax_window, (self.model.sites, 3)),
-            norm_history=empty_history(_NORM_WINDOW),
+            norm_history=empty_history(NORM_WINDOW),
             widening=jnp.ones((self.model.sites, 3), jnp.float32),
             run=run,
             step=jnp.int32(0),
@@ -361,4 +360,4 @@ def _is_spike(norm: jax.Array, history: jax.Array) -> jax.Array:
     count = jnp.sum(history > 0)
     ordered = jnp.sort(jnp.where(history > 0, history, jnp.inf))
     median = ordered[jnp.maximum(count - 1, 0) // 2]
-    return (count >= _NORMS_NEEDED) & (norm > _SPIKE_FACTOR * median)
+    return (count >= NORMS_NEEDED) & (norm > SPIKE_FACTOR * median)

@@ -248,7 +248,7 @@ def _cell(row: dict[str, list[Outcome]], first: str, variant: str, tally: dict[s
     notes = []
     clipped = np.mean([outcome.clipped for outcome in row[variant]])
     shifts = sum(outcome.shifts for outcome in row[variant])
-    if variant != "ungated" and clipped > 0 and variant in ("max", "binades", "scaled_max", "quantile"):
+    if clipped > 0 and variant in ("max", "binades", "scaled_max", "quantile"):
         notes.append(f"open {clipped:.1%}")
     if shifts:
         notes.append(f"{shifts} shifts")
