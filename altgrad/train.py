@@ -28,6 +28,7 @@ from altgrad_jax.data import Corpus, load_corpus
 from altgrad_jax.faults import check_faults
 from altgrad_jax.job import Job, RunPlan, StepReport
 from altgrad_jax.models import GPTConfig
+from altgrad_jax.schedules import Schedule
 from altgrad_jax.state import RunSpec, Scaling, Storage, StorageRounding
 from altgrad_jax.training import JobClipRule, OptimizerConfig, Program
 
@@ -185,6 +186,7 @@ class TrainConfig:
                 refuse_spikes=self.refuse_spikes,
                 calibrate=self.calibrate,
                 repair_scales=self.repair_scales,
+                schedule=Schedule(self.steps, self.learning_rate),
             ),
             check_faults(self.inject, self.steps),
             shift=self.shift,
@@ -199,11 +201,7 @@ class TrainConfig:
             self.format,
             GPTConfig(vocabulary, self.context, self.layers, self.width, self.heads),
             OptimizerConfig(
-                self.steps,
-                self.learning_rate,
-                clip_rule=self.clip_rule,
-                base_clip=self.base_clip,
-                overflow_threshold=self.overflow_threshold,
+                clip_rule=self.clip_rule, base_clip=self.base_clip, overflow_threshold=self.overflow_threshold
             ),
         )
 

@@ -1,12 +1,11 @@
 """Many runs of one program at once, on all devices: states stacked along a first axis and mapped over.
 
-``shard_map`` gives each device its share of the runs and ``lax.map`` takes them one after another, which on a CPU beats
-``vmap``: a run's arrays stay in the cache, and a branch not taken is not computed. A fleet of one is a single run.
+A fleet of one is a single run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -18,14 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from altgrad_core.formats import ROUNDINGS, Rounding
 from altgrad_core.snapshots import Moments, check_moments
 from altgrad_jax.control import replace_data, set_format
-from altgrad_jax.recovery import Snapshots, rollback, select_if_finite, snapshot
+from altgrad_jax.mapped import RUNS, ring_of, steps_of
+from altgrad_jax.recovery import Snapshots
 from altgrad_jax.state import Fault, Recoverable, RunSpec, StepMetrics, TrainState
 from altgrad_jax.training import Program
 
-Result = TypeVar("Result")
 Tree = TypeVar("Tree")
-
-_RUNS = PartitionSpec("runs")
 
 
 class Fleet:
@@ -55,17 +52,14 @@ class Fleet:
         if not runs:
             raise ValueError("a fleet needs at least one run")
         check_moments(rollback_moments)
-        self._snapshots_kept, self._rollback_moments = snapshots_kept, rollback_moments
         self.program = program
         self.runs = tuple(runs)
         chosen = list(jax.devices() if devices is None else devices)[: len(runs)]
-        self._mesh = Mesh(np.array(chosen), ("runs",))
+        self._mesh = Mesh(np.array(chosen), (RUNS,))
         # shard_map wants equal shares: the last run is repeated to fill them up, and its copies are never shown.
         self._padded = -(-len(runs) // len(chosen)) * len(chosen)
-        self._step = self._mapped(program.step, donate=(0,))
-        self._evaluate = self._mapped(program.evaluate)
-        self._snapshot = self._mapped(_keep, donate=(0,))
-        self._roll_back = self._mapped(self._go_back, donate=(0, 1))
+        self._steps = steps_of(program, self._mesh)
+        self._ring = ring_of(program, self._mesh, snapshots_kept, rollback_moments)
 
     def start(self, calibration: npt.NDArray[np.int32]) -> tuple[TrainState, Snapshots[Recoverable]]:
         """States before the first step, their scales calibrated, and snapshots of them.
@@ -77,10 +71,8 @@ class Fleet:
         drawn = {seed: self.program.fresh_params(seed) for seed in seeds}
         params = self._stacked([drawn[run.seed] for run in self.runs])
         data = self._stacked([self.program.run_data(run) for run in self.runs])
-        state = self._mapped(lambda p, d, t: self.program.calibrate(self.program.start(p, d), t))(
-            params, data, self._spread(calibration)
-        )
-        return state, self._mapped(lambda s: Snapshots.of(s.recoverable, self._snapshots_kept))(state)
+        state = self._steps.start(params, data, self._spread(calibration))
+        return state, self._ring.first(state)
 
     def step(
         self, state: TrainState, tokens: npt.NDArray[np.int32], faults: Sequence[Fault]
@@ -95,24 +87,24 @@ class Fleet:
         kinds = (np.float32, bool, np.float32, bool, np.float32)
         columns = zip(zip(*faults, strict=True), kinds, strict=True)
         fault = Fault(*(np.array(list(values)).astype(kind) for values, kind in columns))
-        return self._step(state, self._spread(tokens), jax.tree.map(self._spread, fault))
+        return self._steps.train(state, self._spread(tokens), jax.tree.map(self._spread, fault))
 
     def evaluate(self, state: TrainState, batches: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Loss of every run on the same int32 ``(count, batch, context + 1)`` held-out batches."""
         everyone = np.broadcast_to(batches, (len(self.runs), *batches.shape))
-        return np.asarray(self._evaluate(state, self._spread(everyone)))[: len(self.runs)]
+        return np.asarray(self._steps.evaluate(state, self._spread(everyone)))[: len(self.runs)]
 
     def keep_snapshot(
         self, snapshots: Snapshots[Recoverable], state: TrainState, wanted: Sequence[bool]
     ) -> Snapshots[Recoverable]:
         """Keep the states of the runs that are wanted and sound. ``snapshots`` are donated."""
-        return self._snapshot(snapshots, state, self._spread(np.array(wanted)))
+        return self._ring.keep(snapshots, state, self._spread(np.array(wanted)))
 
     def roll_back(
         self, snapshots: Snapshots[Recoverable], state: TrainState, chosen: Sequence[bool], formats: Sequence[str]
     ) -> tuple[TrainState, Snapshots[Recoverable]]:
         """Send the chosen runs back to their oldest snapshots, in the formats given. Both arguments are donated."""
-        state, snapshots = self._roll_back(snapshots, state, self._spread(np.array(chosen)))
+        state, snapshots = self._ring.roll_back(snapshots, state, self._spread(np.array(chosen)))
         return self.set_formats(state, formats), snapshots
 
     def set_formats(self, state: TrainState, formats: Sequence[str]) -> TrainState:
@@ -131,35 +123,12 @@ class Fleet:
         filled = self._fill(np.array(factors, np.float32))
         return replace(state, run=replace(state.run, learning_rate=replace_data(state.run.learning_rate, filled)))
 
-    def _go_back(
-        self, snapshots: Snapshots[Recoverable], state: TrainState, chosen: jax.Array
-    ) -> tuple[TrainState, Snapshots[Recoverable]]:
-        recovered, kept = rollback(snapshots, state.recoverable, chosen)
-        if self._rollback_moments == "reset":
-            anew = self.program.reset_moments(state, recovered.params)
-            recovered = recovered._replace(opt_state=select_if_finite(chosen, anew, state.opt_state))
-        return state.recovered(recovered), kept
-
-    def _mapped(self, function: Callable[..., Result], donate: tuple[int, ...] = ()) -> Callable[..., Result]:
-        """Run a function of one run on all of them, each device taking its share in turn."""
-
-        def share(*stacked: object) -> Result:
-            return jax.lax.map(lambda each: function(*each), stacked)
-
-        mapped = jax.shard_map(share, mesh=self._mesh, in_specs=_RUNS, out_specs=_RUNS, check_vma=False)
-        # Named, since on one device XLA knows of no share, and a result that lost its sharding compiles its taker anew.
-        return jax.jit(mapped, donate_argnums=donate, out_shardings=NamedSharding(self._mesh, _RUNS))
-
     def _fill(self, values: npt.NDArray) -> npt.NDArray:
         missing = self._padded - len(values)
         return np.concatenate([values, np.repeat(values[-1:], missing, axis=0)]) if missing else values
 
     def _spread(self, values: npt.NDArray) -> jax.Array:
-        return jax.device_put(self._fill(np.asarray(values)), NamedSharding(self._mesh, _RUNS))
+        return jax.device_put(self._fill(np.asarray(values)), NamedSharding(self._mesh, PartitionSpec(RUNS)))
 
     def _stacked(self, trees: Sequence[Tree]) -> Tree:
         return jax.tree.map(lambda *leaves: self._spread(np.stack([np.asarray(leaf) for leaf in leaves])), *trees)
-
-
-def _keep(snapshots: Snapshots[Recoverable], state: TrainState, wanted: jax.Array) -> Snapshots[Recoverable]:
-    return snapshot(snapshots, state.recoverable, wanted & state.sound)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import optax
 
 from altgrad_core.formats import Overflow
 from altgrad_jax.params import FormatParams
+from altgrad_jax.schedules import Schedule
 
 Params = dict[str, Any]
 """The parameters of a model: nested dicts of float32 arrays, as ``nnx.to_pure_dict`` gives them."""
@@ -36,6 +37,7 @@ class RunSpec:
         refuse_spikes: whether a run that recovers keeps steps with a spike of the norm out of its amax history.
         calibrate: whether the amax history is filled from one batch before step 0, which otherwise runs at scale 1.
         repair_scales: whether the scale of a cast that saturates is doubled for the next step.
+        schedule: of the learning rate.
         learning_rate: a factor on the scheduled learning rate.
     """
 
@@ -51,6 +53,7 @@ class RunSpec:
     refuse_spikes: bool = True
     calibrate: bool = True
     repair_scales: bool = False
+    schedule: Schedule = field(default_factory=Schedule)
     learning_rate: float = 1.0
 
 
@@ -97,6 +100,7 @@ class RunData:
         storage: format and rounding of committed weights.
         switches: what the run does.
         seed: uint32, of stochastic rounding.
+        schedule: of the learning rate.
         learning_rate: float32, the factor on the scheduled learning rate; 1 is the schedule itself.
     """
 
@@ -105,6 +109,7 @@ class RunData:
     storage: FormatParams
     switches: Switches
     seed: jax.Array
+    schedule: Schedule
     learning_rate: jax.Array
 
 

@@ -40,12 +40,9 @@ JobClipRule = ClipRule | Literal["ungated"]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW behind the clipper, with linear warm-up and a cosine down to a tenth.
+    """AdamW behind the clipper; its learning rate follows the schedule of the run.
 
     Attributes:
-        steps: length of the schedule.
-        learning_rate: its peak.
-        warmup: steps of warm-up.
         weight_decay: on matrices only.
         beta2: decay of the second moment.
         clip_rule: what the clipper's threshold follows, or ``ungated`` for plain clipping to ``base_clip``.
@@ -53,9 +50,6 @@ class OptimizerConfig:
         overflow_threshold: pooled overflow rate of the gradient casts that opens the clipper's gate.
     """
 
-    steps: int
-    learning_rate: float = 3e-3
-    warmup: int = 20
     weight_decay: float = 0.01
     beta2: float = 0.99
     clip_rule: JobClipRule = "max"
@@ -69,23 +63,25 @@ class Program:
 
     Attributes:
         model: shape of the GPT.
-        optimizer: optimizer and schedule.
+        optimizer: the optimizer.
         path: cast path of the runs' formats: ``fast`` for the 8-bit ones, ``identity`` for float32.
         bf16_operands: hand operands to the products as bfloat16: the bf16 control.
         amax_window: steps of amax history.
     """
 
     model: GPTConfig
-    optimizer: OptimizerConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
     path: CastPath = "fast"
     bf16_operands: bool = False
     amax_window: int = 16
 
     @classmethod
-    def for_format(cls, format: str, model: GPTConfig, optimizer: OptimizerConfig, amax_window: int = 16) -> Program:
+    def for_format(
+        cls, format: str, model: GPTConfig, optimizer: OptimizerConfig | None = None, amax_window: int = 16
+    ) -> Program:
         """The program that can train in a format, and in all others of its cast path."""
         resolved = parse(format)
-        return cls(model, optimizer, resolved.cast_path, resolved == parse("bf16"), amax_window)
+        return cls(model, optimizer or OptimizerConfig(), resolved.cast_path, resolved == parse("bf16"), amax_window)
 
     def fresh_params(self, seed: int) -> Params:
         """Newly drawn parameters, as a nested dict of float32 arrays (not under jit)."""
@@ -114,6 +110,7 @@ class Program:
                 repair_scales=jnp.asarray(run.repair_scales),
             ),
             seed=jnp.uint32(run.seed),
+            schedule=run.schedule.on_device(),
             learning_rate=jnp.float32(run.learning_rate),
         )
 
@@ -248,17 +245,10 @@ class Program:
         before it is added to the parameters, also by a factor of 1, where otherwise both happen in one operation.
         """
         config = self.optimizer
-        schedule = optax.warmup_cosine_decay_schedule(
-            config.learning_rate / max(config.warmup, 1),
-            config.learning_rate,
-            config.warmup,
-            max(config.steps, config.warmup + 1),
-            config.learning_rate / 10,
-        )
         return optax.chain(
             self._clipper(run),
             optax.adamw(
-                lambda count: schedule(count) * run.learning_rate,
+                lambda count: run.schedule(count) * run.learning_rate,
                 b2=config.beta2,
                 weight_decay=config.weight_decay,
                 mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),

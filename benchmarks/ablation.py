@@ -22,6 +22,7 @@ from altgrad_jax.data import Corpus, load_corpus
 from altgrad_jax.faults import check_faults
 from altgrad_jax.job import Job, RunPlan
 from altgrad_jax.models import GPTConfig
+from altgrad_jax.schedules import Schedule
 from altgrad_jax.state import RunSpec
 from altgrad_jax.training import JobClipRule, OptimizerConfig, Program
 from benchmarks.page import machine
@@ -111,7 +112,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 def entries(steps: int, seeds: int) -> Iterator[Entry]:
     """All runs."""
     for name, seed in itertools.product(FORMATS, range(seeds)):
-        spec = RunSpec(name, seed)
+        spec = RunSpec(name, seed, schedule=Schedule(steps))
         yield from _clip_entries(spec, steps)
         yield from _hygiene_entries(spec, steps)
         yield from _policy_entries(spec, steps)
@@ -168,7 +169,7 @@ def _run_fleet(
     rule: JobClipRule, plans: Sequence[RunPlan], corpus: Corpus, steps: int, advance: Callable[[int], None]
 ) -> list[Outcome]:
     model = GPTConfig(len(corpus.vocabulary), _CONTEXT, layers=2, width=64, heads=4)
-    program = Program.for_format("E5M2", model, OptimizerConfig(steps, clip_rule=rule))
+    program = Program.for_format("E5M2", model, OptimizerConfig(clip_rule=rule))
     job = Job(program, plans, corpus, batch=_BATCH)
     clipped, shifts, rollbacks = (np.zeros(len(plans)) for _ in range(3))
     for report in job.run(steps):

@@ -18,8 +18,9 @@ import optax
 from altgrad_jax import SnapshotKeeper
 from altgrad_jax.data import load_corpus
 from altgrad_jax.models import GPTConfig
+from altgrad_jax.schedules import Schedule
 from altgrad_jax.state import Fault, Params, RunSpec, StepMetrics, TrainState
-from altgrad_jax.training import OptimizerConfig, Program
+from altgrad_jax.training import Program
 from benchmarks.page import write_page
 from benchmarks.timing import Comparison, side_by_side
 
@@ -84,8 +85,8 @@ def _block(shape: GPTConfig, tokens: jax.Array, *, snapshots: bool) -> Callable[
 
 def _casting(name: str, shape: GPTConfig, tokens: jax.Array) -> Callable[[], object]:
     """The step of a job without what watches and guards it: delayed scales that stay as they are, casts and AdamW."""
-    program = Program.for_format(name, shape, OptimizerConfig(_STEPS))
-    state = program.start(program.fresh_params(0), program.run_data(RunSpec(name)))
+    program = Program.for_format(name, shape)
+    state = program.start(program.fresh_params(0), program.run_data(RunSpec(name, schedule=Schedule(_STEPS))))
     optimizer = _adamw(state.params)
     params, opt_state = state.params, optimizer.init(state.params)
 
@@ -109,8 +110,8 @@ def _casting(name: str, shape: GPTConfig, tokens: jax.Array) -> Callable[[], obj
 
 
 def _ours(name: str, shape: GPTConfig, tokens: jax.Array) -> Callable[[], tuple[TrainState, StepMetrics]]:
-    program = Program.for_format(name, shape, OptimizerConfig(_STEPS))
-    state = program.start(program.fresh_params(0), program.run_data(RunSpec(name)))
+    program = Program.for_format(name, shape)
+    state = program.start(program.fresh_params(0), program.run_data(RunSpec(name, schedule=Schedule(_STEPS))))
     step = jax.jit(program.step, donate_argnums=0)
     fault = jax.tree.map(jnp.asarray, Fault())
 
@@ -123,7 +124,7 @@ def _ours(name: str, shape: GPTConfig, tokens: jax.Array) -> Callable[[], tuple[
 
 
 def _plain(shape: GPTConfig, tokens: jax.Array) -> Callable[[], object]:
-    program = Program.for_format("float32", shape, OptimizerConfig(_STEPS))
+    program = Program.for_format("float32", shape)
     params = program.fresh_params(0)
     optimizer = _adamw(params)
     opt_state = optimizer.init(params)

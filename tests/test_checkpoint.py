@@ -13,13 +13,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from altgrad.replay import replay_run
@@ -41,7 +39,7 @@ def _quiet() -> Console:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, cache) -> Path:
+def undisturbed(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
     assert train(TrainConfig(out=out, **_RUN), _quiet()) is not None
     return out
@@ -58,40 +56,14 @@ def _arguments(out: Path, *more: str) -> list[str]:
     return [sys.executable, "-c", "from altgrad.cli import main; main()", "train", "--out", str(out), *options, *more]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory) -> Iterator[Path]:
-    """Compile once for all processes of this file."""
-    folder = tmp_path_factory.mktemp("cache")
-    options = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+# One device, as in this process: the bits of a run may depend on how its devices share the threads.
+_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(_ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 
 
-def _environment(cache: Path) -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": str(_ROOT),
-        # One device, as in this process: the bits of a run may depend on how its devices share the threads.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
-
-
-def _interrupt(out: Path, number: signal.Signals, after_step: int, cache: Path) -> int:
+def _interrupt(out: Path, number: signal.Signals, after_step: int) -> int:
     """Start the run, wait until it has logged a step, send a signal, and return the exit code."""
     with subprocess.Popen(
-        _arguments(out), env=_environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        _arguments(out), env=_ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         log = out / "metrics.jsonl"
         deadline = time.monotonic() + 120
@@ -107,9 +79,9 @@ def _interrupt(out: Path, number: signal.Signals, after_step: int, cache: Path) 
     ("number", "after_step", "code"),
     [(signal.SIGINT, 10, 130), (signal.SIGTERM, 23, 130), (signal.SIGKILL, 26, -signal.SIGKILL)],
 )
-def test_interrupted_and_resumed_is_never_interrupted(tmp_path, undisturbed, cache, number, after_step, code):
+def test_interrupted_and_resumed_is_never_interrupted(tmp_path, undisturbed, number, after_step, code):
     out = tmp_path / "run"
-    assert _interrupt(out, number, after_step, cache) == code
+    assert _interrupt(out, number, after_step) == code
     assert not (out / "result.json").exists()
     train(TrainConfig(out=out, resume=True, **_RUN), _quiet())
     for name in _FILES:
@@ -164,14 +136,14 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_serves(tmp_path, und
         assert (out / name).read_text() == (undisturbed / name).read_text(), name
 
 
-def test_damaged_arrays_are_told_on_one_line(tmp_path, undisturbed, cache):
+def test_damaged_arrays_are_told_on_one_line(tmp_path, undisturbed):
     """In a process of its own: what reads arrays leaves threads behind when it fails."""
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
     manifest = out / "checkpoints" / str(_RUN["steps"]) / "arrays" / "manifest.ocdbt"
     manifest.write_bytes(manifest.read_bytes()[:50])
     done = subprocess.run(
-        _arguments(out, "--resume"), env=_environment(cache), capture_output=True, text=True, timeout=120, check=False
+        _arguments(out, "--resume"), env=_ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 1
     (told,) = (line for line in done.stderr.splitlines() if line.startswith("altgrad: "))

@@ -8,6 +8,7 @@ import pytest
 
 from altgrad_core.events import Event
 from altgrad_jax.data import load_corpus
+from altgrad_jax.schedules import Schedule
 from benchmarks.faults import in_jax, in_torch, page
 from benchmarks.faults.cases import FAULTS, NOISE, STALLED, Case, Outcome, Row, cases, difference, harmless, rows, told
 from benchmarks.faults.page import Matrix, written
@@ -42,7 +43,7 @@ def test_every_case_once_with_its_twin() -> None:
 
 
 def test_faults_can_be_read_and_fall_in_the_run() -> None:
-    plans = [in_jax.plan(case, 60) for case in cases(("E4M3",), SEEDS, "E7M0")]
+    plans = [in_jax.plan(case, Schedule(60)) for case in cases(("E4M3",), SEEDS, "E7M0")]
     assert {injection.step for plan in plans for injection in plan.injections} == {30, 37}
     assert {plan.spec.storage_rounding for plan in plans} == {"nearest_even", "stochastic"}
     assert {plan.shift for plan in plans if plan.spec.recover} == {True}

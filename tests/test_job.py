@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,13 @@ from altgrad_jax.faults import check_faults
 from altgrad_jax.fleet import Fleet
 from altgrad_jax.job import Job, RunPlan, StepReport
 from altgrad_jax.models import GPTConfig
+from altgrad_jax.schedules import Schedule
 from altgrad_jax.state import RunSpec, TrainState
-from altgrad_jax.training import OptimizerConfig, Program
+from altgrad_jax.training import Program
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, FAULT, LATE = 120, 60, 125
+SCHEDULE = Schedule(STEPS, learning_rate=1e-2, warmup=5)
 MARGIN = 0.1
 """Nats between a healed run and an undisturbed one; an untrained model is at 4.2, these end near 3.0."""
 
@@ -39,12 +42,16 @@ ALWAYS_OVERFLOWING = Policy("by_cause", window=4, warmup=0, overflow_limit=0.0)
 RETURNING = Policy("off", window=4, cooldown=0, recover_after=25)
 
 
-def guarded(*faults: str, format: str = "E4M3") -> RunPlan:
-    return RunPlan(RunSpec(format), check_faults(faults, 1000), shift=True)
+def spec(format: str = "E4M3", **options: Any) -> RunSpec:
+    return RunSpec(format, schedule=SCHEDULE, **options)
+
+
+def guarded(*faults: str) -> RunPlan:
+    return RunPlan(spec(), check_faults(faults, 1000), shift=True)
 
 
 def bare(*faults: str) -> RunPlan:
-    return RunPlan(RunSpec("E4M3", clip=False, recover=False), check_faults(faults, 1000))
+    return RunPlan(spec(clip=False, recover=False), check_faults(faults, 1000))
 
 
 PLANS = {
@@ -55,16 +62,16 @@ PLANS = {
     "spike, on": guarded(f"spike@{FAULT}:1e4"),
     "weight, on": guarded(f"weight@{FAULT}:nan"),
     "weight, off": bare(f"weight@{FAULT}:nan"),
-    "rounding": RunPlan(RunSpec("E5M2", storage="committed"), shift=True, policy=EAGER, stall_threshold=0.0),
-    "literal": RunPlan(RunSpec("E0M7"), shift=True, policy=LITERAL, stall_threshold=0.1),
-    "slower": RunPlan(RunSpec("E7M0"), shift=True, policy=ALWAYS_OVERFLOWING),
-    "back again": RunPlan(RunSpec("E4M3"), check_faults(["nan@10:3"], 1000), shift=True, policy=RETURNING),
+    "rounding": RunPlan(spec("E5M2", storage="committed"), shift=True, policy=EAGER, stall_threshold=0.0),
+    "literal": RunPlan(spec("E0M7"), shift=True, policy=LITERAL, stall_threshold=0.1),
+    "slower": RunPlan(spec("E7M0"), shift=True, policy=ALWAYS_OVERFLOWING),
+    "back again": RunPlan(spec(), check_faults(["nan@10:3"], 1000), shift=True, policy=RETURNING),
 }
 
 
 def program(vocabulary: int) -> Program:
     model = GPTConfig(vocabulary, context=8, layers=1, width=16, heads=2)
-    return Program.for_format("E4M3", model, OptimizerConfig(STEPS, learning_rate=1e-2, warmup=5))
+    return Program.for_format("E4M3", model)
 
 
 @dataclass
@@ -96,6 +103,10 @@ class Compilations(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.getMessage().startswith("Compiling"):
             self.seen.append(record.getMessage())
+
+
+def train_traces(job: Job) -> int:
+    return job._fleet._steps.train._cache_size()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -217,9 +228,6 @@ def test_events_and_metrics_are_json(trained: Trained) -> None:
 
 
 def test_shifts_roundings_and_rollbacks_compile_nothing(trained: Trained) -> None:
-    fleet = trained.job._fleet
-    programs = (fleet._step, fleet._snapshot, fleet._roll_back, fleet._evaluate)
-    assert [compiled._cache_size() for compiled in programs] == [1, 1, 1, 1]
     assert len(trained.compiled) == 1, trained.compiled  # the rollback, when it is first needed
 
 
@@ -241,21 +249,22 @@ def test_restored_job_goes_on_as_it_would_have(trained: Trained) -> None:
     expected = onwards(10)
     final = jax.tree.map(np.asarray, job.state)
     assert any("'shift'" in line for line in expected)
+    traced = train_traces(job)
     job.restore(saved, *arrays)
     assert job.reported_through == LATE
     assert onwards(10) == expected
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, job.state), final)
-    assert job._fleet._step._cache_size() == 1
+    assert train_traces(job) == traced
 
 
 # ---- more snapshots, new moments
 
 
-def test_rollback_to_the_oldest_of_three_with_new_moments() -> None:
+def test_rollback_to_the_oldest_of_three_with_new_moments(trained: Trained) -> None:
     corpus = load_corpus(None, 8)
     job = Job(
         program(len(corpus.vocabulary)),
-        [guarded()],
+        [guarded()] * len(PLANS),  # as many as above, whose step then serves
         corpus,
         batch=4,
         snapshot_every=2,
@@ -266,8 +275,9 @@ def test_rollback_to_the_oldest_of_three_with_new_moments() -> None:
     for _ in range(9):
         seen.append(jax.tree.map(np.asarray, job.state.recoverable))
         job.advance()
+    assert train_traces(job) == train_traces(trained.job)
     now = jax.tree.map(np.asarray, job.state)
-    back, _ = job._fleet.roll_back(job.snapshots, job.state, [True], ["E3M4"])
+    back, _ = job._fleet.roll_back(job.snapshots, job.state, [True] * len(PLANS), ["E3M4"] * len(PLANS))
     found = jax.tree.map(np.asarray, back)
     same = partial(jax.tree.map, np.testing.assert_array_equal)
     same((found.params, found.amax_history, found.norm_history), tuple(seen[4][k] for k in (0, 2, 3)))
@@ -287,16 +297,18 @@ from altgrad_core.formats import parse
 from altgrad_jax.data import load_corpus
 from altgrad_jax.fleet import Fleet
 from altgrad_jax.models import GPTConfig
+from altgrad_jax.schedules import Schedule
 from altgrad_jax.state import Fault, RunSpec
-from altgrad_jax.training import OptimizerConfig, Program
+from altgrad_jax.training import Program
 
 corpus = load_corpus(None, 8)
 model = GPTConfig(len(corpus.vocabulary), context=8, layers=1, width=16, heads=2)
-program = Program.for_format("E5M2", model, OptimizerConfig(60, learning_rate=1e-2, warmup=5))
+program = Program.for_format("E5M2", model)
+schedule = Schedule(60, learning_rate=1e-2, warmup=5)
 specs = [
-    RunSpec("E4M3", 0),
-    RunSpec("E7M0", 1, storage="committed", storage_rounding="stochastic"),
-    RunSpec("E0M7", 2, clip=False),
+    RunSpec("E4M3", 0, schedule=schedule),
+    RunSpec("E7M0", 1, storage="committed", storage_rounding="stochastic", schedule=schedule),
+    RunSpec("E0M7", 2, clip=False, schedule=schedule),
 ]
 faults = {(1, 10): Fault(np.nan), (2, 12): Fault(1e4), (0, 14): Fault(1.0, True, np.nan)}
 
@@ -315,7 +327,8 @@ def trained(specs, devices=None):
             state, snapshots = fleet.roll_back(snapshots, state, back, formats)
             state = fleet.set_roundings(state, [spec.storage_rounding for spec in specs])
     losses = fleet.evaluate(state, corpus.validation_batches(2, 4, 8))
-    assert fleet._step._cache_size() == fleet._roll_back._cache_size() == fleet._snapshot._cache_size() == 1
+    shared = (fleet._steps.train, fleet._ring.keep, fleet._ring.roll_back)
+    assert [each._cache_size() for each in shared] == [1, 1, 1]
     each = [jax.tree.map(lambda leaf: np.asarray(leaf)[run].tobytes(), (seen, state)) for run in range(len(specs))]
     return each, losses, seen, state
 
@@ -334,14 +347,8 @@ print("same bits")
 """
 
 
-def test_places_in_a_fleet_on_two_devices(tmp_path: Path) -> None:
-    settings = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),  # both fleets share their programs
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
+def test_places_in_a_fleet_on_two_devices() -> None:
+    settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", SIDE_BY_SIDE],
         cwd=ROOT,

@@ -13,7 +13,7 @@ from altgrad_jax.faults import check_faults
 from altgrad_jax.job import Job, RunPlan
 from altgrad_jax.models import GPTConfig
 from altgrad_jax.state import Fault, RunSpec, StepMetrics
-from altgrad_jax.training import OptimizerConfig, Program
+from altgrad_jax.training import Program
 
 STEPS = 30
 
@@ -85,7 +85,7 @@ def test_metrics_are_read_while_the_next_step_runs(monkeypatch: pytest.MonkeyPat
     """Through a shift and rollbacks: what is read of step k is read once step k + 1 is on its way, and nothing else."""
     monkeypatch.setattr(job_module, "Fleet", LateFleet)
     corpus = load_corpus(None, 8)
-    program = Program.for_format("E7M0", GPTConfig(len(corpus.vocabulary), 8, 1, 16, 2), OptimizerConfig(STEPS))
+    program = Program.for_format("E7M0", GPTConfig(len(corpus.vocabulary), 8, 1, 16, 2))
     plan = RunPlan(RunSpec("E7M0"), check_faults(["nan@5:4"], STEPS), shift=True)
     job = Job(program, [plan], corpus, batch=2, snapshot_every=7)
     fleet = job._fleet

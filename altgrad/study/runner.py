@@ -24,6 +24,7 @@ from altgrad_jax.data import Corpus, load_corpus
 from altgrad_jax.faults import check_faults
 from altgrad_jax.job import Job, RunPlan, StepReport
 from altgrad_jax.models import GPTConfig
+from altgrad_jax.schedules import Schedule
 from altgrad_jax.state import RunSpec
 from altgrad_jax.training import OptimizerConfig, Program
 
@@ -105,8 +106,9 @@ class _Entry:
 def entries(config: StudyConfig) -> list[_Entry]:
     """All runs of a study, in the order of its results."""
     listed: list[_Entry] = []
+    schedule = Schedule(config.steps, config.learning_rate)
     for name, seed in product(config.formats, range(config.seeds)):
-        bare = RunSpec(name, seed, clip=False, recover=False)
+        bare = RunSpec(name, seed, clip=False, recover=False, schedule=schedule)
         if "clean" in config.scenes:
             listed.append(_Entry(RunPlan(bare), "clean", None))
         if "committed" in config.scenes and not parse(name).is_float32:
@@ -204,7 +206,7 @@ def _result(entry: _Entry, final_format: str, final_loss: float, events: tuple[E
 
 def _program(config: StudyConfig, name: str, corpus: Corpus) -> Program:
     model = GPTConfig(len(corpus.vocabulary), config.context, config.layers, config.width, config.heads)
-    return Program.for_format(name, model, OptimizerConfig(config.steps, config.learning_rate))
+    return Program.for_format(name, model)
 
 
 def _described(config: StudyConfig, corpus: Corpus, runs: int) -> dict[str, object]:
@@ -224,8 +226,8 @@ def _described(config: StudyConfig, corpus: Corpus, runs: int) -> dict[str, obje
         "width": config.width,
         "heads": config.heads,
         "learning_rate": config.learning_rate,
-        "base_clip": OptimizerConfig(config.steps).base_clip,
-        "overflow_threshold": OptimizerConfig(config.steps).overflow_threshold,
+        "base_clip": OptimizerConfig().base_clip,
+        "overflow_threshold": OptimizerConfig().overflow_threshold,
         "unigram_loss": _unigram_loss(corpus),
         "runs": runs,
     }

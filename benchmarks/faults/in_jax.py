@@ -10,8 +10,9 @@ from altgrad_jax.data import load_corpus
 from altgrad_jax.faults import check_faults
 from altgrad_jax.job import Job, RunPlan
 from altgrad_jax.models import GPTConfig
+from altgrad_jax.schedules import Schedule
 from altgrad_jax.state import RunSpec
-from altgrad_jax.training import OptimizerConfig, Program
+from altgrad_jax.training import Program
 from benchmarks.faults.cases import FAULTS, STALLED, Case, Outcome
 
 
@@ -33,9 +34,8 @@ def outcomes(cases: Sequence[Case], size: Size) -> dict[Case, Outcome]:
     """Train all cases side by side."""
     corpus = load_corpus(None, size.context)
     model = GPTConfig(len(corpus.vocabulary), size.context, size.layers, size.width, size.heads)
-    optimizer = OptimizerConfig(size.steps, size.learning_rate)
-    program = Program.for_format(cases[0].format, model, optimizer)
-    plans = [plan(case, size.steps) for case in cases]
+    program = Program.for_format(cases[0].format, model)
+    plans = [plan(case, Schedule(size.steps, size.learning_rate)) for case in cases]
     job = Job(program, plans, corpus, batch=size.batch, snapshot_every=size.snapshot_every)
     events: list[list[Event]] = [[] for _ in cases]
     for report in job.run(size.steps):
@@ -46,8 +46,9 @@ def outcomes(cases: Sequence[Case], size: Size) -> dict[Case, Outcome]:
     return dict(zip(cases, ended, strict=True))
 
 
-def plan(case: Case, steps: int) -> RunPlan:
+def plan(case: Case, schedule: Schedule) -> RunPlan:
     """The run of a case."""
+    steps = int(schedule.steps)
     spec = RunSpec(
         case.format,
         case.seed,
@@ -55,6 +56,7 @@ def plan(case: Case, steps: int) -> RunPlan:
         "stochastic" if case.storage == "committed" and case.fault != STALLED else "nearest_even",
         clip=case.on,
         recover=case.on,
+        schedule=schedule,
         learning_rate=case.learning_rate,
     )
     return RunPlan(spec, check_faults(injections(case, steps), steps), shift=case.on)
