@@ -1,8 +1,9 @@
 """A training step with every operand and gradient cast and every count on, against the plain float32 step.
 
 The plain step is the same GPT and AdamW with ``lax.dot_general`` in the place of the quantised products, and no
-clipper, no monitor, no skipping: what one would write without AltGrad. What the interventions alone cost is measured
-against a step that casts and does nothing else, and snapshots against blocks of steps without one.
+clipper, no monitor, no skipping: what one would write without AltGrad. The goal for it holds for casts and counts; what
+the interventions cost beside them is measured against a step that casts and does nothing else, and snapshots against
+blocks of steps without one.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ import optax
 from altgrad_jax import SnapshotKeeper
 from altgrad_jax.data import load_corpus
 from altgrad_jax.models import GPTConfig
+from altgrad_jax.nn import GRADIENT, empty_record, read_record
+from altgrad_jax.scaling import push_amax
 from altgrad_jax.schedules import Schedule
 from altgrad_jax.state import Fault, Params, RunSpec, StepMetrics, TrainState
+from altgrad_jax.statistics import CastCounts, amax_of_tallies
 from altgrad_jax.training import Program
 from benchmarks.page import write_page
 from benchmarks.timing import Comparison, side_by_side
@@ -51,12 +55,15 @@ def comparisons() -> Iterator[Comparison]:
         corpus = load_corpus(None, context)
         tokens = jnp.asarray(corpus.batch(0, 0, batch, context))
         shape = GPTConfig(len(corpus.vocabulary), context, layers, width, 4)
-        names = ("float32", "bf16", "E0M7", "E5M2", "E7M0")
-        contestants = {"plain float32": _plain(shape, tokens)} | {name: _ours(name, shape, tokens) for name in names}
-        goals = dict.fromkeys(names[2:], 1 / 1.15)
+        contestants, goals = {"plain float32": _plain(shape, tokens)}, {}
+        for name in ("E0M7", "E5M2", "E7M0"):
+            counted = f"{name}: casts and counts"
+            contestants |= {counted: _casting(name, shape, tokens, count=True), name: _ours(name, shape, tokens)}
+            goals[counted] = 1 / 1.15
+        contestants |= {name: _ours(name, shape, tokens) for name in ("float32", "bf16")}
         yield Comparison(label, "plain float32", side_by_side(contestants, rounds=60), goals)
         casts, everything = "casts alone", "with skip, counts, clip and stall"
-        contestants = {casts: _casting("E5M2", shape, tokens), everything: _ours("E5M2", shape, tokens)}
+        contestants = {casts: _casting("E5M2", shape, tokens, count=False), everything: _ours("E5M2", shape, tokens)}
         timings = side_by_side(contestants, rounds=60)
         yield Comparison(f"E5M2, {label}: the interventions", casts, timings, {everything: 1 / 1.10})
     without, kept = f"{_BLOCK} steps", f"{_BLOCK} steps and a snapshot"
@@ -83,30 +90,43 @@ def _block(shape: GPTConfig, tokens: jax.Array, *, snapshots: bool) -> Callable[
     return block
 
 
-def _casting(name: str, shape: GPTConfig, tokens: jax.Array) -> Callable[[], object]:
-    """The step of a job without what watches and guards it: delayed scales that stay as they are, casts and AdamW."""
+def _casting(name: str, shape: GPTConfig, tokens: jax.Array, *, count: bool) -> Callable[[], object]:
+    """The step of a job without what guards it: casts and AdamW; if it counts, rates and delayed scales that follow."""
     program = Program.for_format(name, shape)
     state = program.start(program.fresh_params(0), program.run_data(RunSpec(name, schedule=Schedule(_STEPS))))
     optimizer = _adamw(state.params)
     params, opt_state = state.params, optimizer.init(state.params)
 
     def casting_step(
-        params: Params, opt_state: optax.OptState, state: TrainState
-    ) -> tuple[optax.Params, optax.OptState, jax.Array]:
-        casts = program.casts(replace(state, params=params), None)
+        params: Params, opt_state: optax.OptState, history: jax.Array, state: TrainState
+    ) -> tuple[optax.Params, optax.OptState, jax.Array, object]:
+        record = empty_record(shape.sites) if count else None
+        casts = program.casts(replace(state, params=params, amax_history=history), record)
         loss, gradients = jax.value_and_grad(lambda params: program.loss(params, tokens, casts))(params)
         updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
+        shown = loss
+        if record is not None:
+            tallies = read_record(record)
+            history, shown = push_amax(history, amax_of_tallies(tallies)), (loss, _rates(tallies))
+        return optax.apply_updates(params, updates), opt_state, history, shown
 
+    history = jnp.copy(state.amax_history)
     state = replace(state, params={}, opt_state=())
-    step = jax.jit(casting_step, donate_argnums=(0, 1))
+    step = jax.jit(casting_step, donate_argnums=(0, 1, 2))
 
     def once() -> object:
-        nonlocal params, opt_state
-        params, opt_state, loss = step(params, opt_state, state)
-        return params, opt_state, loss
+        nonlocal params, opt_state, history
+        params, opt_state, history, shown = step(params, opt_state, history, state)
+        return params, opt_state, history, shown
 
     return once
+
+
+def _rates(tallies: jax.Array) -> tuple[jax.Array, ...]:
+    """All that was counted: both rates of every site, and of all gradients and all operands pooled."""
+    counts = CastCounts.of_tallies(tallies)
+    pooled = [CastCounts(part).pooled() for part in (counts.limbs[:, GRADIENT], counts.limbs[:, :GRADIENT])]
+    return tuple(rate for each in (counts, *pooled) for rate in (each.overflow_rate, each.underflow_rate))
 
 
 def _ours(name: str, shape: GPTConfig, tokens: jax.Array) -> Callable[[], tuple[TrainState, StepMetrics]]:

@@ -43,9 +43,12 @@ def study(config: StudyConfig, console: Console | None = None) -> Path:
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("compiling", total=runs * config.steps)
+        reached: dict[str, int] = {}
 
         def on_step(name: str, size: int, report: StepReport) -> None:
-            progress.update(task, advance=size, description=f"{name}, step {report.step + 1}")
+            reached[name] = report.step + 1
+            steps = ", ".join(f"{fleet} {step}" for fleet, step in sorted(reached.items()))
+            progress.update(task, advance=size, description=f"steps: {steps}")
 
         result = run_study(config, on_step)
     save(result, config.out)

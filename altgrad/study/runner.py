@@ -7,10 +7,12 @@ import platform
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from threading import Event as Flag
 
 import jax
 import numpy as np
@@ -125,11 +127,12 @@ def entries(config: StudyConfig) -> list[_Entry]:
 
 
 def run_study(config: StudyConfig, on_step: Callable[[str, int, StepReport], None] | None = None) -> Study:
-    """Train all runs of a study.
+    """Train all runs of a study, its fleets at the same time: while one is compiled another can train.
 
     Args:
         config: the study.
-        on_step: called with the name of a fleet, its number of runs and what a step of it showed.
+        on_step: called with the name of a fleet, its number of runs and what a step of it showed; by the threads of
+            all fleets, each step of a fleet after the one before.
 
     Returns:
         The results, nothing written yet.
@@ -146,10 +149,19 @@ def run_study(config: StudyConfig, on_step: Callable[[str, int, StepReport], Non
         fleets.setdefault(_program(config, entry.plan.spec.format, corpus), []).append(index)
     series = {name: np.full((len(listed), config.steps), np.nan, np.float32) for name in SERIES}
     runs: dict[int, RunResult] = {}
-    for program, members in fleets.items():
-        name = "bf16" if program.bf16_operands else ("float32" if program.path == "identity" else "8-bit formats")
-        report = None if on_step is None else _named(on_step, name, len(members))
-        runs.update(_run_fleet(config, program, corpus, listed, members, series, report))
+    stop = Flag()
+    with ThreadPoolExecutor(len(fleets)) as pool:
+        longest_first = sorted(fleets.items(), key=lambda fleet: -len(fleet[1]))
+        training = [
+            pool.submit(_run_fleet, config, program, corpus, listed, members, series, on_step, stop)
+            for program, members in longest_first
+        ]
+        try:
+            for each in as_completed(training):
+                runs.update(each.result())
+        except BaseException:  # Ctrl-C, or a fleet that failed: the others are not worth waiting for
+            stop.set()
+            raise
     return Study(
         config=_described(config, corpus, len(listed)),
         environment=_environment(),
@@ -160,10 +172,6 @@ def run_study(config: StudyConfig, on_step: Callable[[str, int, StepReport], Non
     )
 
 
-def _named(on_step: Callable[[str, int, StepReport], None], name: str, size: int) -> Callable[[StepReport], None]:
-    return lambda report: on_step(name, size, report)
-
-
 def _run_fleet(
     config: StudyConfig,
     program: Program,
@@ -171,8 +179,10 @@ def _run_fleet(
     listed: Sequence[_Entry],
     members: Sequence[int],
     series: Mapping[str, npt.NDArray[np.float32]],
-    on_step: Callable[[StepReport], None] | None,
+    on_step: Callable[[str, int, StepReport], None] | None,
+    stop: Flag,
 ) -> dict[int, RunResult]:
+    fleet = "bf16" if program.bf16_operands else ("float32" if program.path == "identity" else "8-bit formats")
     job = Job(program, [listed[index].plan for index in members], corpus, batch=config.batch)
     events: list[list[Event]] = [[] for _ in members]
     for report in job.run(config.steps):
@@ -181,7 +191,9 @@ def _run_fleet(
         for kept, new in zip(events, report.events, strict=True):
             kept.extend(new)
         if on_step is not None:
-            on_step(report)
+            on_step(fleet, len(members), report)
+        if stop.is_set():
+            return {}
     losses = job.evaluate(corpus.validation_batches(_VALIDATION_BATCHES, _VALIDATION_SIZE, config.context))
     return {
         index: _result(listed[index], job.controllers[place].format, float(losses[place]), tuple(events[place]))

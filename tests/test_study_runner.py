@@ -1,0 +1,77 @@
+"""How a study goes about its fleets, with jobs that do not train."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+
+from altgrad.study import runner
+from altgrad.study.results import SERIES
+from altgrad.study.runner import StudyConfig, entries, run_study
+from altgrad_jax.job import RunPlan, StepReport
+from altgrad_jax.training import Program
+
+FORMATS = ("float32", "bf16", "E5M2", "E7M0")
+FLEETS = {"float32", "bf16", "8-bit formats"}
+
+
+class UntrainedJob:
+    """Shows the step as the loss of every run, and waits for the other fleets before each step."""
+
+    together: threading.Barrier | None = None
+
+    def __init__(self, program: Program, plans: Sequence[RunPlan], *_: object, **__: object) -> None:
+        self.controllers = [plan.controller() for plan in plans]
+        self.seeds = np.array([plan.spec.seed for plan in plans], np.float32)
+
+    def run(self, until: int) -> Iterator[StepReport]:
+        for step in range(until):
+            if self.together is not None:
+                self.together.wait(timeout=20)
+            metrics = dict.fromkeys(SERIES, step + self.seeds)
+            yield StepReport(step, metrics, ("",) * len(self.seeds), ((),) * len(self.seeds))
+
+    def evaluate(self, batches: object) -> np.ndarray:
+        return self.seeds
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch) -> StudyConfig:
+    monkeypatch.setattr(runner, "Job", UntrainedJob)
+    return StudyConfig(formats=FORMATS, seeds=2, steps=10)
+
+
+def test_fleets_train_at_the_same_time_and_results_keep_their_order(
+    config: StudyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(UntrainedJob, "together", threading.Barrier(len(FLEETS)))
+    shown: list[tuple[str, int]] = []
+    study = run_study(config, lambda name, size, report: shown.append((name, report.step)))
+    listed = entries(config)
+    assert [(run.format, run.seed, run.scene) for run in study.runs] == [
+        (entry.plan.spec.format, entry.plan.spec.seed, entry.scene) for entry in listed
+    ]
+    assert [run.final_loss for run in study.runs] == [run.seed for run in study.runs]
+    seeds = np.array([run.seed for run in study.runs])
+    for values in study.series.values():
+        np.testing.assert_array_equal(values, np.arange(10) + seeds[:, None])
+    for name in FLEETS:
+        assert [step for fleet, step in shown if fleet == name] == list(range(10))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no device"), KeyboardInterrupt()])
+def test_where_one_fleet_fails_the_others_stop(config: StudyConfig, error: BaseException) -> None:
+    seen: list[int] = []
+
+    def failing(name: str, size: int, report: StepReport) -> None:
+        if name == "bf16" and report.step == 2:
+            raise error
+        seen.append(report.step)
+
+    endless = StudyConfig(formats=FORMATS, seeds=1, steps=20_000)
+    with pytest.raises(type(error)):
+        run_study(endless, failing)
+    assert max(seen) < 19_000
