@@ -28,7 +28,7 @@ from altgrad_jax.data import load_corpus
 from altgrad_jax.job import Job, StepReport
 
 _ROOT = Path(__file__).parents[1]
-_SMALL = {"batch": 2, "context": 8, "layers": 1, "width": 16, "heads": 2, "steps": 40, "checkpoint_every": 12}
+_SMALL = {"batch": 4, "context": 8, "layers": 1, "width": 16, "heads": 2, "steps": 40, "checkpoint_every": 12}
 # NaN batches around the checkpoints at 12 and 24, so that a count of two and metrics in flight have to survive.
 _RUN = {**_SMALL, "format": "E7M0", "clip": True, "shift": True, "inject": ("nan@10:2", "nan@22:4", "spike@30:1e4")}
 _FILES = ("metrics.jsonl", "events.jsonl", "result.json")

@@ -22,7 +22,7 @@ from altgrad_jax.job import Job, StepReport
 _STEPS, _DIES_AT = 140, 123
 # Stalls of committed weights, NaN batches that shift and then exhaust, a poisoned weight; stopped amid NaN batches.
 _RUN = {
-    "batch": 2,
+    "batch": 4,
     "context": 8,
     "layers": 1,
     "width": 16,

@@ -73,12 +73,18 @@ def test_strides(format: str, rounding: Rounding) -> None:
 
 @one_of_each_path
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("chunk", [1, 7, 64, 999])
-def test_chunks_join(format: str, rounding: Rounding, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("chunk", "shape"), [(1, (3, 2, 5)), (7, (3, 4, 5)), (64, (8, 9, 10)), (999, (8, 9, 10))])
+def test_chunks_join(
+    format: str, rounding: Rounding, chunk: int, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As of a tensor of any size: each chunk takes its own random bits and scales, whatever the strides."""
-    x = inputs()[4900:5620].reshape(8, 9, 10)
+    x = inputs()[4900:5620][:: 720 // math.prod(shape)][: math.prod(shape)].reshape(shape)
     modes = casts(rounding, x)
-    scales = {"one": torch.tensor(0.5), "row": 2.0 ** torch.arange(8).reshape(8, 1, 1), "last": 2.0 ** torch.arange(10)}
+    scales = {
+        "one": torch.tensor(0.5),
+        "row": 2.0 ** torch.arange(shape[0]).reshape(-1, 1, 1),
+        "last": 2.0 ** torch.arange(shape[2]),
+    }
     for scale in (None, *scales.values()):
         for mask in (False, True):
             whole = ag.quantize(x, format, scale=scale, saturation_mask=mask, **modes)
