@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -226,7 +227,19 @@ ALIASES = {name: getattr(optax, name)(1e-2) for name in NAMES.split(" ")}
 
 @pytest.mark.parametrize("alias", ALIASES)
 def test_before_every_optimizer(alias: str) -> None:
-    """Traced once, finds its numbers, and the optimizer sees clipped gradients: as if they had been given to it."""
+    """Its numbers are found, and a step leaves the state as it was in structure, shapes, dtypes: nothing retraces."""
+    tx, params = optax.chain(partition_relative_clip("E3M4"), ALIASES[alias]), jax.tree.map(jnp.ones_like, GRADS)
+    step = lambda grads, state, rate: tx.update(grads, state, params, overflow_rate=rate)  # noqa: E731
+    state = tx.init(params)
+    updates, after = jax.eval_shape(step, GRADS, state, jnp.float32(0.5))
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, GRADS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, jax.eval_shape(lambda: state))
+    assert optax.tree.get(after, "total_norm").dtype == jnp.float32
+
+
+@pytest.mark.parametrize("alias", ["adamw", "adafactor", "lion", "sgd"])
+def test_an_optimizer_sees_clipped_gradients(alias: str) -> None:
+    """As if they had been given to it."""
     clip = partition_relative_clip("E3M4")
     tx, params, traces = optax.chain(clip, ALIASES[alias]), jax.tree.map(jnp.ones_like, GRADS), []
 
