@@ -7,6 +7,7 @@ probability of about 1e-6 per test, all of its comparisons taken together.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -29,6 +30,7 @@ def deviations(comparisons: int = 1) -> float:
     return NormalDist().inv_cdf(1 - FALSE_ALARM / (2 * comparisons))
 
 
+@lru_cache(8)
 def drawn(count: int, seed: int, step: int = 0) -> npt.NDArray[np.uint32]:
     return hash_bits((count,), seed, step).numpy().view(np.uint32)
 

@@ -11,23 +11,27 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from altgrad_core import parse
 from altgrad_core.formats import EIGHT
 from altgrad_jax import clip_by_global_norm, partition_relative_clip, power_of_two_scale, set_format
 from altgrad_jax.control import get_format
+from altgrad_jax.data import load_corpus
+from altgrad_jax.mapped import RUNS, steps_of
 from altgrad_jax.models import GPTConfig
 from altgrad_jax.schedules import Schedule
 from altgrad_jax.state import Fault, Recoverable, RunSpec, StepMetrics, TrainState
 from altgrad_jax.training import OptimizerConfig, Program
 
-MODEL = GPTConfig(vocabulary=11, context=8, layers=1, width=16, heads=2)
+MODEL = GPTConfig(len(load_corpus(None, 8).vocabulary), context=8, layers=1, width=16, heads=2)
+"""With four sequences in a batch that of other files, too, so that what one of them compiles serves all."""
 SCHEDULE = Schedule(steps=60, learning_rate=1e-2, warmup=3)
 NAN_BATCH, SPIKE, POISON = Fault(jnp.nan), Fault(1e6), Fault(1.0, True, jnp.nan)
 
 
 def tokens(step: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(step).integers(0, MODEL.vocabulary, (2, MODEL.context + 1)), jnp.int32)
+    return jnp.asarray(np.random.default_rng(step).integers(0, 11, (4, MODEL.context + 1)), jnp.int32)
 
 
 def bits(tree: Any) -> Any:
@@ -39,22 +43,34 @@ def assert_same_bits(left: Any, right: Any) -> None:
 
 
 class Compiled:
-    """A program's functions, compiled once for all tests."""
+    """A program's functions, compiled once for all tests: those of a fleet with a single run."""
 
     def __init__(self, format: str) -> None:
         self.program = Program.for_format(format, MODEL)
         self.params = self.program.fresh_params(0)
-        self.step = jax.jit(self.program.step)
-        self._start = jax.jit(self.program.start)
-        self.calibrate = jax.jit(self.program.calibrate)
+        mesh = Mesh(np.array(jax.devices()[:1]), (RUNS,))
+        self._steps = steps_of(self.program, mesh)
+        spread = NamedSharding(mesh, PartitionSpec(RUNS))
+        self._many = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf[None], tree), out_shardings=spread)
+        self._one = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree))
 
     def start(self, spec: RunSpec) -> TrainState:
+        """Calibrated on the first batch, where the spec says so."""
         schedule = SCHEDULE if spec.schedule == Schedule() else spec.schedule
-        return self._start(self.params, self.program.run_data(replace(spec, schedule=schedule)))
+        data = self.program.run_data(replace(spec, schedule=schedule))
+        return self._one(self._steps.start(*self._many((self.params, data, tokens(0)))))
+
+    def step(self, state: TrainState, batch: jax.Array, fault: Fault) -> tuple[TrainState, StepMetrics]:
+        return self._one(self._steps.train(*self._many((state, batch, fault))))
+
+    @property
+    def traces(self) -> int:
+        """How often a step was traced; files that share the program come and go between tests, not within them."""
+        return self._steps.train._cache_size()  # type: ignore[attr-defined]
 
     def run(self, spec: RunSpec, faults: dict[int, Fault], steps: int) -> tuple[list[TrainState], list[StepMetrics]]:
         """States before the first and after each step, and what each step showed."""
-        states, shown = [self.calibrate(self.start(spec), tokens(0))], []
+        states, shown = [self.start(spec)], []
         for step in range(steps):
             fault = jax.tree.map(jnp.float32, faults.get(step, Fault()))
             fault = fault._replace(poison=fault.poison > 0, corrupt=fault.corrupt > 0)
@@ -165,22 +181,23 @@ def test_clip_is_a_switch() -> None:
 
 
 def test_one_program_for_all_formats() -> None:
-    final = {}
+    final, traces = {}, set()
     for name in EIGHT:
         states, shown = fast().run(RunSpec(name), {}, 12)
+        traces.add(fast().traces)
         assert np.isfinite(losses(shown)).all()
         final[name] = losses(shown)[-1]
         assert float(get_format(states[-1].opt_state).max_value) == parse(name).max_representable_value
-    assert fast().step._cache_size() == 1
+    assert len(traces) == 1
     assert final["E0M7"] == final["E1M6"]  # one fixed-point grid, at scales that differ by 4
     assert len(set(final.values())) == len(EIGHT) - 1
 
 
 def test_format_can_be_set_between_steps() -> None:
     states, _ = fast().run(RunSpec("E7M0"), {}, 5)
-    shifted = set_format(states[-1], "E3M4")
+    shifted, traces = set_format(states[-1], "E3M4"), fast().traces
     state, metrics = fast().step(shifted, tokens(5), FAULTLESS)
-    assert fast().step._cache_size() == 1
+    assert fast().traces == traces
     other, unshifted = fast().step(states[-1], tokens(5), FAULTLESS)
     assert float(metrics.loss) != float(unshifted.loss)
     assert float(state.run.operand.max_value) == 124.0
@@ -192,7 +209,8 @@ FAULTLESS = jax.tree.map(lambda value: jnp.asarray(value, bool if isinstance(val
 
 def test_factor_on_the_learning_rate_is_data() -> None:
     """Half of it is the schedule of half the learning rate, in every bit, and nothing is compiled again."""
-    whole = fast().start(RunSpec("E5M2"))
+    (whole, _), _ = fast().run(RunSpec("E5M2"), {}, 1)
+    traces = fast().traces
     halved = replace(whole, run=replace(whole.run, learning_rate=jnp.float32(0.5)))
     expected = fast().start(RunSpec("E5M2", schedule=replace(SCHEDULE, learning_rate=1e-2 / 2)))
     for step in range(4):
@@ -201,7 +219,7 @@ def test_factor_on_the_learning_rate_is_data() -> None:
         expected, _ = fast().step(expected, tokens(step), FAULTLESS)
     assert_same_bits(halved.params, expected.params)
     assert not np.array_equal(halved.params["logits"]["weight"], whole.params["logits"]["weight"])
-    assert fast().step._cache_size() == 1
+    assert fast().traces == traces
 
 
 def test_same_seed_same_bits_other_seed_other_bits() -> None:
@@ -259,9 +277,10 @@ def test_masters_are_not() -> None:
 
 def test_rounding_of_committed_weights_is_data() -> None:
     nearest, _ = fast().run(RunSpec("E7M0", storage="committed"), {}, 3)
+    traces = fast().traces
     stochastic, _ = fast().run(RunSpec("E7M0", storage="committed", storage_rounding="stochastic"), {}, 3)
     assert not np.array_equal(nearest[-1].params["logits"]["weight"], stochastic[-1].params["logits"]["weight"])
-    assert fast().step._cache_size() == 1
+    assert fast().traces == traces
 
 
 def test_stall_is_that_of_the_real_update() -> None:
@@ -280,20 +299,20 @@ def test_stall_is_that_of_the_real_update() -> None:
 
 @pytest.mark.parametrize("name", ["E0M7", "E5M2", "E7M0"])
 def test_calibration_fills_the_history_and_nothing_else(name: str) -> None:
-    start = fast().start(RunSpec(name))
+    start = fast().start(RunSpec(name, calibrate=False))
     assert not start.amax_history.any()
-    state = fast().calibrate(start, tokens(0))
+    state = fast().start(RunSpec(name))
     assert (np.asarray(state.amax_history) > 0).all()
     assert np.isfinite(state.amax_history).all()
     np.testing.assert_array_equal(state.amax_history, np.broadcast_to(state.amax_history[:1], state.amax_history.shape))
-    assert_same_bits(replace(state, amax_history=start.amax_history), start)
+    assert_same_bits(replace(state, amax_history=start.amax_history, run=start.run), start)
 
 
 def test_calibrated_first_step_is_close_to_float32() -> None:
     exact = float(compiled("float32").run(RunSpec("float32"), {}, 1)[1][0].loss)
     narrow = RunSpec("E0M7")
     calibrated = float(fast().run(narrow, {}, 1)[1][0].loss)
-    _, blind = fast().step(fast().start(narrow), tokens(0), FAULTLESS)
+    _, (blind,) = fast().run(replace(narrow, calibrate=False), {}, 1)
     assert abs(calibrated - exact) < 0.05
     assert float(blind.operand_overflow_rate) > 0.01
 
@@ -357,10 +376,10 @@ def test_float32_is_a_plain_gpt_bit_for_bit(recover: bool) -> None:
 
 
 def test_bf16_has_operands_in_bfloat16() -> None:
-    control = compiled("bf16")
-    assert control.program.bf16_operands
-    state = control.start(RunSpec("bf16"))
-    lowered = jax.jit(control.program.step).lower(state, tokens(0), FAULTLESS).as_text()
+    program = Program.for_format("bf16", MODEL)
+    assert program.bf16_operands
+    state = jax.eval_shape(program.start, program.fresh_params(0), program.run_data(RunSpec("bf16")))
+    lowered = jax.jit(program.step).lower(state, tokens(0), FAULTLESS).as_text()
     products = [line.split(":")[-1] for line in lowered.splitlines() if "stablehlo.dot_general" in line]
     assert len(products) == 3 * MODEL.sites
     for product in products[: MODEL.sites]:  # the forward ones; the others multiply bfloat16 values in float32
@@ -410,12 +429,6 @@ def test_delayed_scales_need_a_repair_only_until_their_history_has_it() -> None:
     assert float(shown[10].overflow_rate) > 0.01
     assert float(jnp.max(states[11].widening)) == 2  # the spike's amax was refused
     assert float(jnp.max(states[12].widening)) == 1
-
-
-def test_without_calibration_step_0_runs_at_scale_1() -> None:
-    compiled = fast()
-    state = compiled.calibrate(compiled.start(RunSpec("E5M2", calibrate=False)), tokens(0))
-    assert float(jnp.max(state.amax_history)) == 0
 
 
 def test_the_factor_on_the_learning_rate_of_a_run() -> None:
