@@ -21,14 +21,20 @@ traced = jax.jit(lambda schedule, counts: schedule(counts))
 )
 @example(steps=1, learning_rate=1.0, warmup=0)
 @example(steps=1, learning_rate=1.0, warmup=40)
-def test_is_optax_warmup_cosine(steps: int, learning_rate: float, warmup: int) -> None:
+@example(steps=1, learning_rate=8.973719166623537, warmup=25)
+def test_is_warmup_and_cosine_as_of_optax(steps: int, learning_rate: float, warmup: int) -> None:
+    """To within float32's rounding: of the rate in float64, and of the peak in optax, which starts from that."""
     counts = np.arange(COUNTS)
+    rising = 1 / max(warmup, 1) + (1 - 1 / max(warmup, 1)) * counts / max(warmup, 1)
+    passed = np.minimum((counts - warmup) / max(steps - warmup, 1), 1)
+    share = np.where(counts < warmup, rising, 0.1 + 0.9 * (1 + np.cos(np.pi * passed)) / 2)
     theirs = optax.warmup_cosine_decay_schedule(
         learning_rate / max(warmup, 1), learning_rate, warmup, max(steps, warmup + 1), learning_rate / 10
     )
     course = traced(Schedule(steps, learning_rate, warmup).on_device(), counts)
     assert course.dtype == jnp.float32
-    np.testing.assert_allclose(course, theirs(counts), rtol=2e-6)
+    np.testing.assert_allclose(course, learning_rate * share, rtol=1e-6)
+    np.testing.assert_allclose(course, theirs(counts), rtol=0, atol=1e-6 * learning_rate)
 
 
 @pytest.mark.parametrize("number", [2.0, 0.5, 2.0**-10])
