@@ -56,7 +56,8 @@ def clip_grad_norm_(
         overflow_rate: with a format: the fraction of gradient elements that overflow, 0 to 1.
         overflow_threshold: with a format: the rate at and above which gradients are clipped.
         nonfinite: what becomes of gradients that are not finite; see :data:`altgrad_core.nonfinite.Nonfinite`.
-        foreach: whether to multiply many gradients in one call, as in torch; None where torch would. Same bits.
+        foreach: whether to multiply many gradients in one call, as in torch; None where torch would. Same bits. It
+            is nothing to float32 gradients on the CPU, which are multiplied piece by piece on torch's threads.
 
     Returns:
         The norm before clipping, float32 scalar on the first gradient's device; -1 where a gate was shut and none was
