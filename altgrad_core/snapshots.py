@@ -20,7 +20,7 @@ Copy = TypeVar("Copy")
 
 
 class LastGood(Generic[Copy]):
-    """The last copies of a state that turned out to be good. Only references move; copies are never changed.
+    """The last copies of a state that turned out to be good. Only references move; what is kept is never changed.
 
     Args:
         start: the copy that stands for all until better ones are pushed.
@@ -47,7 +47,7 @@ class LastGood(Generic[Copy]):
             copy: of the state now.
             good: whether it is, asked when the next copy is pushed or one is gone back to: by then it is known.
         """
-        self._settle()
+        self.settle()
         self._unread = (copy, good)
 
     def go_back(self, back: int | None = None) -> Copy:
@@ -60,17 +60,32 @@ class LastGood(Generic[Copy]):
             InputError: for more than are kept.
         """
         check_back(back, len(self._copies))
-        self._settle()
+        self.settle()
         place = 0 if back is None else len(self._copies) - back
         chosen = self._copies[place]
         for newer in range(place, len(self._copies)):
             self._copies[newer] = chosen
         return chosen
 
-    def _settle(self) -> None:
-        if self._unread is not None and self._unread[1]():
-            self._copies.append(self._unread[0])
-        self._unread = None
+    def settle(self) -> Copy | None:
+        """Decide on the copy that was pushed last, as the next push would.
+
+        Returns:
+            The copy that is no longer kept, for its memory to be written again; None if there is none.
+
+        >>> kept = LastGood("start", keep=1)
+        >>> kept.push("step 1", lambda: False)
+        >>> kept.settle(), kept.settle()
+        ('step 1', None)
+        """
+        if self._unread is None:
+            return None
+        (copy, good), self._unread = self._unread, None
+        if not good():
+            return copy
+        dropped = self._copies[0]
+        self._copies.append(copy)
+        return None if any(each is dropped for each in self._copies) else dropped
 
 
 def check_back(back: int | None, keep: int) -> None:

@@ -16,6 +16,7 @@ from altgrad_core.formats import Format
 from altgrad_core.nonfinite import Nonfinite
 from altgrad_core.norms import NOT_MEASURED
 from altgrad_core.stability import CLIP_EPSILON
+from altgrad_torch.cpu import can_multiply, multiply_
 from altgrad_torch.nonfinite import Culprit, find_culprit, raise_for, zero_nonfinite_
 from altgrad_torch.norms import euclidean_norm, float_tensors, is_sharded, local, over_shards, summed
 from altgrad_torch.scaling import amax, power_of_two_scale
@@ -83,12 +84,10 @@ class ClipGroup:
             return False
         float_tensors(gradients)
         threshold = self._threshold(parameters)
-        if self._nonfinite != "propagate":
-            self._deal_with_nonfinite(gradients, list(parameters))
-        if self.clipped or self._rule == "quantile":
-            self.total_norm = euclidean_norm(gradients)
-            if self._nonfinite == "propagate" and not math.isfinite(self.total_norm):
-                self.culprit = find_culprit(gradients, list(parameters))
+        takes_norm = self.clipped or self._rule == "quantile"
+        if takes_norm or self._nonfinite != "propagate":
+            norm = self._norm(gradients, list(parameters))
+            self.total_norm = norm if takes_norm else NOT_MEASURED
         if self._rule == "quantile" and math.isfinite(self.total_norm) and self.total_norm > 0:
             self._norms = [*self._norms, self.total_norm][-self._norm_window :]
         if self.clipped:
@@ -135,12 +134,18 @@ class ClipGroup:
             return math.inf
         return sorted(self._norms)[quantile_index(len(self._norms), self._quantile)]
 
-    def _deal_with_nonfinite(self, gradients: Sequence[Tensor], names: Sequence[str]) -> None:
+    def _norm(self, gradients: Sequence[Tensor], names: Sequence[str]) -> float:
+        """The norm, once what is not finite has been dealt with. Only where the norm is not, is it looked for."""
+        norm = euclidean_norm(gradients)
+        if math.isfinite(norm):
+            return norm
         self.culprit = find_culprit(gradients, names)
         if self.culprit.count and self._nonfinite == "raise":
             raise_for(gradients, names)
         if self.culprit.count and self._nonfinite == "zero":
             zero_nonfinite_(gradients)
+            return euclidean_norm(gradients)
+        return norm
 
 
 @torch.no_grad()
@@ -155,12 +160,14 @@ def scale_to_(parameters: Sequence[Tensor], max_norm: float, norm: float, foreac
     """
     if math.isinf(max_norm):
         return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    _zero_what_will_vanish(gradients, max_norm / (norm + CLIP_EPSILON))
+    coefficient = min(max_norm / (norm + CLIP_EPSILON), 1.0)
+    single = np.float32(0 if coefficient < _ROUNDS_TO_NORMAL else coefficient)
+    others = _multiply_on_cpu_(parameters, single)
+    _zero_what_will_vanish([parameter.grad for parameter in others if parameter.grad is not None], float(single))
     # torch does not multiply sharded and plain gradients in one call. Handed a float64 norm, it forms the coefficient
     # in float64 and rounds it once.
     for kind in (False, True):
-        group = [_with_dimension(p) for p in parameters if is_sharded(p.grad) == kind]
+        group = [_with_dimension(p) for p in others if is_sharded(p.grad) == kind]
         if group:
             clip_grads_with_norm_(group, max_norm, torch.tensor(norm, dtype=torch.float64), foreach)
 
@@ -176,6 +183,20 @@ def zero_(gradients: Iterable[Tensor]) -> None:
     """Make gradients zero in place, whatever they hold."""
     for gradient in gradients:
         gradient.zero_()
+
+
+def _multiply_on_cpu_(parameters: Sequence[Tensor], factor: np.float32) -> list[Tensor]:
+    """Multiply the gradients for which that is quick, and return the parameters of all others."""
+    quick, others = [], []
+    for parameter in parameters:
+        if parameter.grad is not None and can_multiply(local(parameter.grad)):
+            quick.append(parameter.grad)
+        else:
+            others.append(parameter)
+    multiply_([local(gradient) for gradient in quick], factor)
+    # What NumPy writes to torch's memory, autograd does not see.
+    torch.autograd.graph.increment_version(quick)
+    return others
 
 
 def _with_dimension(parameter: Tensor) -> Tensor:
@@ -197,9 +218,7 @@ def _zero_what_will_vanish(gradients: Sequence[Tensor], coefficient: float) -> N
     """
     if math.isnan(coefficient):
         return
-    coefficient = min(coefficient, 1.0)
-    single = float(np.float32(coefficient)) if coefficient >= _ROUNDS_TO_NORMAL else 0.0
-    survives_from = _float32_at_least(_ROUNDS_TO_NORMAL / single) if single else math.inf
+    survives_from = _float32_at_least(_ROUNDS_TO_NORMAL / coefficient) if coefficient else math.inf
     for gradient in gradients:
         if gradient.dtype != torch.float64:
             gradient.mul_(gradient.to(torch.float32).abs() >= survives_from)

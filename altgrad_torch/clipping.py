@@ -7,6 +7,7 @@ same bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -55,7 +56,8 @@ def clip_grad_norm_(
         overflow_rate: with a format: the fraction of gradient elements that overflow, 0 to 1.
         overflow_threshold: with a format: the rate at and above which gradients are clipped.
         nonfinite: what becomes of gradients that are not finite; see :data:`altgrad_core.nonfinite.Nonfinite`.
-        foreach: whether to multiply many gradients in one call, as in torch; None where torch would. Same bits.
+        foreach: whether to multiply many gradients in one call, as in torch; None where torch would. Same bits. It
+            is nothing to float32 gradients on the CPU, which are multiplied piece by piece on torch's threads.
 
     Returns:
         The norm before clipping, float32 scalar on the first gradient's device; -1 where a gate was shut and none was
@@ -101,12 +103,15 @@ def _clip_together_(
     with_gradient = _with_gradient(listed)
     sum_parts_(with_gradient)
     gradients = float_tensors(parameter.grad for parameter in with_gradient if parameter.grad is not None)
-    culprit = Culprit.none() if nonfinite == "propagate" else find_culprit(gradients)
+    norm = norm_of(gradients, norm_type)
+    # A norm of finite numbers is finite, unless float64 overflows.
+    looked_for = nonfinite != "propagate" and not math.isfinite(norm)
+    culprit = find_culprit(gradients) if looked_for else Culprit.none()
     if culprit.count and nonfinite == "raise":
         raise_for(gradients, [f"of parameter {index}" for index in range(len(gradients))])
     if culprit.count and nonfinite == "zero":
         zero_nonfinite_(gradients)
-    norm = norm_of(gradients, norm_type)
+        norm = norm_of(gradients, norm_type)
     if culprit.count and nonfinite == "skip":
         zero_(gradients)
     else:

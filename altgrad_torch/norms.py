@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from altgrad_core.norms import EXPONENTS, FLOAT64_ROUNDOFF, LIMB_BITS, norm_of_exponent_sums
+from altgrad_torch.cpu import CHUNK, is_plain, sums_of_squares
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _MAGNITUDE = 0x7FFFFFFF
-_CHUNK = 1 << 15
 _SUBNORMALS_COUNT_BELOW = 2.0**-160
 """Squares of subnormals add less than 2^-252 each, where the processor does not flush them."""
 
@@ -92,14 +92,14 @@ def norm_of(tensors: Sequence[Tensor], norm_type: float = 2.0) -> float:
 def euclidean_norm(tensors: Sequence[Tensor]) -> float:
     """:func:`global_norm` as a float that float32 holds."""
     parts = [local(tensor) for tensor in tensors]
-    total = float(sum_over_shards([_sum_of_squares(part) for part in parts], tensors))
+    total = float(sum_over_shards(_sums_of_squares(parts), tensors))
     root = math.sqrt(total) if total >= 0 else total
     if not math.isfinite(root) or any(tensor.dtype == torch.float64 for tensor in tensors):
         return _rounded(root)
     # Of positive numbers n are added with at most n - 1 roundings in a row, in any order whatever. Twice what is added
     # up over tensors and devices; one for each square; the root halves it all, and adds two of its own.
     # From whole sizes: if those of shards made processes disagree on what is certain, some would wait for ever.
-    in_a_row = _CHUNK + max(each.numel() for each in tensors) // _CHUNK + 2 * len(parts) + 2 * _world_size(tensors) + 4
+    in_a_row = CHUNK + max(each.numel() for each in tensors) // CHUNK + 2 * len(parts) + 2 * _world_size(tensors) + 4
     slack = in_a_row * FLOAT64_ROUNDOFF
     is_certain = _rounded(root * (1 - slack)) == _rounded(root * (1 + slack))
     if is_certain and total >= _SUBNORMALS_COUNT_BELOW:
@@ -197,10 +197,18 @@ def _world_size(tensors: Sequence[Tensor]) -> int:
     return max((tensor.device_mesh.size() for tensor in meshes), default=1)
 
 
+def _sums_of_squares(parts: Sequence[Tensor]) -> list[Tensor]:
+    plain = [part for part in parts if is_plain(part)]
+    on_cpu = iter(sums_of_squares(plain))
+    return [
+        torch.tensor(next(on_cpu), dtype=torch.float64) if is_plain(part) else _sum_of_squares(part) for part in parts
+    ]
+
+
 def _sum_of_squares(part: Tensor) -> Tensor:
-    # In chunks that fit the cache: a float64 copy of the whole would cost ten times as much.
-    chunks = [chunk.to(torch.float64) for chunk in part.reshape(-1).split(_CHUNK)]
-    return torch.stack([torch.dot(chunk, chunk) for chunk in chunks]).sum()
+    # One chunk at a time: a float64 copy of the whole would take twice a gradient's memory.
+    wide = (chunk.to(torch.float64) for chunk in part.reshape(-1).split(CHUNK))
+    return torch.stack([torch.dot(chunk, chunk) for chunk in wide]).sum()
 
 
 def _largest_magnitude(part: Tensor) -> Tensor:
@@ -210,7 +218,7 @@ def _largest_magnitude(part: Tensor) -> Tensor:
 def _exponent_sums(part: Tensor) -> Tensor:
     """Sums of squares of significands for each exponent field: int64 of shape ``(2, 255)``, two limbs."""
     sums = torch.zeros((2, EXPONENTS), dtype=torch.int64, device=part.device)
-    for chunk in part.reshape(-1).split(_CHUNK):
+    for chunk in part.reshape(-1).split(CHUNK):
         magnitude = chunk.to(torch.float32).view(torch.int32) & _MAGNITUDE
         field = (magnitude >> 23).clamp_min_(1)
         significand = (magnitude - ((field - 1) << 23)).to(torch.int64)

@@ -1,6 +1,6 @@
 """The exact norm and the gated clip against optax's and torch's, on gradients of GPT-2's shapes, in one run.
 
-Gradients are donated, and doubled at every call, so that a clip to their norm always has something to clip.
+JAX's are donated, and doubled at every call, so that a clip to their norm always has something to clip.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def comparisons() -> Iterator[Comparison]:
     yield _norms(arrays)
     yield _gates(arrays)
     yield _clips(arrays)
-    yield _torch(arrays)
+    yield from _torch(arrays)
 
 
 class _Stepped:
@@ -101,30 +101,38 @@ def _clips(arrays: list[np.ndarray]) -> Comparison:
     return Comparison("The clip, triggered", "optax.clip_by_global_norm", timings, wanted)
 
 
-def _torch(arrays: list[np.ndarray]) -> Comparison:
+def _torch(arrays: list[np.ndarray]) -> Iterator[Comparison]:
+    """On one thread and on as many as torch takes: its own clip multiplies on all of them, and sums on one."""
+    usual = torch.get_num_threads()
+    for threads in dict.fromkeys((1, usual)):
+        torch.set_num_threads(threads)
+        yield _torch_clips(arrays, f"torch, threads: {threads}")
+    torch.set_num_threads(usual)
+
+
+def _torch_clips(arrays: list[np.ndarray], title: str) -> Comparison:
     parameters = [torch.nn.Parameter(torch.zeros(each.shape)) for each in arrays]
     for parameter, each in zip(parameters, arrays, strict=True):
         parameter.grad = torch.from_numpy(each.copy())
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     clipper = altgrad_torch.PartitionRelativeClipper("E5M2")
 
-    def doubled() -> None:
-        torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], 2.0)
+    def measured() -> None:
+        counts = [altgrad_torch.cast_counts(gradient, "E5M2").totals for gradient in gradients]
+        clipper.clip_if_needed(parameters, altgrad_torch.CastCounts(torch.stack(counts)).pooled().overflow_rate)
 
-    def theirs() -> None:
-        doubled()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
-
-    def ours() -> None:
-        doubled()
-        clipper.clip_if_needed(parameters, 0.5)
-
+    theirs = "clip_grad_norm_, foreach"
     contestants: dict[str, Callable[[], object]] = {
-        "clip_grad_norm_, foreach": theirs,
-        "gate open": ours,
-        "gate shut": lambda: clipper.clip_if_needed(parameters, 0.0),
+        theirs: lambda: torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True),
+        "gate open, rate given": lambda: clipper.clip_if_needed(parameters, 0.5),
+        "gate shut, rate given": lambda: clipper.clip_if_needed(parameters, 0.0),
+        "gate shut, rate measured": measured,
+        "get_total_norm": lambda: torch.nn.utils.get_total_norm(gradients, foreach=True),
+        "global_norm": lambda: altgrad_torch.global_norm(gradients),
     }
-    wanted = {"gate open": 1 / 1.5}
-    return Comparison("torch", "clip_grad_norm_, foreach", side_by_side(contestants, _ROUNDS), wanted)
+    # Doubled before each call and not within it, gradients clipped to a norm of 1 are to be clipped again.
+    timings = side_by_side(contestants, _ROUNDS, before=lambda: torch._foreach_mul_(gradients, 2.0))
+    return Comparison(title, theirs, timings, {"gate open, rate given": 1 / 1.5, "gate shut, rate given": 10.0})
 
 
 if __name__ == "__main__":

@@ -66,11 +66,17 @@ def in_figures(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.4f}"
 
 
-def side_by_side(contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, Timing]:
-    """Time zero-argument functions in turn; what they return is waited for."""
+def side_by_side(
+    contestants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 3,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, Timing]:
+    """Time zero-argument functions in turn; what they return is waited for. ``before`` each goes what is not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds + warmup):
         for name, function in contestants.items():
+            before()
             start = time.perf_counter()
             jax.block_until_ready(function())
             seconds[name].append(time.perf_counter() - start)

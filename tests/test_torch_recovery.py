@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from altgrad_core.errors import InputError
 from altgrad_torch import SkipNonfinite, SnapshotKeeper, all_finite, commit_, reset_moments_
@@ -228,6 +230,55 @@ def test_the_start_has_no_moments_and_they_may_come_back(where: Any) -> None:
     keeper.roll_back()
     assert {int(state["step"]) for state in run.optimizer.state.values()} == {2}
     assert len(run.optimizer.state) == len(list(run.model.parameters()))
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_snapshots_are_those_that_were_kept_whatever_memory_they_are_written_to(where: Any, keep: int) -> None:
+    """Bad ones between good ones, rollbacks between both; against a list of values."""
+    rng = np.random.default_rng(keep)
+    model = torch.nn.Linear(3, 2)
+    keeper = SnapshotKeeper(model, every=1, keep=keep, where=where)
+    kept = [model.weight.detach().clone()] * keep
+    for step in range(1, 60):
+        model.weight.data.fill_(step)
+        good = bool(rng.random() < 0.6)
+        keeper.offer(step, torch.tensor(good))
+        kept = [*kept, model.weight.detach().clone()][-keep:] if good else kept
+        model.weight.data.fill_(-1)
+        if rng.random() < 0.3:
+            back = int(rng.integers(1, keep + 1))
+            keeper.roll_back(back)
+            assert torch.equal(model.weight, kept[keep - back])
+            kept[keep - back :] = [kept[keep - back]] * back
+
+
+class Clones(TorchDispatchMode):
+    """Counts new copies of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.clone.default, torch.ops.aten.empty.memory_format)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("good", [True, torch.tensor(False)])
+def test_memory_of_snapshots_is_written_again(where: Any, good: Any) -> None:
+    run = Trained()
+    run.step(1)
+    keeper = SnapshotKeeper(run.model, run.optimizer, every=1, keep=2, where=where)
+    with Clones() as seen:
+        for step in range(1, 4):
+            keeper.offer(step, good)
+        assert seen.count > 0
+        # Once more, because whether a snapshot is good is asked for with the next.
+        keeper.offer(4, good)
+        before = seen.count
+        for step in range(5, 9):
+            keeper.offer(step, good)
+        assert seen.count - before <= 4  # the readings of whether they were good
 
 
 class Exposed:

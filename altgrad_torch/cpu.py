@@ -1,0 +1,204 @@
+"""Passes over tensors in the processor's own memory: squares summed in float64, products flushed as XLA flushes them.
+
+NumPy does the arithmetic, on memory that is torch's. Chunks fit the cache, so that nothing but the tensors themselves
+comes from memory. torch's own operations would share each chunk out among threads and wait for them, which on a busy
+machine takes several times as long as the work; here each thread takes a piece when it is done with its last.
+``altgrad_jax`` needs nothing of the kind: XLA fuses the passes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 15
+"""Elements that are brought to float64 at a time: 256 KiB of it. torch, too, shares nothing out up to this size."""
+
+_ROW = 1 << 12
+"""Elements of one dot product: OpenBLAS shares out those of more than 10,000."""
+
+_PIECE = 1 << 20
+"""Elements that a thread takes at a time, of contiguous tensors. Less than two of them are not worth a thread."""
+
+_Piece = TypeVar("_Piece")
+_Result = TypeVar("_Result")
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether this is a tensor whose memory is the processor's and holds its elements as they are."""
+    kinds = (Tensor, torch.nn.Parameter)
+    return type(tensor) in kinds and tensor.device.type == "cpu" and tensor.layout == torch.strided
+
+
+@torch.no_grad()
+def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
+    """The sum of squares of each tensor, in float64: of n elements no more than n - 1 roundings in a row.
+
+    Args:
+        tensors: floating point, each one :func:`is_plain`.
+
+    >>> sums_of_squares([torch.tensor([3.0, 4.0]), torch.full((2,), 2.0**-149)])
+    [25.0, 3.92...e-90]
+    """
+    in_order = [_in_order(each.detach()).reshape(-1) for each in tensors]
+    pieces = [(k, piece) for k, each in enumerate(in_order) for piece in each.split(_PIECE)]
+    sums = [0.0] * len(tensors)
+    # In one order, since processes that hold the same tensor have to find the same sum, whichever thread was first.
+    for k, value in sorted(_shared_out(_numbered_sum_of_squares, pieces, _size_of(tensors))):
+        sums[k] += value
+    return sums
+
+
+def can_multiply(tensor: Tensor) -> bool:
+    """Whether :func:`multiply_` takes this tensor, on this processor."""
+    return (
+        is_plain(tensor)
+        and tensor.dtype == torch.float32
+        and not tensor.is_neg()
+        and _in_order(tensor).is_contiguous()
+        and _FLUSHES_LIKE_XLA
+    )
+
+
+@torch.no_grad()
+def multiply_(tensors: Sequence[Tensor], factor: np.float32) -> None:
+    """Multiply tensors in place by a factor. What rounds to less than 2^-126, or was less, becomes zero of its sign.
+
+    Args:
+        tensors: each one :func:`can_multiply`. One that comes twice is multiplied twice.
+        factor: any float32.
+
+    >>> values = torch.tensor([3.0, -(2.0**-126)])
+    >>> multiply_([values], np.float32(0.5))
+    >>> values.tolist()
+    [1.5, -0.0]
+    """
+    arrays = [piece.numpy() for each in tensors for piece in _in_order(each.detach()).view(-1).split(_PIECE)]
+    size = 0 if _overlap(tensors) else _size_of(tensors)
+    _shared_out(lambda array: np.multiply(array, factor, out=array), arrays, size, flushing=True)
+    for each in tensors:
+        torch.autograd.graph.increment_version(each)
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """A view with the axes in the order of memory: contiguous if the elements lie side by side, in whatever order."""
+    if tensor.is_contiguous():
+        return tensor
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
+
+
+def _size_of(tensors: Sequence[Tensor]) -> int:
+    return sum(each.numel() for each in tensors)
+
+
+def _overlap(tensors: Sequence[Tensor]) -> bool:
+    """Whether any element of contiguous tensors is also one of another, so that threads would meet at it."""
+    spans = sorted((each.data_ptr(), each.data_ptr() + each.nbytes) for each in tensors if each.numel())
+    return any(end > start for (_, end), (start, _) in pairwise(spans))
+
+
+def _numbered_sum_of_squares(numbered: tuple[int, Tensor]) -> tuple[int, float]:
+    number, piece = numbered
+    return number, _sum_of_squares(piece)
+
+
+def _sum_of_squares(piece: Tensor) -> float:
+    array = _as_array(piece)
+    chunk = np.empty((CHUNK // _ROW, _ROW))
+    line, whole = chunk.reshape(-1), array.size // CHUNK
+    sums = np.zeros((whole + 1, len(chunk)))
+    for values, into in zip(array[: whole * CHUNK].reshape(whole, CHUNK), sums, strict=False):
+        np.copyto(line, values)
+        np.vecdot(chunk, chunk, into)
+    rest = array.size - whole * CHUNK
+    rows = -(-rest // _ROW)
+    line[:rest], line[rest : rows * _ROW] = array[whole * CHUNK :], 0
+    np.vecdot(chunk[:rows], chunk[:rows], sums[whole, :rows])
+    return float(sums.sum())
+
+
+def _as_array(piece: Tensor) -> npt.NDArray[Any]:
+    """The elements, in memory that is shared if NumPy has the type and else as float32."""
+    piece = piece.resolve_neg()
+    if piece.dtype in (torch.float32, torch.float64):
+        return piece.numpy()
+    wide = torch.empty(piece.shape, dtype=torch.float32)
+    for into, values in zip(wide.split(CHUNK), piece.split(CHUNK), strict=True):
+        into.copy_(values)
+    return wide.numpy()
+
+
+def _shared_out(
+    function: Callable[[_Piece], _Result], pieces: Sequence[_Piece], size: int, *, flushing: bool = False
+) -> list[_Result]:
+    """Results of a function that lets go of Python's lock, in no order: on as many threads as torch uses.
+
+    Args:
+        function: of one piece.
+        pieces: what there is to do.
+        size: elements in all, which tell whether threads are worth while.
+        flushing: whether the processor is to flush subnormals meanwhile.
+    """
+    waiting = deque(pieces)
+
+    def work() -> list[_Result]:
+        with np.errstate(all="ignore"):
+            return [function(piece) for piece in _taken_from(waiting)]
+
+    threads = min(torch.get_num_threads(), size // _PIECE)
+    if threads < 2:
+        with _flushed(flushing):
+            return work()
+    # To flush is a switch of each thread, and theirs ends with them.
+    with ThreadPoolExecutor(threads, initializer=torch.set_flush_denormal, initargs=(flushing,)) as pool:
+        return [each for future in [pool.submit(work) for _ in range(threads)] for each in future.result()]
+
+
+def _taken_from(waiting: deque[_Piece]) -> Iterator[_Piece]:
+    while True:
+        try:
+            yield waiting.popleft()
+        except IndexError:
+            return
+
+
+@contextmanager
+def _flushed(flushing: bool) -> Iterator[None]:
+    """While inside, this thread flushes subnormals, if it is to; it did before if a subnormal reads as zero."""
+    if not flushing or not _subnormal() * np.float32(1):
+        yield
+        return
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def _subnormal() -> np.float32:
+    return np.uint32(1 << 22).view(np.float32)
+
+
+def _flushes_like_xla() -> bool:
+    """Whether a processor that was told to flush takes for zero what is below 2^-126 once it is rounded.
+
+    x86 does; ARM looks before it rounds.
+    """
+    smallest = np.full(32, 2.0**-126, np.float32)
+    near, below = np.nextafter(smallest, np.float32(1)), np.full(32, _subnormal())
+    rounded_up = np.float32(1 - 2.0**-23)
+    with _flushed(True):
+        kept, flushed = near * rounded_up, np.concatenate([smallest * np.float32(0.75), below * np.float32(1)])
+    return bool((kept == smallest).all() and not flushed.view(np.uint32).any())
+
+
+_FLUSHES_LIKE_XLA = _flushes_like_xla()
