@@ -15,14 +15,21 @@ from altgrad_core.settings import Policy
 NORM_WINDOW = 32
 """Norms of past steps that a spike is told by."""
 
+LOSSES_NEEDED = 8
+"""Losses that the running mean starts from, as their median: one alone may be far from what is usual."""
+
 
 @dataclass
 class _Memory:
-    """Plain numbers, so that they can be saved. The norms are those of steps that showed nothing, newest last."""
+    """Plain numbers, so that they can be saved.
+
+    The first losses are those seen before there is a mean; the norms are of steps that showed nothing, newest last.
+    """
 
     nans: int = 0
     runaway: int = 0
     spikes: int = 0
+    first_losses: list[float] = field(default_factory=list)
     mean_loss: float | None = None
     norms: list[float] = field(default_factory=list)
 
@@ -51,12 +58,7 @@ class Health:
         """Take one observation, and say whether the run should go back to a snapshot."""
         memory, policy = self._memory, self._policy
         memory.nans = 0 if seen.finite else memory.nans + 1
-        running_away = (
-            seen.finite and memory.mean_loss is not None and seen.loss > memory.mean_loss + policy.runaway_margin
-        )
-        memory.runaway = memory.runaway + 1 if running_away else 0
-        if seen.finite and not running_away:
-            memory.mean_loss = seen.loss if memory.mean_loss is None else 0.9 * memory.mean_loss + 0.1 * seen.loss
+        memory.runaway = memory.runaway + 1 if seen.finite and self._runs_away(seen.loss) else 0
         usual = median(memory.norms) if len(memory.norms) >= NORMS_NEEDED else None
         # One spike is a bad batch. Several in a row are a bad weight: the loss may tell so much later, or never.
         spiking = seen.finite and usual is not None and seen.norm > policy.spike_factor * usual
@@ -79,6 +81,21 @@ class Health:
         The loss of the snapshot may lie well above the mean since then: that would send the run back for ever.
         """
         self._memory = _Memory()
+
+    def _runs_away(self, loss: float) -> bool:
+        """Whether a finite loss lies above the running mean by more than the margin; if not, it enters the mean."""
+        memory = self._memory
+        if memory.mean_loss is None:
+            # A mean that began with one low loss would send a run that has just gone back there once more, and one
+            # that took in a spike would see nothing run away: hence several, and their median.
+            memory.first_losses = [*memory.first_losses, loss]
+            if len(memory.first_losses) == LOSSES_NEEDED:
+                memory.mean_loss, memory.first_losses = median(memory.first_losses), []
+            return False
+        if loss > memory.mean_loss + self._policy.runaway_margin:
+            return True
+        memory.mean_loss = 0.9 * memory.mean_loss + 0.1 * loss
+        return False
 
     def saved(self) -> dict[str, Any]:
         """Everything it remembers, JSON-ready."""

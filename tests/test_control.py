@@ -177,6 +177,30 @@ def test_going_back_to_a_higher_loss_is_not_running_away() -> None:
     assert [step for step, each in enumerate(decisions) if each.rollback] == [27]
 
 
+@pytest.mark.parametrize("first", [[1.6], [2.4, 1.6], [1.6, 2.4, 1.7], [9.0, 1.6, 2.4, 2.4, 2.4, 2.4, 1.6, 1.6]])
+def test_noise_after_a_rollback_does_not_send_a_run_back_once_more(first: list[float]) -> None:
+    controller = FormatController("E5M2", can_roll_back=True)
+    usual = [good(2.0 + 0.4 * (k % 2)) for k in range(30)]
+    feed(controller, [*usual, *[good(9.0)] * 3, *map(good, first), *[good(2.4)] * 40])
+    assert kinds(controller) == [(32, "rollback", "runaway loss")]
+
+
+@pytest.mark.parametrize("spikes", [0, 1, 3])
+def test_a_run_that_went_back_is_sent_back_again_where_its_loss_runs_away(spikes: int) -> None:
+    """Spikes among the first losses do not hide what follows."""
+    controller = FormatController("E5M2", can_roll_back=True)
+    restarted = [*[good(1e4)] * spikes, *[good(2.0)] * (8 - spikes)]
+    feed(controller, [*[good(2.0)] * 20, *[good(9.0)] * 3, *restarted, *[good(2.4)] * 3])
+    assert kinds(controller) == [(22, "rollback", "runaway loss"), (33, "rollback", "runaway loss")]
+
+
+def test_a_run_that_went_back_is_judged_only_by_what_it_shows_since() -> None:
+    """Seven losses are too few to tell what is usual."""
+    controller = FormatController("E5M2", can_roll_back=True)
+    feed(controller, [*[good(2.0)] * 20, *[good(9.0)] * 3, *[good(2.0)] * 7, *[good(9.0)] * 30])
+    assert kinds(controller) == [(22, "rollback", "runaway loss"), (33, "rollback", "runaway loss")]
+
+
 def test_no_snapshots_no_way_back() -> None:
     controller = FormatController("E5M2")
     assert not any(each.acts for each in feed(controller, [good(), *[nan(False)] * 9, *[good(99.0)] * 9]))
