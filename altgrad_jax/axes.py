@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 AxisName = Hashable | Sequence[Hashable]
@@ -52,6 +53,14 @@ def by_axes(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> dict[tup
 def sum_over(value: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:
     """The sum over mapped axes; the value itself over none."""
     return lax.psum(value, axes) if axes else value
+
+
+def largest_over(amaxes: jax.Array, axis_name: AxisName | None) -> jax.Array:
+    """The largest of amaxes, float32 of any shape, over mapped axes. As integers: a float maximum may lose a NaN."""
+    if axis_name is None:
+        return amaxes
+    bits = lax.pmax(lax.bitcast_convert_type(amaxes, jnp.int32), axis_name)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def varying_as(value: Value, leaves: Sequence[jax.Array], axis_name: AxisName | None) -> Value:

@@ -15,7 +15,7 @@ from altgrad_core.clip_rules import NORMS_NEEDED, REFERENCE_BINADES, ClipRule
 from altgrad_core.nonfinite import Nonfinite
 from altgrad_core.norms import NOT_MEASURED
 from altgrad_core.stability import CLIP_EPSILON, REFERENCE_MAX
-from altgrad_jax.axes import AxisName, by_axes, varying_as
+from altgrad_jax.axes import AxisName, by_axes, largest_over, varying_as
 from altgrad_jax.casting import flush_subnormals, to_float32
 from altgrad_jax.nonfinite import Culprit, find_culprit, without_nonfinite
 from altgrad_jax.norms import Norm, as_norm, euclidean_norm
@@ -150,7 +150,7 @@ class ClipGroup:
             rate, amaxes = given, jnp.stack([amax(leaf) for leaf in leaves])
         else:
             return given, history
-        return rate, push_amax(history, _largest_over(amaxes, self.axis_name))
+        return rate, push_amax(history, largest_over(amaxes, self.axis_name))
 
     def _threshold(self, state: PartitionRelativeClipState) -> jax.Array:
         if self.rule == "max" or self.rule == "binades":
@@ -231,14 +231,6 @@ def _measure_overflow(
         limbs = jnp.stack([counts[k].limbs for k in group])
         seen[axes] = limbs.at[:, 1].multiply(has_history[np.array(group)][:, None])
     return overflow_rate_of(seen), jnp.stack(amaxes)
-
-
-def _largest_over(amaxes: jax.Array, axis_name: AxisName | None) -> jax.Array:
-    """Over mapped axes. As integers: a float maximum may lose a NaN."""
-    if axis_name is None:
-        return amaxes
-    bits = lax.pmax(lax.bitcast_convert_type(amaxes, jnp.int32), axis_name)
-    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _binades(params: FormatParams) -> jax.Array:

@@ -17,7 +17,7 @@ import optax
 from jax import lax
 
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding
-from altgrad_jax.axes import sum_over
+from altgrad_jax.axes import AxisName, by_axes, largest_over, sum_over
 from altgrad_jax.casting import cast, checked_scale, divide_by_scale, flush_subnormals, quantize
 from altgrad_jax.params import Edges, FormatParams, as_params, edges
 from altgrad_jax.scaling import amax, power_of_two_scale
@@ -355,7 +355,10 @@ class StallMonitorState(NamedTuple):
 
 
 def stall_monitor(
-    format: str | Format | FormatParams, mask: optax.Params | None = None
+    format: str | Format | FormatParams,
+    mask: optax.Params | None = None,
+    *,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Measure, at the end of a chain, how many of the real updates leave the quantised weights as they were.
 
@@ -365,6 +368,8 @@ def stall_monitor(
     Args:
         format: the grid on which the weights are used or stored.
         mask: pytree of Python bools like the parameters: which leaves count; all by default.
+        axis_name: inside ``shard_map``, the axes over which leaves are parts of larger ones; see
+            :func:`altgrad_jax.global_norm`. The rate is then that of whole leaves, each under the scale of its whole.
 
     Returns:
         A transformation whose ``update`` needs the parameters.
@@ -397,14 +402,28 @@ def stall_monitor(
             if counted
         ]
         # All scales at once: one by one, these few scalars would cost more than the passes over small weights.
-        amaxes = jnp.stack([amax(weight) for weight, _ in pairs])
+        weights = [weight for weight, _ in pairs]
+        amaxes = largest_over(jnp.stack([amax(weight) for weight in weights]), axis_name)
         grids = state.format.scaled(power_of_two_scale(amaxes, state.format.max_value))
         tallies = [_stall_tally(weight, change, grids.at(k), None) for k, (weight, change) in enumerate(pairs)]
-        counts = StallCounts(_limbs(jnp.stack(tallies))).pooled()
+        counts = StallCounts(_limbs_over(tallies, weights, axis_name)).pooled()
         return updates, StallMonitorState(state.format, counts.stall_rate, counts.saturation_rate)
 
     # optax types every state as any pytree, its own states included.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
+
+
+def _limbs_over(tallies: Sequence[jax.Array], leaves: Sequence[jax.Array], axis_name: AxisName | None) -> jax.Array:
+    """int32 of shape ``(leaves, 4, 2)``, counts of whole leaves, from tallies of the parts that one place holds."""
+    if axis_name is None:
+        return _limbs(jnp.stack(tallies))
+    groups = by_axes(leaves, axis_name)
+    with jax.enable_x64(True):
+        totals = [
+            sum_over(jnp.stack([tallies[k] for k in group]).astype(jnp.int64), axes) for axes, group in groups.items()
+        ]
+        in_order = jnp.concatenate(totals)[np.argsort(np.concatenate(list(groups.values())))]
+        return _limbs(in_order).astype(jnp.int32)
 
 
 def _nearest(x: jax.Array, params: FormatParams) -> jax.Array:

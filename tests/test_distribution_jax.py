@@ -18,8 +18,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from altgrad_jax import clip_by_global_norm, global_norm, partition_relative_clip, skip_nonfinite
+from altgrad_jax import clip_by_global_norm, global_norm, partition_relative_clip, skip_nonfinite, stall_monitor
 from altgrad_jax.norms import norm_of
+from altgrad_jax.scaling import power_of_two_scale
+from altgrad_jax.statistics import stall_counts
 from tests.processes import results_of, write_result
 
 AXES = ("data", "model")
@@ -78,6 +80,11 @@ RUNS = np.where(np.arange(128) == 45, np.inf, NORMAL[:128]).reshape(16, 8).astyp
 SPIKES = 3
 SPIKED = (5, LAST - 1, 130, 180)
 """Where elements overflow: in shards, and in a leaf that is replicated, which must count once."""
+
+# The largest weight of each leaf lies in one shard; under the scales of their own amaxes the other shards stall less.
+WEIGHTS = np.where(np.arange(SIZE) % 31 == 0, 124.0, NORMAL)
+CHANGES = np.where(np.arange(SIZE) % 31 == 0, 50.0, 0.02 * NORMAL[::-1])
+"""Outward at the largest weights, which therefore stall at max."""
 
 Step = Callable[..., tuple[Grads, Any]]
 Clipper = optax.GradientTransformationExtraArgs
@@ -214,9 +221,26 @@ def other_ways() -> dict[str, list[float]]:
     }
 
 
+def stalled(weights: np.ndarray, changes: np.ndarray) -> dict[str, list[float]]:
+    """Stall and saturation rates on one device, and on eight inside shard_map."""
+
+    def rates(params: Grads, updates: Grads, axes: Any = None) -> tuple[jax.Array, jax.Array]:
+        tx = stall_monitor("E3M4", axis_name=axes)
+        _, state = tx.update(updates, tx.init(params), params)
+        return state.stall_rate, state.saturation_rate  # pyrefly: ignore[missing-attribute]
+
+    inside = partial(rates, axes=AXES)
+    sharded = jax.jit(jax.shard_map(inside, mesh=mesh(), in_specs=(SPECS, SPECS), out_specs=P()))
+    found = {"one": jax.jit(rates), "shard_map": sharded}
+    return {
+        way: [float(rate) for rate in step(*(placed(way, v) for v in (weights, changes)))]
+        for way, step in found.items()
+    }
+
+
 def main(file: str) -> None:
     assert jax.device_count() == 8
-    found = {"propagate": clipped_by_given_rates(), "other": other_ways()}
+    found = {"propagate": clipped_by_given_rates(), "other": other_ways(), "stalls": stalled(WEIGHTS, CHANGES)}
     write_result(file, found | {kind: clipped_by_measured_rates(kind) for kind in ("skip", "zero")})
 
 
@@ -305,6 +329,27 @@ def test_runs_on_one_axis_split_over_another(found: dict[str, Any]) -> None:
     assert found["other"]["runs"] == [float(np.float32(math.sqrt(math.fsum(row**2)))) for row in rows]
     clipped = np.array(found["other"]["updates"]).reshape(4, 32)
     assert [bool(np.isfinite(row).all()) for row in clipped] == [True, False, True, True]
+
+
+def test_stalls_are_those_of_whole_leaves(found: dict[str, Any]) -> None:
+    """Under the scale of the whole, and what is replicated counts once."""
+    weights, changes = tree(WEIGHTS), tree(CHANGES)
+    counts = [
+        stall_counts(weights[name], changes[name], "E3M4", scale=power_of_two_scale(np.abs(weights[name]).max(), 124.0))
+        for name in SHAPES
+    ]
+    exact = [each.as_integers() for each in counts]
+    total = {name: sum(each[name] for each in exact) for name in ("nonzero", "precision", "saturation")}
+    assert total["nonzero"] == SIZE
+    assert total["saturation"] > 0
+    expected = [np.float32((total["precision"] + total["saturation"]) / SIZE), np.float32(total["saturation"] / SIZE)]
+    assert found["stalls"] == {"one": expected, "shard_map": expected}
+    shard = (slice(4, 8), slice(4))
+    whole, alone = (
+        stall_counts(weights["both"][shard], changes["both"][shard], "E3M4", scale=scale).as_integers()["precision"]
+        for scale in (1.0, 2.0**-5)  # 2^-5 is the scale of the shard's own amax
+    )
+    assert whole > alone
 
 
 if __name__ == "__main__":
