@@ -165,7 +165,7 @@ def _step(line: str, folder: Path) -> tuple[Observation, str]:
     try:
         numbers = {name: unjsonable(value) for name, value in json.loads(line).items()}
         ran_in = str(numbers.pop("format"))
-        return Observation.of(int(numbers["step"]), {name: float(value) for name, value in numbers.items()}), ran_in
+        return Observation.of(int(numbers["step"]), numbers), ran_in
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ReplayError(f"{folder / 'metrics.jsonl'} is damaged: {line!r} is not the numbers of a step") from None
 

@@ -137,8 +137,7 @@ class RunFiles:
         Returns:
             The events of the step.
         """
-        numbers = {name: values[0].item() for name, values in report.metrics.items()}
-        line = {"step": report.step, "format": report.formats[0], **jsonable(numbers)}
+        line = {"step": report.step, "format": report.formats[0], **jsonable(report.numbers(0))}
         self._events.add([event.to_json() for event in report.events[0]])
         self._metrics.add([json.dumps(line, allow_nan=False)])
         self._flush()

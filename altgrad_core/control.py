@@ -128,7 +128,7 @@ class Controller:
                 remedy.format,
                 remedy.rounding,
                 decision.rollback or remedy.rollback,
-                (*events, *self._told(remedy, seen.step)),
+                (*events, *self._told(remedy, seen)),
                 remedy.learning_rate,
             )
         if decision.events:
@@ -203,8 +203,9 @@ class Controller:
         self._watch.start_anew(step, ignore_through)
         self.events.extend(decision.events)
 
-    def _told(self, remedy: Remedy, step: int) -> list[Event]:
-        """The events of a remedy, each with where it leads from and to."""
+    def _told(self, remedy: Remedy, seen: Observation) -> list[Event]:
+        """The events of a remedy, each with where it leads from and to, and the sites of the rates that it answers."""
+        sites = {f"{name}_site": site for name, site in seen.worst_sites.items() if f"{name}_rate" in remedy.numbers}
         ways: dict[EventKind, dict[str, float | str | None]] = {
             "shift": {"from": self.format, "to": remedy.format},
             "rounding": {"to": remedy.rounding},
@@ -212,7 +213,8 @@ class Controller:
             "exhausted": {"from": self.format},
         }
         numbers = {kind: {name: end for name, end in way.items() if end is not None} for kind, way in ways.items()}
-        return [Event(step, kind, remedy.cause, {**remedy.numbers, **numbers.get(kind, {})}) for kind in remedy.kinds]
+        told = {**remedy.numbers, **sites}
+        return [Event(seen.step, kind, remedy.cause, {**told, **numbers.get(kind, {})}) for kind in remedy.kinds]
 
     def _check_can_be_done(self, remedy: Remedy) -> None:
         """Refuse what only a policy of one's own can call for: the named ones know what the run can do."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from statistics import fmean
-from typing import Literal
+from typing import Literal, get_args
 
 from altgrad_core.formats import Rounding
 
@@ -20,6 +20,11 @@ RateName = Literal[
     "precision_stall",
 ]
 """A rate of a :class:`Reading`, by its attribute."""
+
+WorstName = Literal["worst_overflow", "worst_underflow", "worst_stall"]
+"""A rate of one site, that with most."""
+
+WORST_NAMES: tuple[WorstName, ...] = get_args(WorstName)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Observation:
         underflow_rate: of the gradient casts, pooled.
         operand_underflow_rate: of the operand casts, pooled.
         worst_underflow_rate: of the cast with most.
+        worst_sites: where the worst rates are, by what they are rates of; empty where nobody looked.
     """
 
     step: int
@@ -57,14 +63,16 @@ class Observation:
     underflow_rate: float = 0.0
     operand_underflow_rate: float = 0.0
     worst_underflow_rate: float = 0.0
+    worst_sites: Mapping[WorstName, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, step: int, metrics: Mapping[str, float | bool]) -> Observation:
+    def of(cls, step: int, metrics: Mapping[str, float | bool | str]) -> Observation:
         """Take an observation out of a step's metrics, whose names are those of the attributes.
 
         Args:
             step: which step.
-            metrics: ``loss`` and ``finite``, and whichever else there is; other names are passed over.
+            metrics: ``loss`` and ``finite``, and whichever else there is, the worst sites as ``worst_overflow_site``
+                and so on; other names are passed over.
 
         Raises:
             KeyError: without ``loss`` or ``finite``.
@@ -74,7 +82,8 @@ class Observation:
         """
         flags = {"finite": bool(metrics["finite"]), "params_finite": bool(metrics.get("params_finite", True))}
         numbers = {name: float(metrics[name]) for name in _NUMBERS if name in metrics}
-        return cls(step, float(metrics["loss"]), **flags, **numbers)
+        sites = {name: str(metrics[f"{name}_site"]) for name in WORST_NAMES if f"{name}_site" in metrics}
+        return cls(step, float(metrics["loss"]), **flags, **numbers, worst_sites=sites)
 
 
 _NUMBERS = ("norm", *(each.name for each in fields(Observation) if each.name.endswith("_rate")))

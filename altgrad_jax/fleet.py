@@ -77,7 +77,7 @@ class Fleet:
     def step(
         self, state: TrainState, tokens: npt.NDArray[np.int32], faults: Sequence[Fault]
     ) -> tuple[TrainState, StepMetrics]:
-        """One step of every run. ``state`` is donated; the metrics, arrays of shape ``(padded runs,)``, are outputs.
+        """One step of every run. ``state`` is donated; the metrics, with a first axis of padded runs, are outputs.
 
         Args:
             state: as returned by the step before.

@@ -20,6 +20,7 @@ from altgrad_jax.control import Decision, FormatController, Observation, Policy
 from altgrad_jax.data import Corpus
 from altgrad_jax.faults import Injection, fault_at, spoiled
 from altgrad_jax.fleet import Fleet
+from altgrad_jax.nn import GRADIENT
 from altgrad_jax.recovery import Snapshots
 from altgrad_jax.state import Recoverable, RunSpec, StepMetrics, TrainState
 from altgrad_jax.training import Program
@@ -69,15 +70,23 @@ class StepReport:
 
     Attributes:
         step: which step.
-        metrics: arrays of shape ``(runs,)`` by the names of :class:`~altgrad_jax.state.StepMetrics`.
+        metrics: arrays of shape ``(runs,)`` by the names of :class:`~altgrad_jax.state.StepMetrics`' scalars; and
+            ``worst_overflow_rate``, ``worst_underflow_rate`` and ``worst_stall_rate``, of the gradient cast or weight
+            with most, with the site of each as ``worst_overflow_site`` and so on.
         formats: the format each run computed the step in.
         events: what happened to each run.
+        sites: the names of the sites.
     """
 
     step: int
     metrics: Mapping[str, npt.NDArray]
     formats: tuple[str, ...]
     events: tuple[tuple[Event, ...], ...]
+    sites: tuple[str, ...]
+
+    def numbers(self, run: int) -> dict[str, float | str]:
+        """The metrics of one run, sites by their names."""
+        return _numbers_of(self.metrics, run, self.sites)
 
 
 @dataclass
@@ -91,6 +100,29 @@ class _InFlight:
     def read(self, runs: int) -> dict[str, npt.NDArray]:
         values = self.metrics._asdict() if isinstance(self.metrics, StepMetrics) else self.metrics
         return {name: np.asarray(value)[:runs] for name, value in values.items()}
+
+
+def _judged(metrics: Mapping[str, npt.NDArray], sites_of_weights: Sequence[int]) -> dict[str, npt.NDArray]:
+    """The metrics of a step with the worst sites, and their rates, in place of the rates of all: ``(runs,)`` each.
+
+    Found here and not in the step, where every small reduction is three more programs to compile.
+    """
+    scalars = {name: values for name, values in metrics.items() if values.ndim == 1}
+    rates = {
+        "worst_overflow": metrics["overflow_rates"][:, :, GRADIENT],
+        "worst_underflow": metrics["underflow_rates"][:, :, GRADIENT],
+        "worst_stall": metrics["stall_rates"],
+    }
+    worst = {name: np.argmax(values, axis=1) for name, values in rates.items()}
+    every = np.arange(len(metrics["loss"]))
+    return {
+        **scalars,
+        **{f"{name}_rate": rates[name][every, at] for name, at in worst.items()},
+        **{
+            f"{name}_site": np.array(sites_of_weights)[at] if name == "worst_stall" else at
+            for name, at in worst.items()
+        },
+    }
 
 
 class Job:
@@ -120,6 +152,7 @@ class Job:
         self.plans = tuple(plans)
         self.controllers = [plan.controller() for plan in plans]
         self.step = 0
+        self._program = program
         self._corpus = corpus
         self._batch = batch
         self._context = program.model.context
@@ -130,7 +163,7 @@ class Job:
             snapshots_kept=snapshots_kept,
             rollback_moments=rollback_moments,
         )
-        self._sites = program.model.site_names()
+        self.sites = tuple(program.model.site_names())
         self._pending: _InFlight | None = None
         self.state, self.snapshots = self._fleet.start(self._tokens(0))
 
@@ -199,15 +232,15 @@ class Job:
             )
 
     def _settle(self, earlier: _InFlight, in_flight: int) -> StepReport:
-        metrics = earlier.read(len(self.plans))
+        metrics = _judged(earlier.read(len(self.plans)), self._program.sites_of_weights)
         events, decisions = [], []
         for index, (plan, controller) in enumerate(zip(self.plans, self.controllers, strict=True)):
-            seen = {name: values[index].item() for name, values in metrics.items()}
+            seen = _numbers_of(metrics, index, self.sites)
             decision = controller.observe(Observation.of(earlier.step, seen), in_flight=in_flight)
             decisions.append(decision)
-            events.append((*_noted(earlier.step, seen, plan, self._sites), *decision.events))
+            events.append((*_noted(earlier.step, seen, plan), *decision.events))
         self._carry_out(decisions)
-        return StepReport(earlier.step, metrics, earlier.formats, tuple(events))
+        return StepReport(earlier.step, metrics, earlier.formats, tuple(events), self.sites)
 
     def _carry_out(self, decisions: Sequence[Decision]) -> None:
         formats = [controller.format for controller in self.controllers]
@@ -235,7 +268,12 @@ class Job:
         return np.stack([spoiled(drawn[plan.spec.seed], plan.injections, step) for plan in self.plans])
 
 
-def _noted(step: int, seen: Mapping[str, Any], plan: RunPlan, sites: Sequence[str]) -> list[Event]:
+def _numbers_of(metrics: Mapping[str, npt.NDArray], run: int, sites: Sequence[str]) -> dict[str, float | str]:
+    numbers = {name: values[run].item() for name, values in metrics.items()}
+    return {name: sites[value] if name.endswith("_site") else value for name, value in numbers.items()}
+
+
+def _noted(step: int, seen: Mapping[str, Any], plan: RunPlan) -> list[Event]:
     """The events that the step itself shows: what was injected, skipped or clipped."""
     events = [
         Event(step, "fault", injection.kind, {"value": injection.value})
@@ -248,7 +286,7 @@ def _noted(step: int, seen: Mapping[str, Any], plan: RunPlan, sites: Sequence[st
         numbers = {
             "overflow_rate": seen["overflow_rate"],
             "worst_overflow_rate": seen["worst_overflow_rate"],
-            "worst_site": sites[seen["worst_site"]],
+            "worst_overflow_site": seen["worst_overflow_site"],
             "norm": seen["norm"],
         }
         events.append(Event(step, "gate", "overflow", numbers))

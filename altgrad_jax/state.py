@@ -160,7 +160,7 @@ class Recoverable(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What one step saw: scalars, float32 unless said otherwise.
+    """What one step saw: float32 scalars unless said otherwise.
 
     Attributes:
         loss: training loss, with injected faults.
@@ -170,14 +170,16 @@ class StepMetrics(NamedTuple):
         norm: raw global norm of the gradients.
         clipped: bool, whether the clipper's gate was open.
         overflow_rate: of all gradient casts pooled: what feeds the gate.
-        worst_overflow_rate: of the gradient cast with most.
-        worst_site: int32, which site that is.
         underflow_rate: of all gradient casts pooled.
         operand_overflow_rate: of all operand casts pooled.
         operand_underflow_rate: of all operand casts pooled.
         stall_rate: of the real update on the weights' grid.
         saturation_rate: the part of it that stalled at ±max.
         amax_refused: bool, whether the step's amax was kept out of the history.
+        overflow_rates: ``(sites, 3)``, of each cast.
+        underflow_rates: ``(sites, 3)``, of each cast.
+        stall_rates: ``(weights,)``, of each weight that is an operand; see :attr:`Program.sites_of_weights`.
+        saturation_rates: ``(weights,)``, likewise.
     """
 
     loss: jax.Array
@@ -187,11 +189,13 @@ class StepMetrics(NamedTuple):
     norm: jax.Array
     clipped: jax.Array
     overflow_rate: jax.Array
-    worst_overflow_rate: jax.Array
-    worst_site: jax.Array
     underflow_rate: jax.Array
     operand_overflow_rate: jax.Array
     operand_underflow_rate: jax.Array
     stall_rate: jax.Array
     saturation_rate: jax.Array
     amax_refused: jax.Array
+    overflow_rates: jax.Array
+    underflow_rates: jax.Array
+    stall_rates: jax.Array
+    saturation_rates: jax.Array

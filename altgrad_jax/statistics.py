@@ -347,11 +347,15 @@ class StallMonitorState(NamedTuple):
         format: the grid; replace it with :func:`altgrad_jax.control.set_format`.
         stall_rate: float32, of the last update.
         saturation_rate: float32, the part of it that stalled at ±max.
+        stall_rates: float32 ``(leaves,)``, of each leaf that counts, in the order of the tree.
+        saturation_rates: float32 ``(leaves,)``, likewise.
     """
 
     format: FormatParams
     stall_rate: jax.Array
     saturation_rate: jax.Array
+    stall_rates: jax.Array
+    saturation_rates: jax.Array
 
 
 def stall_monitor(
@@ -385,9 +389,13 @@ def stall_monitor(
     """
     initial = as_params(format)
 
+    def chosen_in(params: optax.Params) -> list[bool]:
+        return [True] * len(jax.tree.leaves(params)) if mask is None else jax.tree.leaves(mask)
+
     def init(params: optax.Params) -> StallMonitorState:
-        del params
-        return StallMonitorState(jax.tree.map(jnp.copy, initial), jnp.float32(0), jnp.float32(0))
+        nothing = jnp.zeros(sum(chosen_in(params)), jnp.float32)
+        zeros = (jnp.float32(0), jnp.float32(0), nothing, jnp.copy(nothing))
+        return StallMonitorState(jax.tree.map(jnp.copy, initial), *zeros)
 
     def update(
         updates: optax.Updates, state: StallMonitorState, params: optax.Params | None = None, **extra_args: object
@@ -395,19 +403,17 @@ def stall_monitor(
         del extra_args
         if params is None:
             raise ValueError("stall_monitor needs the parameters: call update(updates, state, params)")
-        chosen = [True] * len(jax.tree.leaves(params)) if mask is None else jax.tree.leaves(mask)
-        pairs = [
-            (weight, change)
-            for weight, change, counted in zip(jax.tree.leaves(params), jax.tree.leaves(updates), chosen, strict=True)
-            if counted
-        ]
+        leaves = zip(jax.tree.leaves(params), jax.tree.leaves(updates), chosen_in(params), strict=True)
+        pairs = [(weight, change) for weight, change, counted in leaves if counted]
         # All scales at once: one by one, these few scalars would cost more than the passes over small weights.
         weights = [weight for weight, _ in pairs]
         amaxes = largest_over(jnp.stack([amax(weight) for weight in weights]), axis_name)
         grids = state.format.scaled(power_of_two_scale(amaxes, state.format.max_value))
         tallies = [_stall_tally(weight, change, grids.at(k), None) for k, (weight, change) in enumerate(pairs)]
-        counts = StallCounts(_limbs_over(tallies, weights, axis_name)).pooled()
-        return updates, StallMonitorState(state.format, counts.stall_rate, counts.saturation_rate)
+        each = StallCounts(_limbs_over(tallies, weights, axis_name))
+        total = each.pooled()
+        rates = (total.stall_rate, total.saturation_rate, each.stall_rate, each.saturation_rate)
+        return updates, StallMonitorState(state.format, *rates)
 
     # optax types every state as any pytree, its own states included.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]

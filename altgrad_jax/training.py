@@ -212,6 +212,14 @@ class Program:
             lambda path, _: str(getattr(path[-1], "key", "")) == "weight", nnx.to_pure_dict(self._graph[1])
         )
 
+    @cached_property
+    def sites_of_weights(self) -> tuple[int, ...]:
+        """The site of each parameter that is an operand of a product, in the order of the parameters' leaves."""
+        site_of = {path: site for site, path in self.model.weight_sites.items()}
+        leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(self._graph[1]))
+        modules = [tuple(getattr(key, "key", None) for key in path[:-1]) for path, _ in leaves]
+        return tuple(site_of[module] for module in modules if module in site_of)
+
     def loss(self, params: Params, tokens: jax.Array, casts: Casts) -> jax.Array:
         """Loss on one batch of int32 ``(batch, context + 1)`` tokens, under the casts given."""
         graph, template = self._graph
@@ -286,7 +294,6 @@ class Program:
         seen: _Seen,
         moved: TrainState,
     ) -> StepMetrics:
-        per_site = seen.overflow_rates[:, GRADIENT]
         opt_state, clip = moved.opt_state, moved.run.switches.clip
         return StepMetrics(
             loss=loss,
@@ -296,14 +303,16 @@ class Program:
             norm=norm,
             clipped=optax.tree.get(opt_state, "clipped", clip & (norm > self.optimizer.base_clip)),
             overflow_rate=seen.gradient.overflow_rate,
-            worst_overflow_rate=jnp.max(per_site),
-            worst_site=jnp.argmax(per_site).astype(jnp.int32),
             underflow_rate=seen.gradient.underflow_rate,
             operand_overflow_rate=seen.operand.overflow_rate,
             operand_underflow_rate=seen.operand.underflow_rate,
             stall_rate=optax.tree.get(opt_state, "stall_rate"),
             saturation_rate=optax.tree.get(opt_state, "saturation_rate"),
             amax_refused=refused,
+            overflow_rates=seen.overflow_rates,
+            underflow_rates=seen.underflow_rates,
+            stall_rates=optax.tree.get(opt_state, "stall_rates"),
+            saturation_rates=optax.tree.get(opt_state, "saturation_rates"),
         )
 
 
@@ -314,13 +323,15 @@ class _Seen(NamedTuple):
     gradient: CastCounts
     operand: CastCounts
     overflow_rates: jax.Array
+    underflow_rates: jax.Array
 
     @classmethod
     def of(cls, record: Record) -> _Seen:
         tallies = read_record(record)
         counts = CastCounts.of_tallies(tallies)
         gradients, operands = CastCounts(counts.limbs[:, GRADIENT]), CastCounts(counts.limbs[:, :GRADIENT])
-        return cls(amax_of_tallies(tallies), gradients.pooled(), operands.pooled(), counts.overflow_rate)
+        rates = (counts.overflow_rate, counts.underflow_rate)
+        return cls(amax_of_tallies(tallies), gradients.pooled(), operands.pooled(), *rates)
 
 
 def _module(params: Params, path: tuple[str | int, ...]) -> Params:

@@ -53,11 +53,13 @@ def test_a_window_is_judged_when_it_is_full_and_by_its_mean() -> None:
 
 def test_the_worst_site_counts_beside_the_mean() -> None:
     controller = shifting("E4M3", by_cause(window=2))
-    feed(controller, [replace(CALM, overflow_rate=1e-3, worst_overflow_rate=0.1)] * 2)
+    sites = {"worst_overflow": "logits", "worst_stall": "up"}
+    feed(controller, [replace(CALM, overflow_rate=1e-3, worst_overflow_rate=0.1, worst_sites=sites)] * 2)
     assert log(controller) == [(1, "shift", "overflow")]
     assert controller.events[0].numbers == {
         "overflow_rate": 1e-3,
         "worst_overflow_rate": 0.1,
+        "worst_overflow_site": "logits",
         "from": "E4M3",
         "to": "E5M2",
     }
@@ -349,9 +351,17 @@ def test_decisions_are_the_same_after_a_restart_at_any_point(
 
 
 def test_observations_take_what_they_know_from_metrics() -> None:
-    metrics = {"loss": 2.0, "finite": True, "stall_rate": 0.25, "norm": 3.0, "worst_site": 4, "saturation_rate": 0.125}
+    metrics = {
+        "loss": 2.0,
+        "finite": True,
+        "stall_rate": 0.25,
+        "norm": 3.0,
+        "worst_stall_site": "up",
+        "saturation_rate": 0.125,
+    }
     seen = Observation.of(7, metrics)
-    assert seen == Observation(7, 2.0, finite=True, norm=3.0, stall_rate=0.25, saturation_rate=0.125)
+    expected = Observation(7, 2.0, finite=True, norm=3.0, stall_rate=0.25, saturation_rate=0.125)
+    assert seen == replace(expected, worst_sites={"worst_stall": "up"})
     assert Reading.of(seen).precision_stall == 0.125
     with pytest.raises(KeyError, match="finite"):
         Observation.of(7, {"loss": 2.0})

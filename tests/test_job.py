@@ -23,8 +23,9 @@ from altgrad_jax import Policy, all_finite, get_format
 from altgrad_jax.data import load_corpus
 from altgrad_jax.faults import check_faults
 from altgrad_jax.fleet import Fleet
-from altgrad_jax.job import Job, RunPlan, StepReport
+from altgrad_jax.job import Job, RunPlan, StepReport, _judged
 from altgrad_jax.models import GPTConfig
+from altgrad_jax.nn import GRADIENT
 from altgrad_jax.schedules import Schedule
 from altgrad_jax.state import RunSpec, TrainState
 from altgrad_jax.training import Program
@@ -184,9 +185,28 @@ def test_spike_opens_the_gate_and_stays_out_of_the_history(trained: Trained) -> 
     (gate,) = trained.events("spike, on", "gate")
     assert (gate.step, gate.cause) == (FAULT, "overflow")
     assert gate.numbers["overflow_rate"] >= 0.01
-    assert gate.numbers["worst_site"] in trained.job._sites
+    assert gate.numbers["worst_overflow_site"] in trained.job.sites
     index = list(PLANS).index("spike, on")
     assert [report.step for report in trained.reports if report.metrics["amax_refused"][index]] == [FAULT]
+
+
+def test_worst_sites_are_those_of_each_run(trained: Trained) -> None:
+    rates = np.zeros((2, 7, 3), np.float32)
+    rates[0, 6, GRADIENT], rates[1, 2, GRADIENT], rates[1, 3, :GRADIENT] = 0.5, 0.25, 0.75  # operands are not looked at
+    stalls = np.array([[0, 0, 0.5, 0, 0.25], [1, 0, 0, 0, 0]], np.float32)
+    raw = {"loss": np.ones(2), "overflow_rates": rates, "underflow_rates": rates[::-1], "stall_rates": stalls}
+    assert {name: values.tolist() for name, values in _judged(raw, (5, 3, 0, 4, 6)).items()} == {
+        "loss": [1, 1],
+        "worst_overflow_rate": [0.5, 0.25],
+        "worst_underflow_rate": [0.25, 0.5],
+        "worst_stall_rate": [0.5, 1],
+        "worst_overflow_site": [6, 2],
+        "worst_underflow_site": [2, 6],
+        "worst_stall_site": [0, 5],
+    }
+    numbers = trained.reports[FAULT].numbers(list(PLANS).index("spike, on"))
+    assert numbers["worst_overflow_site"] in trained.job.sites
+    assert numbers["worst_overflow_rate"] >= numbers["overflow_rate"]
 
 
 def test_stalled_committed_weights_are_rounded_stochastically(trained: Trained) -> None:
@@ -334,7 +354,7 @@ def trained(specs, devices=None):
 
 assert len(jax.devices()) == 2
 forward, losses, seen, state = trained(specs)
-assert {leaf.shape for leaf in jax.tree.leaves(seen)} == {(4,)}  # three runs on two devices: one place is filled up
+assert {len(leaf) for leaf in jax.tree.leaves(seen)} == {4}  # three runs on two devices: one place is filled up
 assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {2}
 maxima = [parse(name).max_representable_value for name in ("E5M2", "E7M0", "E0M7", "E0M7")]
 assert np.asarray(state.run.operand.max_value).tolist() == maxima

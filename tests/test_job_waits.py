@@ -16,6 +16,8 @@ from altgrad_jax.state import Fault, RunSpec, StepMetrics
 from altgrad_jax.training import Program
 
 STEPS = 30
+SHAPES = {"overflow_rates": (7, 3), "underflow_rates": (7, 3), "stall_rates": (5,), "saturation_rates": (5,)}
+"""Of the metrics that are no scalars: one block has seven sites, five of them with weights."""
 
 
 class Opaque:
@@ -34,13 +36,14 @@ class Metric:
     fleet: "LateFleet"
     step: int
     value: float | bool
+    shape: tuple[int, ...] = ()
 
     def copy_to_host_async(self) -> None:
         self.fleet.announced.add(self.step)
 
     def __array__(self, dtype: object = None, copy: object = None) -> npt.NDArray:
         self.fleet.reads.append((self.step, self.fleet.dispatched))
-        return np.array([self.value])
+        return np.full((1, *self.shape), self.value)
 
 
 @dataclass
@@ -64,7 +67,10 @@ class LateFleet:
         self.dispatched += 1
         good, sound = not 5 <= self.dispatched <= 8, self.dispatched < 20
         values = {"loss": 3.0 if good else float("nan"), "finite": good, "params_finite": sound, "applied": good}
-        metrics = {name: Metric(self, self.dispatched, values.get(name, 0)) for name in StepMetrics._fields}
+        metrics = {
+            name: Metric(self, self.dispatched, values.get(name, 0), SHAPES.get(name, ()))
+            for name in StepMetrics._fields
+        }
         return Opaque(), StepMetrics(**metrics)  # pyrefly: ignore[bad-argument-type]
 
     def keep_snapshot(self, snapshots: Opaque, state: Opaque, wanted: Sequence[bool]) -> Opaque:

@@ -340,6 +340,7 @@ def test_monitor_sees_the_real_update() -> None:
     grads = {"w": jnp.array([-100.0, -1.0, -1.0, 0.0]), "b": jnp.array([-1.0])}
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
     assert float(optax.tree.get(state, "stall_rate")) == 0.75  # the first alone moves; the zero does not count
+    np.testing.assert_array_equal(optax.tree.get(state, "stall_rates"), np.float32([1, 2 / 3]))  # of b and of w
     plain, _ = optax.sgd(0.01).update(grads, optax.sgd(0.01).init(params))
     np.testing.assert_array_equal(updates["w"], plain["w"])
 
@@ -356,6 +357,7 @@ def test_monitor_at_max() -> None:
     params = {"w": jnp.array([448.0, 1.0])}
     _, state = stall_monitor("E4M3").update({"w": jnp.array([1e-3, 1.0])}, stall_monitor("E4M3").init(params), params)
     assert (float(state.stall_rate), float(state.saturation_rate)) == (0.5, 0.5)
+    assert (float(state.stall_rates[0]), float(state.saturation_rates[0])) == (0.5, 0.5)
 
 
 def test_monitor_mask() -> None:
@@ -363,6 +365,7 @@ def test_monitor_mask() -> None:
     tx = stall_monitor("E5M2", mask={"w": True, "b": False})
     _, state = tx.update({"w": jnp.array([1.0, 1e-6]), "b": jnp.full(6, 1e-6)}, tx.init(params), params)
     assert float(state.stall_rate) == 0.5
+    assert [leaf.shape for leaf in (tx.init(params).stall_rates, state.stall_rates)] == [(1,), (1,)]
 
 
 def test_monitor_follows_set_format_and_needs_params() -> None:

@@ -81,7 +81,7 @@ def made_up_run(variant: Variant, name: str, seed: int, steps: int) -> tuple[Run
         "norm": norm,
         "overflow_rate": overflow,
         "worst_overflow_rate": np.minimum(overflow * 11, 1),
-        "worst_site": np.full(steps, 11.0),
+        "worst_overflow_site": np.full(steps, 11.0),
         "underflow_rate": UNDERFLOW.get(name, 0.1)
         * (0.8 + 0.2 * np.sqrt(step / steps))
         * (0.97 + 0.06 * random.random(steps)),
@@ -235,8 +235,8 @@ DAMAGES = {
     "not text": (lambda folder: (folder / "study.json").write_bytes(b"\xff\xfe{"), r"study\.json is not JSON"),
     "other json": (lambda folder: (folder / "study.json").write_text("[1]"), r"study\.json is not a study"),
     "other version": (
-        lambda folder: edit(folder, lambda content: content.update(altgrad_study=2)),
-        r"study\.json is version 2 .* reads version 1",
+        lambda folder: edit(folder, lambda content: content.update(altgrad_study=1)),
+        r"study\.json is version 1 .* reads version 2",
     ),
     "changed series": (
         lambda folder: (folder / "series.npz").write_bytes((folder / "series.npz").read_bytes()[:-9]),
@@ -486,7 +486,7 @@ def losing(step: int, **rates: float) -> Callable[[RunResult, dict[str, np.ndarr
 @pytest.mark.parametrize(
     ("rates", "cause"),
     [
-        ({"overflow_rate": 0.2, "worst_site": 12}, "gradient overflow, most at logits"),
+        ({"overflow_rate": 0.2, "worst_overflow_site": 12}, "gradient overflow, most at logits"),
         ({"operand_overflow_rate": 0.2}, "operand overflow"),
         ({}, "not finite, and no rate stands out"),
     ],

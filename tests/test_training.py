@@ -20,6 +20,7 @@ from altgrad_jax.control import get_format
 from altgrad_jax.data import load_corpus
 from altgrad_jax.mapped import RUNS, steps_of
 from altgrad_jax.models import GPTConfig
+from altgrad_jax.nn import GRADIENT, RHS
 from altgrad_jax.schedules import Schedule
 from altgrad_jax.state import Fault, Recoverable, RunSpec, StepMetrics, TrainState
 from altgrad_jax.training import OptimizerConfig, Program
@@ -173,8 +174,21 @@ def test_clip_is_a_switch() -> None:
     assert bool(shown[10].clipped)
     assert not bool(unclipped[10].clipped)
     assert float(shown[10].overflow_rate) == float(unclipped[10].overflow_rate) >= OptimizerConfig().overflow_threshold
-    assert float(shown[10].worst_overflow_rate) >= float(shown[10].overflow_rate)
-    assert 0 <= int(shown[10].worst_site) < MODEL.sites
+    assert float(jnp.max(shown[10].overflow_rates[:, GRADIENT])) >= float(shown[10].overflow_rate)
+
+
+def test_rates_of_each_site_and_weight() -> None:
+    """A weight that dwarfs its tensor makes the rest of it vanish, at its own site and as the right operand there."""
+    assert fast().program.sites_of_weights == (5, 3, 0, 4, 6)  # down, proj, qkv, up, logits: the order of leaves
+    _, shown = fast().run(RunSpec("E3M4"), {3: POISON._replace(weight=1e6)}, 4)
+    before, after = shown[2], shown[3]
+    up = MODEL.site_names().index("block0.up")
+    grown = np.asarray(after.underflow_rates - before.underflow_rates)
+    assert np.unravel_index(np.argmax(grown[:, :GRADIENT]), (MODEL.sites, GRADIENT)) == (up, RHS)
+    assert float(after.underflow_rates[up, RHS]) > 0.9
+    place = fast().program.sites_of_weights.index(up)
+    assert float(after.stall_rates[place]) > 0.99 > float(before.stall_rates[place])
+    assert float(before.saturation_rates[place]) == 0
 
 
 # ---- formats as data

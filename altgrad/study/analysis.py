@@ -486,7 +486,7 @@ def _worst_site(study: Study, rows: Sequence[int]) -> tuple[str, float]:
     rates = np.where(np.isfinite(study.series["loss"][rows]), study.series["worst_overflow_rate"][rows], 0)
     rates = np.nan_to_num(rates)
     run, step = np.unravel_index(int(np.argmax(rates)), rates.shape)
-    worst, site = float(rates[run, step]), study.series["worst_site"][rows][run, step]
+    worst, site = float(rates[run, step]), study.series["worst_overflow_site"][rows][run, step]
     if worst <= 0 or not np.isfinite(site):
         return "", worst
     return site_name(study, int(site)), worst

@@ -202,7 +202,7 @@ def _cause_of_loss(study: Study, row: int, step: int) -> str:
     overflow = np.nan_to_num(study.series["overflow_rate"][row, around])
     operands = np.nan_to_num(study.series["operand_overflow_rate"][row, around])
     if overflow.max() >= OVERFLOWING:
-        site = study.series["worst_site"][row, around][int(np.argmax(overflow))]
+        site = study.series["worst_overflow_site"][row, around][int(np.argmax(overflow))]
         where = f", most at {site_name(study, int(site))}" if np.isfinite(site) else ""
         return f"gradient overflow{where}"
     if operands.max() >= OVERFLOWING:

@@ -35,7 +35,7 @@ SERIES: tuple[str, ...] = (
     "norm",
     "overflow_rate",
     "worst_overflow_rate",
-    "worst_site",
+    "worst_overflow_site",
     "underflow_rate",
     "operand_overflow_rate",
     "operand_underflow_rate",
@@ -48,7 +48,7 @@ SERIES: tuple[str, ...] = (
 
 STUDY_FILE = "study.json"
 SERIES_FILE = "series.npz"
-VERSION = 1
+VERSION = 2
 
 
 class StudyError(InputError):
@@ -107,7 +107,7 @@ class Study:
             ``unigram_loss`` (entropy of the character frequencies in nats: what a model that learnt nothing else
             reaches).
         environment: versions and hardware.
-        sites: names of the matrix products, which ``worst_site`` counts.
+        sites: names of the matrix products, which ``worst_overflow_site`` counts.
         runs: the runs.
         series: float32 arrays of shape ``(runs, steps)`` by the names in :data:`SERIES`.
         wall_seconds: how long the study took.
