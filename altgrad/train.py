@@ -95,7 +95,8 @@ class TrainConfig:
     """What else a shift may answer. relative_stall: stalls of committed weights, by stochastic rounding at
     once, then by a shift where they grew on a plateau.
     fallback_chain: any stall above the threshold. by_cause: overflow, underflow and stalls of committed weights, each
-    with what is missing: exponent bits, mantissa bits, stochastic rounding. off: nothing, NaN batches alone shift."""
+    with what is missing: scales that follow, exponent bits, mantissa bits, stochastic rounding. off: nothing, NaN
+    batches alone shift."""
     recover_after: int | None = None
     """Quiet steps after which --format is tried again; twice as many after each return that failed."""
 
@@ -140,7 +141,9 @@ class TrainConfig:
         check_rate("overflow_threshold", self.overflow_threshold)
         self._refuse_without(self.clip, "--clip", ("clip_rule", "base_clip", "overflow_threshold"))
         self._refuse_without(self.clip_rule != "ungated", "a gated --clip-rule", ("overflow_threshold",))
-        self._refuse_without(self.scaling == "delayed", "--scaling delayed", ("calibrate", "refuse_spikes"))
+        self._refuse_without(self.scaling == "delayed", "--scaling delayed", ("calibrate",))
+        follows = self.scaling == "delayed" or (self.shift and self.policy == "by_cause")
+        self._refuse_without(follows, "--scaling delayed (or --policy by_cause)", ("refuse_spikes",))
         self._refuse_without(self.shift, "--shift", ("nan_patience", "stall_threshold", "policy", "recover_after"))
         self._refuse_without(
             self.recover, "--recover", ("refuse_spikes", "snapshot_every", "snapshots_kept", "rollback_moments")

@@ -1,4 +1,4 @@
-"""The policy that answers each cause with what is missing: exponent bits, mantissa bits, or another rounding."""
+"""The policy that answers each cause with what is missing: scales, exponent bits, mantissa bits, another rounding."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 from altgrad_core.evidence import Evidence, RateName, Reading
 from altgrad_core.ladder import with_more_precision, with_more_range
 from altgrad_core.remedies import Remedy, shift_by_table, stall_threshold
+from altgrad_core.scaling import ScaleRule
 from altgrad_core.settings import Policy
 from altgrad_core.stability import EmergencyMantissaShift
 
@@ -28,11 +29,13 @@ class _Cause:
 def by_cause(evidence: Evidence, policy: Policy, shifter: EmergencyMantissaShift | None) -> Sequence[Remedy]:
     """Answer each cause with what is missing (AltGrad rule).
 
-    Overflow, and committed weights that stall at ±max, ask for exponent bits; where no format has more, overflow halves
-    the learning rate, down to ``policy.smallest_learning_rate``. A precision stall of committed weights asks for
-    stochastic rounding, and then for mantissa bits. Underflow asks for exponent bits. The format is the nearest of the
-    eight with more of what is missing, but neither the one just left nor one that the fallback table does not have.
-    NaN batches name no cause: they shift by that table.
+    Where scales can be changed, they come first, since they cost no bit: overflow and underflow under static scales ask
+    for delayed ones, and overflow under these, which grows faster than the history knows whatever the format, for
+    repaired ones. Then overflow, underflow, and committed weights that stall at ±max, ask for exponent bits; where no
+    format has more, overflow halves the learning rate, down to ``policy.smallest_learning_rate``. A precision stall of
+    committed weights asks for stochastic rounding, and then for mantissa bits. The format is the nearest of the eight
+    with more of what is missing, but neither the one just left nor one that the fallback table does not have. NaN
+    batches name no cause: they shift by that table.
 
     >>> hot = Evidence(9, "E4M3", window=Reading(1.0, overflow=0.02))
     >>> [(call.cause, call.format) for call in by_cause(hot, Policy("by_cause"), EmergencyMantissaShift())]
@@ -70,6 +73,9 @@ def _remedy(cause: _Cause, evidence: Evidence, policy: Policy, shifter: Emergenc
     numbers = {f"{name}_rate": getattr(evidence.window, name) for name in cause.limits}
     if cause.name == "stall" and evidence.rounding == "nearest_even":
         return Remedy(cause.name, rounding="stochastic", numbers=numbers, limits=cause.limits)
+    scales = _better_scales(cause, evidence.scales)
+    if scales is not None:
+        return Remedy(cause.name, scales=scales, numbers=numbers)  # for good, so that it cannot be called for again
     if shifter is None:
         return None
     target = (with_more_range if cause.missing == "range" else with_more_precision)(evidence.format)
@@ -79,3 +85,11 @@ def _remedy(cause: _Cause, evidence: Evidence, policy: Policy, shifter: Emergenc
     if cause.name == "overflow" and lower is not None and lower >= policy.smallest_learning_rate:
         return Remedy(cause.name, learning_rate=lower, numbers=numbers, limits=cause.limits)
     return Remedy(cause.name, numbers=numbers, limits=cause.limits)
+
+
+def _better_scales(cause: _Cause, scales: ScaleRule | None) -> ScaleRule | None:
+    if cause.name not in ("overflow", "underflow"):
+        return None
+    if scales == "static":
+        return "delayed"
+    return "repaired" if scales == "delayed" and cause.name == "overflow" else None

@@ -14,11 +14,12 @@ from altgrad_core.formats import Rounding, parse
 from altgrad_core.health import Health
 from altgrad_core.policies import rule_of
 from altgrad_core.remedies import Remedy, Rule
+from altgrad_core.scaling import ScaleRule
 from altgrad_core.settings import Policy, PolicyName, check_factor
 from altgrad_core.stability import EmergencyMantissaShift
 from altgrad_core.watch import Watch
 
-DECISIONS: tuple[EventKind, ...] = ("shift", "rounding", "learning_rate", "rollback", "exhausted")
+DECISIONS: tuple[EventKind, ...] = ("shift", "rounding", "learning_rate", "scales", "rollback", "exhausted")
 """The kinds of event that a controller logs."""
 
 
@@ -32,6 +33,7 @@ class Decision:
         rollback: whether to go back to the oldest snapshot.
         events: the same as lines for the log, with what called for it.
         learning_rate: the factor on the learning rate to change to, or None.
+        scales: where scales are to come from, or None for no change.
     """
 
     format: str | None = None
@@ -39,11 +41,13 @@ class Decision:
     rollback: bool = False
     events: tuple[Event, ...] = ()
     learning_rate: float | None = None
+    scales: ScaleRule | None = None
 
     @property
     def acts(self) -> bool:
         """Whether the state has to change."""
-        return self.format is not None or self.rounding is not None or self.learning_rate is not None or self.rollback
+        changes = (self.format, self.rounding, self.learning_rate, self.scales)
+        return self.rollback or any(change is not None for change in changes)
 
 
 class ControllerOptions(TypedDict, total=False):
@@ -54,10 +58,11 @@ class ControllerOptions(TypedDict, total=False):
     rounding: Rounding | None
     can_roll_back: bool
     learning_rate: float | None
+    scales: ScaleRule | None
 
 
 class Controller:
-    """Keeps one run alive: changes its format, rounding or learning rate, or sends it back to a snapshot.
+    """Keeps one run alive: changes its format, rounding, learning rate or scales, or sends it back to a snapshot.
 
     Whether the run is poisoned is judged by :class:`~altgrad_core.health.Health`, all else by the policy.
 
@@ -68,6 +73,7 @@ class Controller:
         rounding: how committed weights are rounded, or None for float32 masters.
         can_roll_back: whether snapshots are kept.
         learning_rate: the factor on the learning rate, or None where the run cannot change it.
+        scales: where scales come from, or None where the run cannot change it.
 
     Raises:
         ValueError: if a shift is asked for in a format that has no entry in the fallback table, such as float32; for
@@ -87,10 +93,12 @@ class Controller:
         rounding: Rounding | None = None,
         can_roll_back: bool = False,
         learning_rate: float | None = None,
+        scales: ScaleRule | None = None,
     ) -> None:
         self.format = str(parse(format))
         self.rounding = rounding
         self.learning_rate = learning_rate
+        self.scales = scales
         self.policy = policy if isinstance(policy, Policy) else Policy() if policy is None else Policy(policy)
         self.shifter = shifter
         self.can_roll_back = can_roll_back
@@ -118,7 +126,7 @@ class Controller:
         if self._watch.ignores(seen.step):
             return Decision()
         back = self._health.judge(seen)
-        evidence = self._watch.take(seen, self.format, self.rounding, self.learning_rate)
+        evidence = self._watch.take(seen, self.format, self.rounding, self.learning_rate, self.scales)
         remedy = self._watch.admitted(self._rule(evidence, self.policy, self.shifter))
         events = (back,) if back is not None and self.can_roll_back else ()
         decision = Decision(rollback=bool(events), events=events)
@@ -130,6 +138,7 @@ class Controller:
                 decision.rollback or remedy.rollback,
                 (*events, *self._told(remedy, seen)),
                 remedy.learning_rate,
+                remedy.scales,
             )
         if decision.events:
             ignore_through = in_flight if decision.acts and in_flight is not None else seen.step
@@ -166,6 +175,7 @@ class Controller:
             "format": self.format,
             "rounding": self.rounding,
             "learning_rate": self.learning_rate,
+            "scales": self.scales,
             "health": self._health.saved(),
             "watch": self._watch.saved(),
         }
@@ -173,7 +183,7 @@ class Controller:
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take up what :meth:`saved` returned."""
         self.format, self.rounding = saved["format"], saved["rounding"]
-        self.learning_rate = saved["learning_rate"]
+        self.learning_rate, self.scales = saved["learning_rate"], saved["scales"]
         self._health.restore(saved["health"])
         self._watch.restore(saved["watch"])
 
@@ -187,6 +197,8 @@ class Controller:
             raise InputError("step() cannot change how weights are rounded: use observe() and write what it decides")
         if self.learning_rate is not None:
             raise InputError("step() cannot change the learning rate: use observe() and write what it decides")
+        if self.scales is not None:
+            raise InputError("step() cannot change where scales come from: use observe() and write what it decides")
         if (roll_back is not None) != self.can_roll_back:
             raise InputError(
                 f"can_roll_back is {self.can_roll_back} but roll_back is {roll_back!r}; give both or neither"
@@ -200,6 +212,7 @@ class Controller:
         self.format = decision.format or self.format
         self.rounding = decision.rounding or self.rounding
         self.learning_rate = decision.learning_rate or self.learning_rate
+        self.scales = decision.scales or self.scales
         self._watch.start_anew(step, ignore_through)
         self.events.extend(decision.events)
 
@@ -210,6 +223,7 @@ class Controller:
             "shift": {"from": self.format, "to": remedy.format},
             "rounding": {"to": remedy.rounding},
             "learning_rate": {"from": self.learning_rate, "to": remedy.learning_rate},
+            "scales": {"from": self.scales, "to": remedy.scales},
             "exhausted": {"from": self.format},
         }
         numbers = {kind: {name: end for name, end in way.items() if end is not None} for kind, way in ways.items()}
@@ -227,6 +241,8 @@ class Controller:
             check_factor("the factor on the learning rate", remedy.learning_rate)
             there = self.learning_rate is not None
             self._check_has(there, "another learning rate", "a factor to change (learning_rate)")
+        if remedy.scales is not None:
+            self._check_has(self.scales is not None, "other scales", "scales to change (scales)")
         if remedy.rollback:
             self._check_has(self.can_roll_back, "a rollback", "snapshots (can_roll_back)")
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-EventKind = Literal["fault", "skip", "gate", "shift", "rounding", "learning_rate", "rollback", "exhausted"]
+EventKind = Literal["fault", "skip", "gate", "shift", "rounding", "learning_rate", "scales", "rollback", "exhausted"]
 """What can happen.
 
 ``fault``: one was injected. ``skip``: a step that was not finite was not taken. ``gate``: the clipper's gate was open.
 ``shift``: the format changed. ``rounding``: committed weights are rounded in another way from here on.
-``learning_rate``: the learning rate is multiplied by another factor from here on. ``rollback``: the run went back to a
-snapshot. ``exhausted``: a remedy was called for and there is none left, such as no format to fall back to.
+``learning_rate``: the learning rate is multiplied by another factor from here on. ``scales``: they come from elsewhere
+from here on. ``rollback``: the run went back to a snapshot. ``exhausted``: a remedy was called for and there is none
+left, such as no format to fall back to.
 """
 
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)

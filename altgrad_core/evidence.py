@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Literal, get_args
 
 from altgrad_core.formats import Rounding
+from altgrad_core.scaling import ScaleRule
 
 RateName = Literal[
     "overflow",
@@ -155,6 +156,7 @@ class Evidence:
         left_format: the format that the last shift left; None before the first.
         rounding: how committed weights are rounded; None for float32 masters.
         learning_rate: the factor on the learning rate in force; None where it cannot be changed.
+        scales: where scales come from; None where that cannot be changed.
         finite: whether the step was.
         consecutive_nans: steps in a row that were not finite, up to this one and since the last decision on such steps.
         window: means over the last window of finite steps. None while the step is not finite, the window is not full,
@@ -173,6 +175,7 @@ class Evidence:
     left_format: str | None = None
     rounding: Rounding | None = None
     learning_rate: float | None = None
+    scales: ScaleRule | None = None
     finite: bool = True
     consecutive_nans: int = 0
     window: Reading | None = None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from altgrad_core.events import EventKind
 from altgrad_core.evidence import Evidence, RateName
 from altgrad_core.formats import Rounding
+from altgrad_core.scaling import ScaleRule
 from altgrad_core.settings import Policy
 from altgrad_core.stability import EmergencyMantissaShift
 
@@ -25,6 +26,7 @@ class Remedy:
         rounding: how to round committed weights from here on.
         rollback: whether to go back to a snapshot.
         learning_rate: the factor on the learning rate from here on; 1.0 is the schedule itself.
+        scales: where scales come from, from here on.
         numbers: the figures behind it.
         limits: rates and the limits that they reached. The same cause calls for the same kinds of remedy again only
             after each has fallen clearly below its limit; without any, at once.
@@ -35,6 +37,7 @@ class Remedy:
     rounding: Rounding | None = None
     rollback: bool = False
     learning_rate: float | None = None
+    scales: ScaleRule | None = None
     numbers: Mapping[str, float | str] = field(default_factory=dict)
     limits: Mapping[RateName, float] = field(default_factory=dict)
 
@@ -49,6 +52,7 @@ class Remedy:
             "shift": self.format is not None,
             "rounding": self.rounding is not None,
             "learning_rate": self.learning_rate is not None,
+            "scales": self.scales is not None,
             "rollback": self.rollback,
         }
         return tuple(kind for kind, there in wanted.items() if there) or ("exhausted",)

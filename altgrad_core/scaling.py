@@ -42,6 +42,13 @@ most max, so that nothing saturates; up to twice that of ``mx``. (torchao calls 
 
 BLOCK_RULES: tuple[BlockRule, ...] = ("mx", "fit")
 
+ScaleRule = Literal["static", "delayed", "repaired"]
+"""Where a training job's scales come from.
+
+``static``: all are 1. ``delayed``: powers of two from the largest magnitudes of the last steps. ``repaired``: likewise,
+but where a cast saturates the scale is twice as large in the next step.
+"""
+
 HistoryReduction = Literal["max", "most_recent"]
 """Which amax of a history a delayed scale goes by: the largest, or the newest (the two of Transformer Engine)."""
 

@@ -9,6 +9,7 @@ from typing import Any
 from altgrad_core.evidence import Evidence, Observation, Reading
 from altgrad_core.formats import Rounding, parse
 from altgrad_core.remedies import Remedy
+from altgrad_core.scaling import ScaleRule
 from altgrad_core.settings import Policy
 
 
@@ -48,7 +49,14 @@ class Watch:
         """Whether a step was on its way when the last decision landed, so that it says nothing about it."""
         return step <= self._memory.ignore_through
 
-    def take(self, seen: Observation, format: str, rounding: Rounding | None, learning_rate: float | None) -> Evidence:
+    def take(
+        self,
+        seen: Observation,
+        format: str,
+        rounding: Rounding | None,
+        learning_rate: float | None,
+        scales: ScaleRule | None,
+    ) -> Evidence:
         """Take one observation.
 
         Args:
@@ -56,6 +64,7 @@ class Watch:
             format: the format in force.
             rounding: of committed weights; None for float32 masters.
             learning_rate: the factor in force; None where it cannot be changed.
+            scales: where scales come from; None where that cannot be changed.
 
         Returns:
             What a policy may judge.
@@ -72,6 +81,7 @@ class Watch:
             left_format=memory.left_format,
             rounding=rounding,
             learning_rate=learning_rate,
+            scales=scales,
             finite=seen.finite,
             consecutive_nans=memory.nans,
             window=mean if seen.step >= memory.judge_from else None,

@@ -227,7 +227,7 @@ class FormatController(Controller):
         events = tuple(Event(**each) for each in what["events"])
         self.restore(told["memory"])
         self.events.extend(events)
-        return Decision(what["format"], what["rounding"], what["rollback"], events, what["learning_rate"])
+        return Decision(**(what | {"events": events}))
 
     def _carried_out(self, decision: Decision, state: State, roll_back: Callable[[State], State] | None) -> State:
         if decision.rollback and roll_back is not None:

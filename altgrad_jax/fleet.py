@@ -15,6 +15,7 @@ import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from altgrad_core.formats import ROUNDINGS, Rounding
+from altgrad_core.scaling import ScaleRule
 from altgrad_core.snapshots import Moments, check_moments
 from altgrad_jax.control import replace_data, set_format
 from altgrad_jax.mapped import RUNS, ring_of, steps_of
@@ -122,6 +123,19 @@ class Fleet:
         """Write the factor on every run's learning rate into the state."""
         filled = self._fill(np.array(factors, np.float32))
         return replace(state, run=replace(state.run, learning_rate=replace_data(state.run.learning_rate, filled)))
+
+    def set_scales(self, state: TrainState, rules: Sequence[ScaleRule | None]) -> TrainState:
+        """Write where the scales of every run come from; None for where they came from at the start."""
+        now = [rule or run.scales for rule, run in zip(rules, self.runs, strict=True)]
+        static = np.array([rule == "static" for rule in now])
+        repair = np.array([rule == "repaired" or run.repair_scales for rule, run in zip(now, self.runs, strict=True)])
+        switches = state.run.switches
+        switched = replace(
+            switches,
+            static_scales=replace_data(switches.static_scales, self._fill(static)),
+            repair_scales=replace_data(switches.repair_scales, self._fill(repair)),
+        )
+        return replace(state, run=replace(state.run, switches=switched))
 
     def _fill(self, values: npt.NDArray) -> npt.NDArray:
         missing = self._padded - len(values)

@@ -33,7 +33,7 @@ class RunPlan:
     Attributes:
         spec: what it computes.
         injections: the faults it suffers.
-        shift: whether its format, and the learning rate with it, may change.
+        shift: whether its format may change, and with it the learning rate and where scales come from.
         policy: when its controller acts.
         nan_patience: NaN batches in a row before a shift.
         stall_threshold: stall rate above which a shift is considered.
@@ -61,6 +61,7 @@ class RunPlan:
             rounding=self.spec.storage_rounding if self.shift and self.spec.storage == "committed" else None,
             can_roll_back=self.spec.recover,
             learning_rate=1.0 if self.shift else None,
+            scales=self.spec.scales if self.shift else None,
         )
 
 
@@ -258,6 +259,8 @@ class Job:
         if any(decision.learning_rate for decision in decisions):
             factors = [controller.learning_rate or 1.0 for controller in self.controllers]
             self.state = self._fleet.set_learning_rates(self.state, factors)
+        if any(decision.scales for decision in decisions):
+            self.state = self._fleet.set_scales(self.state, [controller.scales for controller in self.controllers])
 
     def _tokens(self, step: int) -> npt.NDArray[np.int32]:
         """The batch of each run: one for each seed, the same for all runs that share it."""

@@ -9,6 +9,7 @@ import jax
 import optax
 
 from altgrad_core.formats import Overflow
+from altgrad_core.scaling import ScaleRule
 from altgrad_jax.params import FormatParams
 from altgrad_jax.schedules import Schedule
 
@@ -55,6 +56,13 @@ class RunSpec:
     repair_scales: bool = False
     schedule: Schedule = field(default_factory=Schedule)
     learning_rate: float = 1.0
+
+    @property
+    def scales(self) -> ScaleRule:
+        """Where scales come from. Static ones may be repaired, too: that goes on whatever they become."""
+        if self.scaling == "static":
+            return "static"
+        return "repaired" if self.repair_scales else "delayed"
 
 
 class Fault(NamedTuple):

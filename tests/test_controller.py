@@ -175,6 +175,33 @@ def test_the_learning_rate_is_lowered_where_no_format_is_left() -> None:
     }
 
 
+# ---- scales
+
+
+def test_scales_come_before_exponent_bits() -> None:
+    controller = shifting("E4M3", by_cause(), scales="static")
+    decisions = feed(controller, [HOT] * 4)
+    assert [each.scales for each in decisions] == ["delayed", "repaired", None, None]
+    assert [(event.kind, event.numbers["from"], event.numbers["to"]) for event in controller.events] == [
+        ("scales", "static", "delayed"),
+        ("scales", "delayed", "repaired"),
+        ("shift", "E4M3", "E5M2"),
+    ]
+    assert (controller.scales, controller.format) == ("repaired", "E5M2")
+
+
+def test_what_underflows_gets_delayed_scales_and_then_exponent_bits() -> None:
+    controller = shifting("E4M3", by_cause(), scales="static")
+    feed(controller, [replace(CALM, worst_underflow_rate=0.6, worst_sites={"worst_underflow": "logits"})] * 3)
+    assert log(controller) == [(0, "scales", "underflow"), (1, "shift", "underflow")]
+    assert controller.events[0].numbers["worst_underflow_site"] == "logits"
+
+
+def test_scales_may_change_where_the_format_must_stay() -> None:
+    controller = Controller("E4M3", policy=by_cause(), scales="static")
+    assert [each.scales for each in feed(controller, [HOT] * 3)] == ["delayed", "repaired", None]
+
+
 # ---- coming back
 
 
@@ -248,16 +275,20 @@ def test_a_function_may_be_the_policy() -> None:
 
     def once(evidence: Evidence, policy: Policy, shifter: object) -> list[Remedy]:
         seen.append(evidence)
-        return [Remedy("mine", "E2M5", "stochastic", rollback=True, learning_rate=0.3)] if evidence.step == 3 else []
+        remedy = Remedy("mine", "E2M5", "stochastic", rollback=True, learning_rate=0.3, scales="repaired")
+        return [remedy] if evidence.step == 3 else []
 
-    controller = shifting("E4M3", once, rounding="nearest_even", can_roll_back=True, learning_rate=1.0)
+    more = {"rounding": "nearest_even", "can_roll_back": True, "learning_rate": 1.0, "scales": "delayed"}
+    controller = shifting("E4M3", once, **more)
     decision = feed(controller, [CALM] * 6)[3]
     assert (decision.format, decision.rounding, decision.learning_rate) == ("E2M5", "stochastic", 0.3)
-    assert decision.rollback
-    assert [event.kind for event in decision.events] == ["shift", "rounding", "learning_rate", "rollback"]
+    assert (decision.rollback, decision.scales) == (True, "repaired")
+    assert [event.kind for event in decision.events] == ["shift", "rounding", "learning_rate", "scales", "rollback"]
     assert set(DECISIONS) == {event.kind for event in decision.events} | {"exhausted"}
     assert [each.since_decision for each in seen] == [None] * 4 + [1, 2]
-    assert (seen[4].format, seen[4].rounding, seen[4].learning_rate) == ("E2M5", "stochastic", 0.3)
+    in_force = seen[4]
+    assert (in_force.format, in_force.rounding, in_force.learning_rate) == ("E2M5", "stochastic", 0.3)
+    assert in_force.scales == "repaired"
 
 
 @pytest.mark.parametrize(
@@ -268,6 +299,7 @@ def test_a_function_may_be_the_policy() -> None:
         (Remedy("mine", rounding="stochastic"), "expected a run with committed weights"),
         (Remedy("mine", learning_rate=0.5), "another learning rate; expected a run with a factor"),
         (Remedy("mine", learning_rate=0.0), "the factor on the learning rate is 0.0"),
+        (Remedy("mine", scales="repaired"), "other scales; expected a run with scales"),
         (Remedy("mine", rollback=True), "a rollback; expected a run with snapshots"),
     ],
 )
@@ -315,6 +347,7 @@ observations = st.lists(
     st.sampled_from(sorted(FORMAT_FALLBACK)),
     st.sampled_from([None, "nearest_even", "stochastic"]),
     st.sampled_from([None, 2, 7]),
+    st.sampled_from([None, "static", "delayed"]),
     st.integers(1, 4),
     st.integers(0, 6),
 )
@@ -325,13 +358,14 @@ def test_decisions_are_the_same_after_a_restart_at_any_point(
     start: str,
     rounding: Any,
     recover_after: int | None,
+    scales: Any,
     window: int,
     cooldown: int,
 ) -> None:
     policy = Policy(name, window=window, warmup=2, cooldown=cooldown, recover_after=recover_after, plateau=0.3)
 
     def fresh() -> Controller:
-        return shifting(start, policy, rounding=rounding, can_roll_back=True, learning_rate=1.0)
+        return shifting(start, policy, rounding=rounding, can_roll_back=True, learning_rate=1.0, scales=scales)
 
     whole, again, first, second = fresh(), fresh(), fresh(), fresh()
     cut = round(share * len(seen))

@@ -40,6 +40,7 @@ EAGER = Policy(window=4, warmup=0, cooldown=20, moving_share=2.0, plateau=10.0)
 """Judges every second window of a committed run."""
 LITERAL = Policy("fallback_chain", window=4, warmup=0, cooldown=20)
 ALWAYS_OVERFLOWING = Policy("by_cause", window=4, warmup=0, overflow_limit=0.0)
+FOLLOWING = Policy("by_cause", window=4, warmup=0, underflow_limit=1.0, worst_underflow_limit=1.0)
 RETURNING = Policy("off", window=4, cooldown=0, recover_after=25)
 
 
@@ -65,7 +66,8 @@ PLANS = {
     "weight, off": bare(f"weight@{FAULT}:nan"),
     "rounding": RunPlan(spec("E5M2", storage="committed"), shift=True, policy=EAGER, stall_threshold=0.0),
     "literal": RunPlan(spec("E0M7"), shift=True, policy=LITERAL, stall_threshold=0.1),
-    "slower": RunPlan(spec("E7M0"), shift=True, policy=ALWAYS_OVERFLOWING),
+    "slower": RunPlan(spec("E7M0", repair_scales=True), shift=True, policy=ALWAYS_OVERFLOWING),
+    "scales": RunPlan(spec("E0M7", scaling="static"), shift=True, policy=FOLLOWING),
     "back again": RunPlan(spec(), check_faults(["nan@10:3"], 1000), shift=True, policy=RETURNING),
 }
 
@@ -230,6 +232,18 @@ def test_overflow_with_no_format_left_lowers_the_learning_rate(trained: Trained)
     assert (event.numbers["from"], event.numbers["to"]) == (1.0, 0.5)
     factors = {name: float(state.run.learning_rate) for name, state in trained.states.items()}
     assert factors == {name: 0.5 if name == "slower" else 1.0 for name in PLANS}
+
+
+def test_static_scales_that_saturate_become_delayed_and_nothing_shifts(trained: Trained) -> None:
+    (event,) = trained.events("scales")
+    assert (event.step, event.kind, event.cause) == (3, "scales", "overflow")
+    assert (event.numbers["from"], event.numbers["to"]) == ("static", "delayed")
+    assert event.numbers["worst_overflow_site"] in trained.job.sites
+    static = {name: bool(state.run.switches.static_scales) for name, state in trained.states.items()}
+    assert static == dict.fromkeys(PLANS, False)
+    index = list(PLANS).index("scales")
+    rates = [report.metrics["operand_overflow_rate"][index] for report in trained.reports]
+    assert min(rates[:5]) > 0.05 > 0.01 > max(rates[5:])
 
 
 def test_the_first_format_is_tried_again_after_quiet_steps(trained: Trained) -> None:

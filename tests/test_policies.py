@@ -38,7 +38,7 @@ def judged(format: str = "E4M3", rounding: Any = None, **rates: float) -> Eviden
 
 
 def told(calls: Sequence[Remedy]) -> list[tuple[str, object]]:
-    return [(call.cause, call.format or call.rounding or call.learning_rate) for call in calls]
+    return [(call.cause, call.format or call.rounding or call.learning_rate or call.scales) for call in calls]
 
 
 # ---- the ladder
@@ -229,6 +229,23 @@ def test_overflow_with_no_format_left_lowers_the_learning_rate(factor: float | N
     assert (call.learning_rate or call.kinds) == expected
     (other,) = by_cause(replace(evidence, window=Reading(1.0, underflow=0.5)), POLICY, SHIFTER)
     assert other.kinds == ("exhausted",)
+
+
+@pytest.mark.parametrize(
+    ("scales", "rates", "expected"),
+    [
+        ("static", {"overflow": 0.5}, [("overflow", "delayed")]),
+        ("static", {"underflow": 0.5}, [("underflow", "delayed")]),
+        ("delayed", {"overflow": 0.5}, [("overflow", "repaired")]),
+        ("delayed", {"underflow": 0.5}, [("underflow", "E5M2")]),  # doubled scales would make it worse
+        ("repaired", {"overflow": 0.5}, [("overflow", "E5M2")]),
+        ("static", {"saturation": 0.5}, [("saturation", "E5M2")]),  # stored weights have scales of their own amax
+        ("static", {"stall": 0.9}, [("stall", "E3M4")]),
+    ],
+)
+def test_by_cause_tries_scales_before_exponent_bits(scales: Any, rates: dict[str, float], expected: Any) -> None:
+    evidence = replace(judged(rounding="stochastic", **rates), scales=scales)
+    assert told(by_cause(evidence, POLICY, SHIFTER)) == expected
 
 
 # ---- recover

@@ -50,6 +50,7 @@ _ACTIONS = {
     "rollback": ("rollback", "rollbacks"),
     "rounding": ("change to stochastic rounding", "changes to stochastic rounding"),
     "learning_rate": ("change of the learning rate", "changes of the learning rate"),
+    "scales": ("change of where scales come from", "changes of where scales come from"),
     "exhausted": ("shift wanted without a format to fall back to", "shifts wanted without a format to fall back to"),
 }
 

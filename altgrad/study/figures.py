@@ -106,6 +106,7 @@ MARKS: Mapping[str, Mark] = MappingProxyType(
         "rollback": Mark("triangle-left", "◀", "#9c4f7d", "rolled back"),
         "rounding": Mark("square", "■", "#009e73", "rounding changed"),
         "learning_rate": Mark("triangle-up", "▲", "#8a6d00", "learning rate changed"),
+        "scales": Mark("hexagon", "⬢", "#56b4e9", "scales changed"),
         "exhausted": Mark("circle-open", "○", "#1a1a1a", "no format left to shift to"),
     }
 )

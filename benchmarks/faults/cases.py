@@ -151,7 +151,7 @@ def told(runs: Sequence[Sequence[Event]]) -> str:
             counts[words[event.kind]] += 1
         elif event.kind == "rollback":
             counts[f"back {{n}} ({event.cause})"] += 1
-        elif event.kind in ("shift", "rounding"):
+        elif event.kind in ("shift", "rounding", "scales"):
             counts[f"to {event.numbers['to']} {{n}} ({event.cause})"] += 1
         elif event.kind == "exhausted":
             counts[f"no format left {{n}} ({event.cause})"] += 1
