@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -117,7 +117,7 @@ def replay_run(folder: Path) -> Replay:
 
 def _follow(controller: Controller, steps: Sequence[tuple[Observation, str]], folder: Path) -> Difference | None:
     """Show the controller all steps as the run did; where a step ran in another format than was in force, if any."""
-    difference, formats = None, [controller.format] * 2
+    difference, formats = None, [_in_force(controller)] * 2
     for step, (seen, ran_in) in enumerate(steps):
         if seen.step != step:
             raise ReplayError(f"{folder / 'metrics.jsonl'} has step {seen.step} where {step} was expected")
@@ -126,8 +126,17 @@ def _follow(controller: Controller, steps: Sequence[tuple[Observation, str]], fo
         if difference is None and ran_in != in_force:
             difference = Difference(step, f"format {ran_in}", f"format {in_force}")
         controller.observe(seen, in_flight=step + 1)
-        formats.append(controller.format)
+        formats.append(_in_force(controller))
     return difference
+
+
+def _in_force(controller: Controller) -> str:
+    return _formats(controller.format, controller.formats)
+
+
+def _formats(format: str, of_layers: Mapping[str, str]) -> str:
+    """The format of a run, with those of its layers if it is in layers."""
+    return " ".join([format, *(f"{layer}:{each}" for layer, each in of_layers.items())])
 
 
 def _apart(logged: Event | None, derived: Event | None) -> Difference | None:
@@ -163,8 +172,9 @@ def _lines(path: Path) -> Iterator[str]:
 def _step(line: str, folder: Path) -> tuple[Observation, str]:
     """What a step showed, and the format that it ran in."""
     try:
-        numbers = {name: unjsonable(value) for name, value in json.loads(line).items()}
-        ran_in = str(numbers.pop("format"))
+        logged = json.loads(line)
+        ran_in = _formats(logged.pop("format"), logged.pop("layer_formats", {}))
+        numbers = {name: unjsonable(value) for name, value in logged.items()}
         return Observation.of(int(numbers["step"]), numbers), ran_in
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ReplayError(f"{folder / 'metrics.jsonl'} is damaged: {line!r} is not the numbers of a step") from None

@@ -137,7 +137,9 @@ class RunFiles:
         Returns:
             The events of the step.
         """
-        line = {"step": report.step, "format": report.formats[0], **jsonable(report.numbers(0))}
+        formats = {"format": report.formats[0]}
+        of_layers = {"layer_formats": dict(report.of_layers[0])} if report.of_layers[0] else {}
+        line = {"step": report.step, **formats, **of_layers, **jsonable(report.numbers(0))}
         self._events.add([event.to_json() for event in report.events[0]])
         self._metrics.add([json.dumps(line, allow_nan=False)])
         self._flush()

@@ -27,7 +27,7 @@ from altgrad_jax.checkpoint import CheckpointError, Checkpoints
 from altgrad_jax.data import Corpus, load_corpus
 from altgrad_jax.faults import check_faults
 from altgrad_jax.job import Job, RunPlan, StepReport
-from altgrad_jax.models import GPTConfig
+from altgrad_jax.models import GPTConfig, site_names
 from altgrad_jax.schedules import Schedule
 from altgrad_jax.state import RunSpec, Scaling, Storage, StorageRounding
 from altgrad_jax.training import JobClipRule, OptimizerConfig, Program
@@ -97,6 +97,8 @@ class TrainConfig:
     fallback_chain: any stall above the threshold. by_cause: overflow, underflow and stalls of committed weights, each
     with what is missing: scales that follow, exponent bits, mantissa bits, stochastic rounding. off: nothing, NaN
     batches alone shift."""
+    per_layer: bool = False
+    """Judge each matrix product by its own rates, and shift it alone."""
     recover_after: int | None = None
     """Quiet steps after which --format is tried again; twice as many after each return that failed."""
 
@@ -151,6 +153,8 @@ class TrainConfig:
         stalls_count = self.policy == "fallback_chain" or (self.policy != "off" and self.storage == "committed")
         told = "--storage committed (and a --policy) or --policy fallback_chain"
         self._refuse_without(stalls_count, told, ("stall_threshold",))
+        judges = self.policy == "by_cause" or stalls_count
+        self._refuse_without(self.shift and judges, "--shift and a --policy that judges rates", ("per_layer",))
         if self.recover_after is not None and check_count("--recover-after", self.recover_after, 1) >= self.steps:
             raise RunError(f"--recover-after {self.recover_after} would never happen: the run has {self.steps} steps")
         if parse(self.format).is_float32:
@@ -196,6 +200,7 @@ class TrainConfig:
             policy=Policy(self.policy, recover_after=self.recover_after),
             nan_patience=self.nan_patience,
             stall_threshold=self.stall_threshold,
+            layers=tuple(site_names(self.layers)) if self.per_layer else (),
         )
 
     def program(self, vocabulary: int) -> Program:

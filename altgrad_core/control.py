@@ -1,10 +1,14 @@
-"""The controller of a run, without a framework: observations in, decisions out, each with the events that say why."""
+"""The controller of a run, without a framework: observations in, decisions out, each with the events that say why.
+
+A run whose layers have formats of their own is judged layer by layer, by the same policy; what is not a format, such as
+the learning rate, is the whole run's.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from altgrad_core.errors import InputError
@@ -12,12 +16,12 @@ from altgrad_core.events import Event, EventKind
 from altgrad_core.evidence import Observation
 from altgrad_core.formats import Rounding, parse
 from altgrad_core.health import Health
+from altgrad_core.parts import Part, parts_of
 from altgrad_core.policies import rule_of
 from altgrad_core.remedies import Remedy, Rule
 from altgrad_core.scaling import ScaleRule
 from altgrad_core.settings import Policy, PolicyName, check_factor
 from altgrad_core.stability import EmergencyMantissaShift
-from altgrad_core.watch import Watch
 
 DECISIONS: tuple[EventKind, ...] = ("shift", "rounding", "learning_rate", "scales", "rollback", "exhausted")
 """The kinds of event that a controller logs."""
@@ -28,12 +32,13 @@ class Decision:
     """What to do to a run.
 
     Attributes:
-        format: the format to shift to, or None.
+        format: the format that the whole run shifts to, or None.
         rounding: the rounding of committed weights to change to, or None.
         rollback: whether to go back to the oldest snapshot.
         events: the same as lines for the log, with what called for it.
         learning_rate: the factor on the learning rate to change to, or None.
         scales: where scales are to come from, or None for no change.
+        formats: the layers that shift, each with the format to shift to.
     """
 
     format: str | None = None
@@ -42,10 +47,16 @@ class Decision:
     events: tuple[Event, ...] = ()
     learning_rate: float | None = None
     scales: ScaleRule | None = None
+    formats: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def acts(self) -> bool:
         """Whether the state has to change."""
+        return self.concerns_all or bool(self.formats)
+
+    @property
+    def concerns_all(self) -> bool:
+        """Whether something changes for the whole run."""
         changes = (self.format, self.rounding, self.learning_rate, self.scales)
         return self.rollback or any(change is not None for change in changes)
 
@@ -64,10 +75,12 @@ class ControllerOptions(TypedDict, total=False):
 class Controller:
     """Keeps one run alive: changes its format, rounding, learning rate or scales, or sends it back to a snapshot.
 
-    Whether the run is poisoned is judged by :class:`~altgrad_core.health.Health`, all else by the policy.
+    Whether the run is poisoned is judged by :class:`~altgrad_core.health.Health`, all else by the policy. Of a run in
+    layers it judges each by its own rates (see :meth:`~altgrad_core.evidence.Observation.of`), and shifts it alone;
+    NaN batches, which no layer can be told by, shift all of them.
 
     Args:
-        format: the format that the run starts in.
+        format: the format that the run starts in, or a mapping from its layers to the format that each starts in.
         policy: when to act: the settings, a policy's name, or a function of :data:`~altgrad_core.remedies.Rule`'s kind.
         shifter: the rule of the shift, with its patience and threshold; None for a run whose format must stay.
         rounding: how committed weights are rounded, or None for float32 masters.
@@ -77,16 +90,24 @@ class Controller:
 
     Raises:
         ValueError: if a shift is asked for in a format that has no entry in the fallback table, such as float32; for
-            an unknown policy, and for a return to the first format in a run whose format must stay.
+            an unknown policy, and for a return to the first format, or layers, in a run whose format must stay.
 
     >>> controller = Controller("E7M0", shifter=EmergencyMantissaShift(nan_patience=2))
     >>> [controller.observe(Observation(step, float("nan"), finite=False)).format for step in range(2)]
     [None, 'E5M2']
+    >>> controller = Controller(
+    ...     {"mlp": "E4M3", "logits": "E4M3"},
+    ...     policy=Policy("by_cause", window=1, warmup=0),
+    ...     shifter=EmergencyMantissaShift(),
+    ... )
+    >>> metrics = {"loss": 2.5, "finite": True, "mlp/overflow_rate": 0.0, "logits/overflow_rate": 0.25}
+    >>> controller.observe(Observation.of(0, metrics)).formats
+    {'logits': 'E5M2'}
     """
 
     def __init__(
         self,
-        format: str,
+        format: str | Mapping[str, str],
         *,
         policy: Policy | PolicyName | Rule | None = None,
         shifter: EmergencyMantissaShift | None = None,
@@ -95,7 +116,6 @@ class Controller:
         learning_rate: float | None = None,
         scales: ScaleRule | None = None,
     ) -> None:
-        self.format = str(parse(format))
         self.rounding = rounding
         self.learning_rate = learning_rate
         self.scales = scales
@@ -105,9 +125,19 @@ class Controller:
         self.events: list[Event] = []
         self._unread: deque[tuple[int, Callable[[], Mapping[str, float]]]] = deque()
         self._health = Health(self.policy)
-        self._watch = Watch(self.policy, self.format)
+        self._parts = parts_of(format, self.policy)
         self._rule = rule_of(self.policy)
         self._check_shifter()
+
+    @property
+    def format(self) -> str:
+        """The format in force; of a run in layers that with the smallest maximum, which thresholds for all follow."""
+        return min((part.format for part in self._parts), key=lambda name: parse(name).max_representable_value)
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The format in force in each layer; empty for a run that is not in layers."""
+        return {part.layer: part.format for part in self._parts if part.layer}
 
     def observe(self, seen: Observation, *, in_flight: int | None = None) -> Decision:
         """Take one step's observation and decide.
@@ -121,28 +151,19 @@ class Controller:
             What to do; a decision that does not act is the usual one.
 
         Raises:
-            InputError: if a policy of one's own calls for what the run cannot do.
+            InputError: if a policy of one's own calls for what the run cannot do, and if nothing is shown of a layer.
         """
-        if self._watch.ignores(seen.step):
+        watching = [part for part in self._parts if not part.watch.ignores(seen.step)]
+        if not watching:
             return Decision()
         back = self._health.judge(seen)
-        evidence = self._watch.take(seen, self.format, self.rounding, self.learning_rate, self.scales)
-        remedy = self._watch.admitted(self._rule(evidence, self.policy, self.shifter))
         events = (back,) if back is not None and self.can_roll_back else ()
         decision = Decision(rollback=bool(events), events=events)
-        if remedy is not None:
-            self._check_can_be_done(remedy)
-            decision = Decision(
-                remedy.format,
-                remedy.rounding,
-                decision.rollback or remedy.rollback,
-                (*events, *self._told(remedy, seen)),
-                remedy.learning_rate,
-                remedy.scales,
-            )
+        called = [(part, remedy) for part in watching if (remedy := self._called(part, seen)) is not None]
+        for part, remedy in called:
+            decision = self._joined(decision, part, remedy, seen)
         if decision.events:
-            ignore_through = in_flight if decision.acts and in_flight is not None else seen.step
-            self._start_anew(decision, seen.step, ignore_through)
+            self._start_anew(decision, called, seen.step, in_flight)
         return decision
 
     def observe_late(self, step: int, read: Callable[[], Mapping[str, float]]) -> Decision:
@@ -172,20 +193,21 @@ class Controller:
     def saved(self) -> dict[str, Any]:
         """Everything the controller remembers, as JSON-ready values (numbers that were not read yet excepted)."""
         return {
-            "format": self.format,
             "rounding": self.rounding,
             "learning_rate": self.learning_rate,
             "scales": self.scales,
             "health": self._health.saved(),
-            "watch": self._watch.saved(),
+            "formats": {part.layer: part.format for part in self._parts},
+            "watches": {part.layer: part.watch.saved() for part in self._parts},
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take up what :meth:`saved` returned."""
-        self.format, self.rounding = saved["format"], saved["rounding"]
-        self.learning_rate, self.scales = saved["learning_rate"], saved["scales"]
+        self.rounding, self.learning_rate, self.scales = saved["rounding"], saved["learning_rate"], saved["scales"]
         self._health.restore(saved["health"])
-        self._watch.restore(saved["watch"])
+        for part in self._parts:
+            part.format = saved["formats"][part.layer]
+            part.watch.restore(saved["watches"][part.layer])
 
     def _read(self, in_flight: int | None) -> Decision:
         step, read = self._unread.popleft()
@@ -204,31 +226,70 @@ class Controller:
                 f"can_roll_back is {self.can_roll_back} but roll_back is {roll_back!r}; give both or neither"
             )
 
-    def _start_anew(self, decision: Decision, step: int, ignore_through: int) -> None:
-        if decision.format is not None:
-            self._watch.note_shift(self.format, decision.format)
+    def _called(self, part: Part, seen: Observation) -> Remedy | None:
+        """What the policy calls for on what a step shows of a part, unless hysteresis holds it back."""
+        shown = part.shown_in(seen)
+        evidence = part.watch.take(shown, part.format, self.rounding, self.learning_rate, self.scales)
+        remedy = part.watch.admitted(self._rule(evidence, self.policy, self.shifter))
+        if remedy is not None:
+            self._check_can_be_done(remedy)
+        return remedy
+
+    def _joined(self, decision: Decision, part: Part, remedy: Remedy, seen: Observation) -> Decision:
+        """The decision with a remedy added to it. Of what concerns the whole run the first call counts."""
+        settled: dict[EventKind, bool] = {
+            "rounding": decision.rounding is not None,
+            "learning_rate": decision.learning_rate is not None,
+            "scales": decision.scales is not None,
+            "rollback": decision.rollback,
+        }
+        kinds = [kind for kind in remedy.kinds if not settled.get(kind, False)]
+        moved = {part.layer: remedy.format} if part.layer and remedy.format is not None else {}
+        return Decision(
+            None if part.layer else remedy.format,
+            decision.rounding or remedy.rounding,
+            decision.rollback or remedy.rollback,
+            (*decision.events, *self._told(part, remedy, kinds, seen)),
+            decision.learning_rate or remedy.learning_rate,
+            decision.scales or remedy.scales,
+            {**decision.formats, **moved},
+        )
+
+    def _start_anew(
+        self, decision: Decision, called: Sequence[tuple[Part, Remedy]], step: int, in_flight: int | None
+    ) -> None:
+        """Put a decision into force. A layer's shift leaves the windows of the others as they are."""
+        shifted = [part for part, remedy in called if remedy.format is not None]
+        for part, remedy in called:
+            if remedy.format is not None:
+                part.watch.note_shift(part.format, remedy.format)
+                part.format = remedy.format
         if decision.rollback:
             self._health.start_anew()
-        self.format = decision.format or self.format
         self.rounding = decision.rounding or self.rounding
         self.learning_rate = decision.learning_rate or self.learning_rate
         self.scales = decision.scales or self.scales
-        self._watch.start_anew(step, ignore_through)
+        for part in self._parts if decision.concerns_all else [part for part, _ in called]:
+            acts = decision.concerns_all or part in shifted
+            part.watch.start_anew(step, in_flight if acts and in_flight is not None else step)
         self.events.extend(decision.events)
 
-    def _told(self, remedy: Remedy, seen: Observation) -> list[Event]:
-        """The events of a remedy, each with where it leads from and to, and the sites of the rates that it answers."""
-        sites = {f"{name}_site": site for name, site in seen.worst_sites.items() if f"{name}_rate" in remedy.numbers}
+    def _told(self, part: Part, remedy: Remedy, kinds: Sequence[EventKind], seen: Observation) -> list[Event]:
+        """The events of a remedy: of which layer, or at which sites of the run, and where each leads from and to."""
+        worst = {} if part.layer else seen.worst_sites
+        where = {f"{name}_site": site for name, site in worst.items() if f"{name}_rate" in remedy.numbers}
+        if part.layer:
+            where["layer"] = part.layer
         ways: dict[EventKind, dict[str, float | str | None]] = {
-            "shift": {"from": self.format, "to": remedy.format},
+            "shift": {"from": part.format, "to": remedy.format},
             "rounding": {"to": remedy.rounding},
             "learning_rate": {"from": self.learning_rate, "to": remedy.learning_rate},
             "scales": {"from": self.scales, "to": remedy.scales},
-            "exhausted": {"from": self.format},
+            "exhausted": {"from": part.format},
         }
         numbers = {kind: {name: end for name, end in way.items() if end is not None} for kind, way in ways.items()}
-        told = {**remedy.numbers, **sites}
-        return [Event(seen.step, kind, remedy.cause, {**told, **numbers.get(kind, {})}) for kind in remedy.kinds]
+        told = {**remedy.numbers, **where}
+        return [Event(seen.step, kind, remedy.cause, {**told, **numbers.get(kind, {})}) for kind in kinds]
 
     def _check_can_be_done(self, remedy: Remedy) -> None:
         """Refuse what only a policy of one's own can call for: the named ones know what the run can do."""
@@ -255,8 +316,16 @@ class Controller:
             raise InputError(
                 f"recover_after is {self.policy.recover_after} in a run whose format must stay; expected a shifter"
             )
-        if self.shifter is not None and not self.shifter.knows(self.format):
+        if self.shifter is None and self.formats:
             raise InputError(
-                f"a {self.format} run cannot shift: it is not in the fallback table; expected one of "
+                f"formats of {len(self.formats)} layers in a run whose formats must stay; expected a shifter, or one "
+                "format for all"
+            )
+        unknown = [
+            part.format for part in self._parts if self.shifter is not None and not self.shifter.knows(part.format)
+        ]
+        if self.shifter is not None and unknown:
+            raise InputError(
+                f"a {unknown[0]} run cannot shift: it is not in the fallback table; expected one of "
                 f"{', '.join(self.shifter.FORMAT_FALLBACK)}"
             )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from statistics import fmean
 from typing import Literal, get_args
 
@@ -48,6 +49,7 @@ class Observation:
         operand_underflow_rate: of the operand casts, pooled.
         worst_underflow_rate: of the cast with most.
         worst_sites: where the worst rates are, by what they are rates of; empty where nobody looked.
+        layers: the same with the rates of one layer alone, by the layers' names; empty where nobody looked.
     """
 
     step: int
@@ -65,6 +67,7 @@ class Observation:
     operand_underflow_rate: float = 0.0
     worst_underflow_rate: float = 0.0
     worst_sites: Mapping[WorstName, str] = field(default_factory=dict)
+    layers: Mapping[str, Observation] = field(default_factory=dict)
 
     @classmethod
     def of(cls, step: int, metrics: Mapping[str, float | bool | str]) -> Observation:
@@ -73,21 +76,35 @@ class Observation:
         Args:
             step: which step.
             metrics: ``loss`` and ``finite``, and whichever else there is, the worst sites as ``worst_overflow_site``
-                and so on; other names are passed over.
+                and so on, the rates of a layer as ``mlp/overflow_rate`` and so on; other names are passed over.
 
         Raises:
             KeyError: without ``loss`` or ``finite``.
 
         >>> Observation.of(3, {"loss": 2.5, "finite": 1.0, "overflow_rate": 0.25, "applied": 1.0}).overflow_rate
         0.25
+        >>> Observation.of(3, {"loss": 2.5, "finite": 1.0, "mlp/stall_rate": 0.5}).layers["mlp"].stall_rate
+        0.5
         """
         flags = {"finite": bool(metrics["finite"]), "params_finite": bool(metrics.get("params_finite", True))}
         numbers = {name: float(metrics[name]) for name in _NUMBERS if name in metrics}
         sites = {name: str(metrics[f"{name}_site"]) for name in WORST_NAMES if f"{name}_site" in metrics}
-        return cls(step, float(metrics["loss"]), **flags, **numbers, worst_sites=sites)
+        seen = cls(step, float(metrics["loss"]), **flags)
+        layers = {layer: replace(seen, **rates) for layer, rates in _rates_of_layers(metrics).items()}
+        return replace(seen, **numbers, worst_sites=sites, layers=layers)
 
 
-_NUMBERS = ("norm", *(each.name for each in fields(Observation) if each.name.endswith("_rate")))
+def _rates_of_layers(metrics: Mapping[str, float | bool | str]) -> dict[str, dict[str, float]]:
+    rates: dict[str, dict[str, float]] = {}
+    for key, value in metrics.items():
+        layer, _, name = key.rpartition("/")
+        if layer and name in _RATES:
+            rates.setdefault(layer, {})[name] = float(value)
+    return rates
+
+
+_RATES = tuple(each.name for each in fields(Observation) if each.name.endswith("_rate"))
+_NUMBERS = ("norm", *_RATES)
 
 
 @dataclass(frozen=True)
@@ -142,12 +159,15 @@ class Reading:
         >>> Reading.mean([Reading(2.0, stall=0.5), Reading(3.0, stall=1.0)]).stall
         0.75
         """
-        return cls(**{each.name: fmean(getattr(one, each.name) for one in readings) for each in fields(cls)})
+        return cls(*map(fmean, zip(*map(_numbers_of, readings), strict=True)))
+
+
+_numbers_of = attrgetter(*(each.name for each in fields(Reading)))
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a policy sees of a run at one step.
+    """What a policy sees of a run, or of one layer, at one step.
 
     Attributes:
         step: the last step observed.
@@ -167,6 +187,7 @@ class Evidence:
         since_decision: steps since the last decision; None before the first.
         quiet: finite steps in a row, since the last decision, in which nothing was called for.
         failed_returns: how often the run came back to the format it began in and had to leave it again.
+        layer: which layer formats and rates are of; empty for the whole run.
     """
 
     step: int
@@ -185,6 +206,7 @@ class Evidence:
     since_decision: int | None = None
     quiet: int = 0
     failed_returns: int = 0
+    layer: str = ""
 
     @property
     def committed(self) -> bool:

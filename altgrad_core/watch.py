@@ -38,11 +38,13 @@ class Watch:
     Args:
         policy: its windows, warm-up, cooldown and release.
         start_format: the format that the run begins in.
+        layer: which layer is watched; empty for a whole run.
     """
 
-    def __init__(self, policy: Policy, start_format: str) -> None:
+    def __init__(self, policy: Policy, start_format: str, layer: str = "") -> None:
         self._policy = policy
         self._start_format = start_format
+        self._layer = layer
         self._memory = _Memory(judge_from=policy.warmup)
 
     def ignores(self, step: int) -> bool:
@@ -91,6 +93,7 @@ class Watch:
             since_decision=None if memory.last_decision is None else seen.step - memory.last_decision,
             quiet=memory.quiet,
             failed_returns=memory.failed_returns,
+            layer=self._layer,
         )
         if whole:
             memory.previous = mean

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from altgrad_core.errors import InputError
 from altgrad_jax.job import Job
 
-_VERSION = 4
+_VERSION = 5
 _KEPT = 2
 _ROOM_BESIDE_ARRAYS = 1 << 20
 _FAILURES = (OSError, ValueError)  # the second is tensorstore's word for the first

@@ -7,17 +7,20 @@ nothing is compiled again.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeAlias, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 
 from altgrad_core.control import Controller, ControllerOptions
 from altgrad_core.control import Decision as Decision
+from altgrad_core.errors import InputError
 from altgrad_core.events import Event
 from altgrad_core.evidence import Observation as Observation
 from altgrad_core.formats import Format, parse
@@ -29,16 +32,25 @@ from altgrad_jax.params import FormatParams, paths_of
 State = TypeVar("State")
 """Any pytree of arrays."""
 
+Formats: TypeAlias = "str | Format | Sequence[Formats]"
+"""A format, or many, in sequences of sequences."""
 
-def set_format(state: State, format: str | Format | Sequence[str | Format]) -> State:
-    """Write another format into every :class:`~altgrad_jax.params.FormatParams` of a state.
+Path = tuple[Any, ...]
+"""The keys on the way to a leaf, as ``jax.tree.leaves_with_path`` gives them."""
+
+
+def set_format(state: State, format: Formats | Mapping[str, str | Format]) -> State:
+    """Write another format into every :class:`~altgrad_jax.params.FormatParams` of a state, or into those of layers.
 
     Rounding, overflow policy, path, dtype and sharding are kept, so a jitted step that takes the state is not traced
     again. Nothing is read from the device.
 
     Args:
         state: any pytree: an optax state, a train state.
-        format: the format; for params with a leading axis of runs, one format for all or a sequence with one each.
+        format: the format; for params with a leading axis of runs, one format for all or a sequence with one each, and
+            for further axes, as of layers, sequences of sequences. Or a mapping from layers to formats: params belong
+            to a layer whose name is a key on the way to them, or several, as in ``blocks/0/mlp``; of several such
+            layers to the first. What belongs to none is left as it is.
 
     Returns:
         The state with the new format in it.
@@ -46,26 +58,26 @@ def set_format(state: State, format: str | Format | Sequence[str | Format]) -> S
     Raises:
         UnknownFormatError: for an unknown name.
         ValueError: if the state holds no format, or the new one needs another cast path, which would have to compile.
+        InputError: for a layer to which nothing belongs.
 
     >>> from altgrad_jax.clipping import partition_relative_clip
     >>> state = partition_relative_clip("E7M0").init({"w": jnp.zeros(2)})
     >>> float(set_format(state, "E5M2").format.max_value)
     57344.0
+    >>> formats = {"mlp": FormatParams.from_format("E4M3"), "logits": FormatParams.from_format("E4M3")}
+    >>> [float(each.max_value) for each in set_format(formats, {"logits": "E5M2"}).values()]
+    [57344.0, 448.0]
     """
-    formats = [parse(format)] if isinstance(format, (str, Format)) else [parse(each) for each in format]
-    found = False
-
-    def rewritten(node: Any) -> Any:
-        nonlocal found
-        if not isinstance(node, FormatParams):
-            return node
-        found = True
-        return _rewritten(node, formats)
-
-    result = jax.tree.map(rewritten, state, is_leaf=lambda node: isinstance(node, FormatParams))
-    if not found:
+    places = [path for path, node in jax.tree.leaves_with_path(state, is_leaf=_is_format) if _is_format(node)]
+    if not places:
         raise ValueError("the state holds no FormatParams, so there is no format to set in it")
-    return result
+    if isinstance(format, Mapping):
+        chosen = _of_layers({path: jax.tree_util.keystr(path, simple=True, separator="/") for path in places}, format)
+    else:
+        chosen = dict.fromkeys(places, _parsed(format))
+    return jax.tree.map_with_path(
+        lambda path, node: _rewritten(node, chosen[path]) if path in chosen else node, state, is_leaf=_is_format
+    )
 
 
 def get_format(state: object) -> FormatParams:
@@ -80,34 +92,65 @@ def get_format(state: object) -> FormatParams:
     >>> float(get_format(partition_relative_clip("E3M4").init({"w": jnp.zeros(2)})).max_value)
     124.0
     """
-    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, FormatParams))
+    nodes = jax.tree.leaves(state, is_leaf=_is_format)
     found = [node for node in nodes if isinstance(node, FormatParams)]
     if not found:
         raise ValueError("the state holds no FormatParams")
     return found[0]
 
 
-def _rewritten(params: FormatParams, formats: Sequence[Format]) -> FormatParams:
-    for each in formats:
+def _is_format(node: object) -> bool:
+    return isinstance(node, FormatParams)
+
+
+def _parsed(format: Formats) -> npt.NDArray[np.object_]:
+    """Formats as an array of objects, of the shape of the sequences that they come in."""
+
+    def nested(formats: Formats) -> Any:
+        return parse(formats) if isinstance(formats, (str, Format)) else [nested(each) for each in formats]
+
+    return np.array(nested(format), object)
+
+
+def _of_layers(places: Mapping[Path, str], formats: Mapping[str, str | Format]) -> dict[Path, npt.NDArray[np.object_]]:
+    """The format of each place that belongs to a layer."""
+    within = {path: f"/{name}/" for path, name in places.items()}
+    layer_of = {path: next((layer for layer in formats if f"/{layer}/" in name), None) for path, name in within.items()}
+    for layer in formats:
+        if layer not in layer_of.values():
+            known = sorted({part for name in places.values() for part in name.split("/")})
+            near = difflib.get_close_matches(layer, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(
+                f"no format belongs to the layer {layer!r}; {hint}They are at {', '.join(places.values())}"
+            )
+    return {path: _parsed(formats[layer]) for path, layer in layer_of.items() if layer is not None}
+
+
+def _rewritten(params: FormatParams, formats: npt.NDArray[np.object_]) -> FormatParams:
+    listed: list[Format] = formats.ravel().tolist()
+    for each in set(listed):
         if params.path not in paths_of(each):
             raise ValueError(
                 f"{each} is cast on the {each.cast_path} path; this state was compiled for the {params.path} path. "
                 "Start a new run in that format"
             )
-    shape = params.mantissa_bits.shape
-    if len(formats) != 1 and shape != (len(formats),):
-        raise ValueError(f"{len(formats)} formats for params of shape {shape}; expected one, or one for each run")
+    shape, given = params.mantissa_bits.shape, () if len(listed) == 1 else formats.shape
+    if given != shape[: len(given)]:
+        told = " x ".join(map(str, given))
+        raise ValueError(f"{told} formats for params of shape {shape}; expected one, or one for each run")
 
-    def column(old: jax.Array, values: list[float]) -> jax.Array:
-        return replace_data(old, np.broadcast_to(np.array(values if shape else values[0], old.dtype), shape))
+    def column(old: jax.Array, value: Callable[[Format], float]) -> jax.Array:
+        values = np.array([value(each) for each in listed], old.dtype).reshape(given + (1,) * (len(shape) - len(given)))
+        return replace_data(old, np.broadcast_to(values, shape))
 
     return replace(
         params,
-        mantissa_bits=column(params.mantissa_bits, [each.mantissa_bits for each in formats]),
-        min_exponent=column(params.min_exponent, [each.min_exponent for each in formats]),
-        max_value=column(params.max_value, [each.max_representable_value for each in formats]),
-        native_overflow=column(params.native_overflow, [each.overflow_value for each in formats]),
-        negative_zero=column(params.negative_zero, [each.has_negative_zero for each in formats]),
+        mantissa_bits=column(params.mantissa_bits, lambda each: each.mantissa_bits),
+        min_exponent=column(params.min_exponent, lambda each: each.min_exponent),
+        max_value=column(params.max_value, lambda each: each.max_representable_value),
+        native_overflow=column(params.native_overflow, lambda each: each.overflow_value),
+        negative_zero=column(params.negative_zero, lambda each: each.has_negative_zero),
     )
 
 
@@ -124,14 +167,16 @@ class FormatController(Controller):
     """Keeps one run alive: shifts its format, changes its rounding, or sends it back to a snapshot.
 
     It is made as :class:`altgrad_core.control.Controller` is. In a loop of your own :meth:`step` reads late, decides
-    and writes formats, while :meth:`observe` only decides.
+    and writes formats, while :meth:`observe` only decides. Given a mapping from layers to formats it moves each alone:
+    metrics then hold the rates of each, as ``mlp/overflow_rate``, and the state has the format of each under its name,
+    as :func:`set_format` looks for it.
 
     After ``jax.distributed.initialize()`` process 0 decides for all, on what it sees itself; the others take over what
     it decided and what it remembers. Each process observes every step, and each carries a decision out between the
     same two steps, whatever it saw. Hosts wait for the host of process 0, none for a device.
 
     Args:
-        format: the format that the run starts in.
+        format: the format that the run starts in, or a mapping from its layers to formats.
         together: whether all processes of ``jax.distributed`` train this run; False for one that this process has to
             itself.
         options: what :class:`altgrad_core.control.Controller` takes beside the format.
@@ -144,7 +189,9 @@ class FormatController(Controller):
     [None, 'E5M2']
     """
 
-    def __init__(self, format: str, *, together: bool = True, **options: Unpack[ControllerOptions]) -> None:
+    def __init__(
+        self, format: str | Mapping[str, str], *, together: bool = True, **options: Unpack[ControllerOptions]
+    ) -> None:
         super().__init__(format, **options)
         self._consensus = Consensus() if together else None
 
@@ -232,4 +279,7 @@ class FormatController(Controller):
     def _carried_out(self, decision: Decision, state: State, roll_back: Callable[[State], State] | None) -> State:
         if decision.rollback and roll_back is not None:
             state = roll_back(state)
-        return set_format(state, self.format) if decision.acts else state
+        if not decision.acts:
+            return state
+        state = set_format(state, self.format)
+        return set_format(state, self.formats) if self.formats else state

@@ -5,7 +5,7 @@ A fleet of one is a single run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ from altgrad_jax.state import Fault, Recoverable, RunSpec, StepMetrics, TrainSta
 from altgrad_jax.training import Program
 
 Tree = TypeVar("Tree")
+Value = TypeVar("Value")
 
 
 class Fleet:
@@ -102,15 +103,33 @@ class Fleet:
         return self._ring.keep(snapshots, state, self._spread(np.array(wanted)))
 
     def roll_back(
-        self, snapshots: Snapshots[Recoverable], state: TrainState, chosen: Sequence[bool], formats: Sequence[str]
+        self,
+        snapshots: Snapshots[Recoverable],
+        state: TrainState,
+        chosen: Sequence[bool],
+        formats: Sequence[str],
+        of_layers: Sequence[Mapping[str, str]] | None = None,
     ) -> tuple[TrainState, Snapshots[Recoverable]]:
         """Send the chosen runs back to their oldest snapshots, in the formats given. Both arguments are donated."""
         state, snapshots = self._ring.roll_back(snapshots, state, self._spread(np.array(chosen)))
-        return self.set_formats(state, formats), snapshots
+        return self.set_formats(state, formats, of_layers), snapshots
 
-    def set_formats(self, state: TrainState, formats: Sequence[str]) -> TrainState:
-        """Write the format of every run into the state: a few scalars, and nothing compiles."""
-        return set_format(state, [*formats, *[formats[-1]] * (self._padded - len(formats))])
+    def set_formats(
+        self, state: TrainState, formats: Sequence[str], of_layers: Sequence[Mapping[str, str]] | None = None
+    ) -> TrainState:
+        """Write the format of every run into the state: a few numbers, and nothing compiles.
+
+        Args:
+            state: of the fleet.
+            formats: one for each run.
+            of_layers: for each run the formats of sites that have one of their own, by their names.
+        """
+        state = set_format(state, self._repeated(formats))
+        if of_layers is None or not any(of_layers):
+            return state
+        names = self.program.model.site_names()
+        at_sites = [[own.get(name, all_) for name in names] for all_, own in zip(formats, of_layers, strict=True)]
+        return self.program.with_formats(state, self._repeated(at_sites))
 
     def set_roundings(self, state: TrainState, roundings: Sequence[Rounding]) -> TrainState:
         """Write how every run rounds its committed weights."""
@@ -136,6 +155,9 @@ class Fleet:
             repair_scales=replace_data(switches.repair_scales, self._fill(repair)),
         )
         return replace(state, run=replace(state.run, switches=switched))
+
+    def _repeated(self, values: Sequence[Value]) -> list[Value]:
+        return [*values, *[values[-1]] * (self._padded - len(values))]
 
     def _fill(self, values: npt.NDArray) -> npt.NDArray:
         missing = self._padded - len(values)

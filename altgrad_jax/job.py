@@ -20,8 +20,8 @@ from altgrad_jax.control import Decision, FormatController, Observation, Policy
 from altgrad_jax.data import Corpus
 from altgrad_jax.faults import Injection, fault_at, spoiled
 from altgrad_jax.fleet import Fleet
-from altgrad_jax.nn import GRADIENT
 from altgrad_jax.recovery import Snapshots
+from altgrad_jax.shown import Shown
 from altgrad_jax.state import Recoverable, RunSpec, StepMetrics, TrainState
 from altgrad_jax.training import Program
 
@@ -34,6 +34,7 @@ class RunPlan:
         spec: what it computes.
         injections: the faults it suffers.
         shift: whether its format may change, and with it the learning rate and where scales come from.
+        layers: the names of all sites, if each is to be judged and shifted alone.
         policy: when its controller acts.
         nan_patience: NaN batches in a row before a shift.
         stall_threshold: stall rate above which a shift is considered.
@@ -45,17 +46,19 @@ class RunPlan:
     policy: Policy = field(default_factory=Policy)
     nan_patience: int = 3
     stall_threshold: float = 0.5
+    layers: tuple[str, ...] = ()
 
     def controller(self) -> FormatController:
         """The controller of the run.
 
         Raises:
-            ValueError: for a shift that the format cannot make, or one in a run that does not recover.
+            ValueError: for a shift that the format cannot make, or one in a run that does not recover; for layers in a
+                run that does not shift.
         """
         if self.shift and not self.spec.recover:
             raise InputError("a shift needs recovery: without skipping, the first NaN poisons the parameters for good")
         return FormatController(
-            self.spec.format,
+            dict.fromkeys(self.layers, self.spec.format) if self.layers else self.spec.format,
             policy=self.policy,
             shifter=EmergencyMantissaShift(self.nan_patience, self.stall_threshold) if self.shift else None,
             rounding=self.spec.storage_rounding if self.shift and self.spec.storage == "committed" else None,
@@ -71,23 +74,26 @@ class StepReport:
 
     Attributes:
         step: which step.
-        metrics: arrays of shape ``(runs,)`` by the names of :class:`~altgrad_jax.state.StepMetrics`' scalars; and
-            ``worst_overflow_rate``, ``worst_underflow_rate`` and ``worst_stall_rate``, of the gradient cast or weight
-            with most, with the site of each as ``worst_overflow_site`` and so on.
+        shown: its metrics.
         formats: the format each run computed the step in.
+        of_layers: for each run the formats of its sites, by their names; empty where they have none of their own.
         events: what happened to each run.
-        sites: the names of the sites.
     """
 
     step: int
-    metrics: Mapping[str, npt.NDArray]
+    shown: Shown
     formats: tuple[str, ...]
+    of_layers: tuple[Mapping[str, str], ...]
     events: tuple[tuple[Event, ...], ...]
-    sites: tuple[str, ...]
+
+    @property
+    def metrics(self) -> Mapping[str, npt.NDArray]:
+        """Arrays of shape ``(runs,)``; see :class:`~altgrad_jax.shown.Shown`."""
+        return self.shown.metrics
 
     def numbers(self, run: int) -> dict[str, float | str]:
-        """The metrics of one run, sites by their names."""
-        return _numbers_of(self.metrics, run, self.sites)
+        """The metrics of one run, sites by their names, and the rates of its layers if it is in layers."""
+        return self.shown.numbers(run, self.of_layers[run])
 
 
 @dataclass
@@ -97,33 +103,11 @@ class _InFlight:
     step: int
     metrics: StepMetrics | Mapping[str, npt.NDArray]
     formats: tuple[str, ...]
+    of_layers: tuple[Mapping[str, str], ...]
 
     def read(self, runs: int) -> dict[str, npt.NDArray]:
         values = self.metrics._asdict() if isinstance(self.metrics, StepMetrics) else self.metrics
         return {name: np.asarray(value)[:runs] for name, value in values.items()}
-
-
-def _judged(metrics: Mapping[str, npt.NDArray], sites_of_weights: Sequence[int]) -> dict[str, npt.NDArray]:
-    """The metrics of a step with the worst sites, and their rates, in place of the rates of all: ``(runs,)`` each.
-
-    Found here and not in the step, where every small reduction is three more programs to compile.
-    """
-    scalars = {name: values for name, values in metrics.items() if values.ndim == 1}
-    rates = {
-        "worst_overflow": metrics["overflow_rates"][:, :, GRADIENT],
-        "worst_underflow": metrics["underflow_rates"][:, :, GRADIENT],
-        "worst_stall": metrics["stall_rates"],
-    }
-    worst = {name: np.argmax(values, axis=1) for name, values in rates.items()}
-    every = np.arange(len(metrics["loss"]))
-    return {
-        **scalars,
-        **{f"{name}_rate": rates[name][every, at] for name, at in worst.items()},
-        **{
-            f"{name}_site": np.array(sites_of_weights)[at] if name == "worst_stall" else at
-            for name, at in worst.items()
-        },
-    }
 
 
 class Job:
@@ -150,6 +134,8 @@ class Job:
         snapshots_kept: int = 2,
         rollback_moments: Moments = "kept",
     ) -> None:
+        self.sites = tuple(program.model.site_names())
+        _check_layers(plans, self.sites)
         self.plans = tuple(plans)
         self.controllers = [plan.controller() for plan in plans]
         self.step = 0
@@ -164,7 +150,6 @@ class Job:
             snapshots_kept=snapshots_kept,
             rollback_moments=rollback_moments,
         )
-        self.sites = tuple(program.model.site_names())
         self._pending: _InFlight | None = None
         self.state, self.snapshots = self._fleet.start(self._tokens(0))
 
@@ -182,10 +167,11 @@ class Job:
         """Dispatch one step, then report on the one before it, which has ended meanwhile or is about to."""
         faults = [fault_at(plan.injections, self.step) for plan in self.plans]
         formats = tuple(controller.format for controller in self.controllers)
+        of_layers = tuple(controller.formats for controller in self.controllers)
         self.state, metrics = self._fleet.step(self.state, self._tokens(self.step), faults)
         for value in metrics:
             value.copy_to_host_async()
-        earlier, self._pending = self._pending, _InFlight(self.step, metrics, formats)
+        earlier, self._pending = self._pending, _InFlight(self.step, metrics, formats, of_layers)
         report = None if earlier is None else self._settle(earlier, in_flight=self.step)
         self.step += 1
         if self.step % self._snapshot_every == 0:
@@ -212,7 +198,8 @@ class Job:
         pending = None
         if self._pending is not None:
             values = {name: value.tolist() for name, value in self._pending.read(len(self.plans)).items()}
-            pending = {"step": self._pending.step, "metrics": values, "formats": list(self._pending.formats)}
+            formats, of_layers = list(self._pending.formats), list(self._pending.of_layers)
+            pending = {"step": self._pending.step, "metrics": values, "formats": formats, "of_layers": of_layers}
         return {
             "step": self.step,
             "controllers": [controller.saved() for controller in self.controllers],
@@ -230,26 +217,28 @@ class Job:
                 saved["pending"]["step"],
                 {name: np.array(values) for name, values in saved["pending"]["metrics"].items()},
                 tuple(saved["pending"]["formats"]),
+                tuple(saved["pending"]["of_layers"]),
             )
 
     def _settle(self, earlier: _InFlight, in_flight: int) -> StepReport:
-        metrics = _judged(earlier.read(len(self.plans)), self._program.sites_of_weights)
+        shown = Shown.of(earlier.read(len(self.plans)), self.sites, self._program.sites_of_weights)
         events, decisions = [], []
         for index, (plan, controller) in enumerate(zip(self.plans, self.controllers, strict=True)):
-            seen = _numbers_of(metrics, index, self.sites)
+            seen = shown.numbers(index, earlier.of_layers[index])
             decision = controller.observe(Observation.of(earlier.step, seen), in_flight=in_flight)
             decisions.append(decision)
             events.append((*_noted(earlier.step, seen, plan), *decision.events))
         self._carry_out(decisions)
-        return StepReport(earlier.step, metrics, earlier.formats, tuple(events), self.sites)
+        return StepReport(earlier.step, shown, earlier.formats, earlier.of_layers, tuple(events))
 
     def _carry_out(self, decisions: Sequence[Decision]) -> None:
         formats = [controller.format for controller in self.controllers]
+        of_layers = [controller.formats for controller in self.controllers]
         back = [decision.rollback for decision in decisions]
         if any(back):
-            self.state, self.snapshots = self._fleet.roll_back(self.snapshots, self.state, back, formats)
-        elif any(decision.format for decision in decisions):
-            self.state = self._fleet.set_formats(self.state, formats)
+            self.state, self.snapshots = self._fleet.roll_back(self.snapshots, self.state, back, formats, of_layers)
+        elif any(decision.format or decision.formats for decision in decisions):
+            self.state = self._fleet.set_formats(self.state, formats, of_layers)
         if any(decision.rounding for decision in decisions):
             roundings = [
                 controller.rounding or plan.spec.storage_rounding
@@ -271,9 +260,10 @@ class Job:
         return np.stack([spoiled(drawn[plan.spec.seed], plan.injections, step) for plan in self.plans])
 
 
-def _numbers_of(metrics: Mapping[str, npt.NDArray], run: int, sites: Sequence[str]) -> dict[str, float | str]:
-    numbers = {name: values[run].item() for name, values in metrics.items()}
-    return {name: sites[value] if name.endswith("_site") else value for name, value in numbers.items()}
+def _check_layers(plans: Sequence[RunPlan], sites: Sequence[str]) -> None:
+    for plan in plans:
+        if plan.layers and set(plan.layers) != set(sites):
+            raise InputError(f"layers are {', '.join(plan.layers)}; expected none, or all sites: {', '.join(sites)}")
 
 
 def _noted(step: int, seen: Mapping[str, Any], plan: RunPlan) -> list[Event]:

@@ -16,6 +16,16 @@ SITES_PER_BLOCK = 6
 _NORM_EPSILON = 1e-5
 
 
+def site_names(layers: int) -> list[str]:
+    """What the matrix products of a GPT with so many blocks are called, in their order.
+
+    >>> site_names(1)
+    ['block0.qkv', 'block0.scores', 'block0.values', 'block0.proj', 'block0.up', 'block0.down', 'logits']
+    """
+    names = ("qkv", "scores", "values", "proj", "up", "down")
+    return [f"block{layer}.{name}" for layer in range(layers) for name in names] + ["logits"]
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """Shape of a :class:`GPT`.
@@ -62,8 +72,7 @@ class GPTConfig:
 
     def site_names(self) -> list[str]:
         """What the sites are called, in their order."""
-        names = ("qkv", "scores", "values", "proj", "up", "down")
-        return [f"block{layer}.{name}" for layer in range(self.layers) for name in names] + ["logits"]
+        return site_names(self.layers)
 
 
 @jax.tree_util.register_dataclass

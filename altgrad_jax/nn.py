@@ -67,8 +67,17 @@ class Grid:
 
     @classmethod
     def of(cls, params: FormatParams, scales: jax.Array) -> Grid:
-        """The grids of a format under many scales at once, of the shape of ``scales``."""
-        scaled = params.scaled(scales)
+        """The grids of a format under many scales at once, of the shape of ``scales``.
+
+        Args:
+            params: the format, or one for each row of scales.
+            scales: float32, powers of two.
+        """
+
+        def in_rows(leaf: jax.Array) -> jax.Array:
+            return leaf.reshape(leaf.shape + (1,) * (scales.ndim - leaf.ndim)) if leaf.ndim else leaf
+
+        scaled = jax.tree.map(in_rows, params).scaled(scales)
         return cls(scaled, edges(scaled))
 
     def at(self, *index: int) -> Grid:
@@ -83,7 +92,7 @@ class Grid:
         """
 
         def scalar(leaf: jax.Array) -> jax.Array:
-            at = [index[k] for k in range(leaf.ndim)]
+            at = [index[k] if size > 1 else 0 for k, size in enumerate(leaf.shape)]  # a row may share its format
             return lax.dynamic_slice(leaf, at, (1,) * leaf.ndim).reshape(()) if leaf.ndim else leaf
 
         return jax.tree.map(scalar, self.params), jax.tree.map(scalar, self.limits)

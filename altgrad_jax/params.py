@@ -26,8 +26,9 @@ class FormatParams:
 
     Only ``path`` is static: casts by params of one path share a compiled program, so a run changes its format by
     writing eight scalars. Every array has the same shape: ``()`` for one format, ``(n,)`` for n formats to ``vmap``
-    over. Where formats of several paths should share a program, give them all the path ``"wide"`` (any signed format,
-    to nearest even) or ``"integer"`` (any rounding as well).
+    over; scalars among arrays belong to all (see :meth:`for_each`). Where formats of several paths should share a
+    program, give them all the path ``"wide"`` (any signed format, to nearest even) or ``"integer"`` (any rounding as
+    well).
 
     Attributes:
         mantissa_bits: int32.
@@ -133,9 +134,21 @@ class FormatParams:
             native_overflow=self.native_overflow * widened,
         )
 
-    def at(self, *index: int) -> FormatParams:
-        """One of batched params; scalars among them belong to all."""
-        return jax.tree.map(lambda leaf: leaf[index] if leaf.ndim else leaf, self)
+    def for_each(self, count: int) -> FormatParams:
+        """The params of ``count`` tensors, whose formats may come to differ: arrays of shape ``(count,)``.
+
+        How they round and overflow belongs to all of them, in scalars.
+
+        >>> FormatParams.from_format("E4M3").for_each(3).max_value.tolist()
+        [448.0, 448.0, 448.0]
+        """
+        of_format = ("mantissa_bits", "min_exponent", "max_value", "native_overflow", "negative_zero")
+        return replace(self, **{name: jnp.broadcast_to(getattr(self, name), (count,)) for name in of_format})
+
+    def at(self, *index: int | Sequence[int]) -> FormatParams:
+        """One of batched params, or several in a sequence; scalars among them belong to all."""
+        places = tuple(each if isinstance(each, int) else np.array(each) for each in index)
+        return jax.tree.map(lambda leaf: leaf[places] if leaf.ndim else leaf, self)
 
     @classmethod
     def stack(cls, params: Sequence[FormatParams]) -> FormatParams:
@@ -182,6 +195,18 @@ def as_params(
             "FormatParams carry their own; give them to FormatParams.from_format"
         )
     return format
+
+
+def check_one_for_each(params: FormatParams, count: int) -> None:
+    """Check that params are of one format, or of one for each of ``count`` tensors.
+
+    Raises:
+        InputError: if they are not.
+    """
+    if params.max_value.shape not in ((), (count,)):
+        raise InputError(
+            f"params have the shape {params.max_value.shape}; expected (), or ({count},) for {count} leaves"
+        )
 
 
 def beyond_max(params: FormatParams) -> jax.Array:

@@ -8,6 +8,7 @@ in place.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -22,7 +23,7 @@ from altgrad_core.snapshots import check_back
 from altgrad_jax.axes import AxisName
 from altgrad_jax.casting import quantize
 from altgrad_jax.hashing import hash_bits
-from altgrad_jax.params import FormatParams, paths_of
+from altgrad_jax.params import FormatParams, check_one_for_each, paths_of
 from altgrad_jax.scaling import amax, power_of_two_scale
 
 State = TypeVar("State")
@@ -134,7 +135,7 @@ def commit(
     Args:
         params: pytree of float32 arrays.
         format: the grid; rounding and overflow are those of :class:`~altgrad_jax.params.FormatParams`, else to nearest
-            even and ``saturate_finite``.
+            even and ``saturate_finite``. Params may be of one format for each leaf under the mask, in the tree's order.
         mask: pytree of Python bools like ``params``: which leaves to store on the grid.
         seed: of stochastic rounding, uint32 or an integer from 0 to 2^32 - 1: params on the integer path need it.
             Random bits come from :func:`~altgrad_jax.hashing.hash_bits`, with a seed of its own for each leaf: word k
@@ -146,6 +147,7 @@ def commit(
 
     Raises:
         ValueError: if the mask has another structure than ``params``.
+        InputError: for another number of formats than of leaves under the mask.
 
     >>> commit({"w": jnp.array([1.0, 1.1])}, "E5M2", {"w": True})["w"].tolist()
     [1.0, 1.0]
@@ -156,10 +158,13 @@ def commit(
     if mask_structure != structure:
         raise ValueError(f"the mask has the structure {mask_structure}; expected that of the params, {structure}")
 
+    check_one_for_each(grid, sum(keep))
+    places = list(itertools.accumulate(keep, initial=0))
     seeds = None if seed is None or grid.path != "integer" else hash_bits((len(leaves),), seed, step)
 
     def on_grid(index: int, leaf: jax.Array) -> jax.Array:
-        scaled = grid.scaled(power_of_two_scale(amax(leaf), grid.max_value))
+        own = grid.at(places[index])
+        scaled = own.scaled(power_of_two_scale(amax(leaf), own.max_value))
         bits = None if seeds is None else hash_bits(leaf.shape, seeds[index], step)
         return quantize(leaf, scaled, random_bits=bits)
 

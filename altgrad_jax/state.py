@@ -103,9 +103,9 @@ class RunData:
     """What distinguishes one run from another, as data.
 
     Attributes:
-        operand: format of operands.
-        gradient: format of gradients.
-        storage: format and rounding of committed weights.
+        operand: formats of operands, ``(sites,)``.
+        gradient: formats of gradients, ``(sites,)``.
+        storage: formats ``(weights,)`` and rounding of committed weights, in the order of the parameters' leaves.
         switches: what the run does.
         seed: uint32, of stochastic rounding.
         schedule: of the learning rate.

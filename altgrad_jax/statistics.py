@@ -19,7 +19,7 @@ from jax import lax
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding
 from altgrad_jax.axes import AxisName, by_axes, largest_over, sum_over
 from altgrad_jax.casting import cast, checked_scale, divide_by_scale, flush_subnormals, quantize
-from altgrad_jax.params import Edges, FormatParams, as_params, edges
+from altgrad_jax.params import Edges, FormatParams, as_params, check_one_for_each, edges
 from altgrad_jax.scaling import amax, power_of_two_scale
 
 _LIMB_BITS = 30
@@ -370,7 +370,8 @@ def stall_monitor(
     leaves. Updates pass untouched. Read the rate with ``optax.tree.get(state, "stall_rate")``.
 
     Args:
-        format: the grid on which the weights are used or stored.
+        format: the grid on which the weights are used or stored; for one of its own for each leaf that counts,
+            :meth:`FormatParams.for_each`, in the order of the tree.
         mask: pytree of Python bools like the parameters: which leaves count; all by default.
         axis_name: inside ``shard_map``, the axes over which leaves are parts of larger ones; see
             :func:`altgrad_jax.global_norm`. The rate is then that of whole leaves, each under the scale of its whole.
@@ -380,6 +381,7 @@ def stall_monitor(
 
     Raises:
         ValueError: from ``update`` if it is not given the parameters.
+        InputError: from ``init`` for another number of formats than of leaves.
 
     >>> tx = optax.chain(optax.sgd(1e-4), stall_monitor("E5M2"))
     >>> params = {"w": jnp.ones(4)}
@@ -393,7 +395,9 @@ def stall_monitor(
         return [True] * len(jax.tree.leaves(params)) if mask is None else jax.tree.leaves(mask)
 
     def init(params: optax.Params) -> StallMonitorState:
-        nothing = jnp.zeros(sum(chosen_in(params)), jnp.float32)
+        count = sum(chosen_in(params))
+        check_one_for_each(initial, count)
+        nothing = jnp.zeros(count, jnp.float32)
         zeros = (jnp.float32(0), jnp.float32(0), nothing, jnp.copy(nothing))
         return StallMonitorState(jax.tree.map(jnp.copy, initial), *zeros)
 

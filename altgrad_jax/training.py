@@ -7,6 +7,7 @@ switches included, so that one compiled step serves every run of a study.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, cast
@@ -17,10 +18,11 @@ import optax
 from flax import nnx
 
 from altgrad_core.clip_rules import NORMS_NEEDED, ClipRule
-from altgrad_core.formats import CastPath, parse
+from altgrad_core.formats import CastPath, Overflow, parse
 from altgrad_core.health import NORM_WINDOW
 from altgrad_core.settings import SPIKE_FACTOR
 from altgrad_jax.clipping import clip_by_global_norm, partition_relative_clip
+from altgrad_jax.control import set_format
 from altgrad_jax.models import GPT, Casts, GPTConfig, next_token_loss
 from altgrad_jax.nn import GRADIENT, RHS, Grid, Record, empty_record, read_record
 from altgrad_jax.norms import global_norm
@@ -95,11 +97,11 @@ class Program:
         """
         storage_path: CastPath = "identity" if self.path == "identity" else "integer"
         return RunData(
-            operand=FormatParams.from_format(run.format, overflow=run.operand_overflow, path=self.path),
-            gradient=FormatParams.from_format(run.format, overflow=run.gradient_overflow, path=self.path),
+            operand=self._at_sites(run.format, run.operand_overflow),
+            gradient=self._at_sites(run.format, run.gradient_overflow),
             storage=FormatParams.from_format(
                 run.format, rounding=run.storage_rounding, overflow="saturate_finite", path=storage_path
-            ),
+            ).for_each(len(self.sites_of_weights)),
             switches=Switches(
                 clip=jnp.asarray(run.clip),
                 recover=jnp.asarray(run.recover),
@@ -113,6 +115,9 @@ class Program:
             schedule=run.schedule.on_device(),
             learning_rate=jnp.float32(run.learning_rate),
         )
+
+    def _at_sites(self, format: str, overflow: Overflow) -> FormatParams:
+        return FormatParams.from_format(format, overflow=overflow, path=self.path).for_each(self.model.sites)
 
     def start(self, params: Params, run: RunData) -> TrainState:
         """The state of a run before its first step: pure. Its scales are not calibrated yet, see :meth:`calibrate`."""
@@ -173,6 +178,23 @@ class Program:
         params_finite = all_finite(new.params)
         new = replace(new, step=state.step + 1, sound=finite & params_finite)
         return new, self._metrics(loss, finite, params_finite, applied, norm, refused, seen, moved)
+
+    def with_formats(self, state: TrainState, formats: Sequence[Sequence[str]]) -> TrainState:
+        """The states of several runs with a format for each site; the clipper's is left as it is. Nothing compiles.
+
+        Args:
+            state: with a leading axis of runs.
+            formats: for each run one for each site.
+        """
+        of_weights = [[of_run[site] for site in self.sites_of_weights] for of_run in formats]
+        *others, monitor = cast(tuple[optax.OptState, ...], state.opt_state)
+        run = replace(
+            state.run,
+            operand=set_format(state.run.operand, formats),
+            gradient=set_format(state.run.gradient, formats),
+            storage=set_format(state.run.storage, of_weights),
+        )
+        return replace(state, run=run, opt_state=(*others, set_format(monitor, of_weights)))
 
     def reset_moments(self, state: TrainState, params: Params) -> optax.OptState:
         """The optimizer state with new moments for ``params``; see :func:`altgrad_jax.recovery.reset_moments`."""
@@ -237,7 +259,9 @@ class Program:
         amaxes = jnp.max(state.amax_history, axis=0)
         sites = jnp.array(list(self.model.weight_sites))
         of_weights = [amax(_module(state.params, path)["weight"]) for path in self.model.weight_sites.values()]
-        scales = power_of_two_scale(amaxes.at[sites, RHS].set(jnp.stack(of_weights)), state.run.operand.max_value)
+        scales = power_of_two_scale(
+            amaxes.at[sites, RHS].set(jnp.stack(of_weights)), state.run.operand.max_value[:, None]
+        )
         scales = jnp.where(state.run.switches.static_scales, 1, scales) * state.widening
         return Casts(
             operands=Grid.of(state.run.operand, scales[:, :GRADIENT]),
@@ -261,7 +285,7 @@ class Program:
                 weight_decay=config.weight_decay,
                 mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
             ),
-            stall_monitor(run.operand, self._matmul_weights),
+            stall_monitor(run.operand.at(self.sites_of_weights), self._matmul_weights),
         )
 
     def _clipper(self, run: RunData) -> optax.GradientTransformationExtraArgs:
@@ -270,7 +294,7 @@ class Program:
             return clip_by_global_norm(jnp.where(run.switches.clip, config.base_clip, jnp.inf))
         window = self.amax_window if config.clip_rule == "scaled_max" else 1
         return partition_relative_clip(
-            run.operand, config.base_clip, config.overflow_threshold, rule=config.clip_rule, window=window
+            run.operand.at(0), config.base_clip, config.overflow_threshold, rule=config.clip_rule, window=window
         )
 
     def _store(self, state: TrainState, params: Params) -> Params:

@@ -77,7 +77,8 @@ class FormatController(Controller):
     """Keeps one run alive: shifts its format, changes its rounding, or sends it back to a snapshot.
 
     It is made as :class:`altgrad_core.control.Controller` is. In a loop of your own :meth:`step` reads late, decides
-    and writes formats, while :meth:`observe` only decides. The format in force is :attr:`format`.
+    and writes formats, while :meth:`observe` only decides. The format in force is :attr:`format`. Given a mapping from
+    layers to formats it moves each alone, by rates of its own.
 
     >>> from altgrad_torch.clipping import PartitionRelativeClipper
     >>> clipper = PartitionRelativeClipper("E7M0")
@@ -95,17 +96,21 @@ class FormatController(Controller):
         metrics: Mapping[str, Tensor | float | bool],
         holders: Iterable[object] = (),
         roll_back: Callable[[], object] | None = None,
+        *,
+        layers: Mapping[str, Iterable[object]] | None = None,
     ) -> Decision:
         """Hand over the metrics of a step that was just started; decide on those of the step before.
 
         Args:
             step: its number.
             metrics: ``loss`` and ``finite``; if there are, ``params_finite``, the gradients' ``norm`` and rates under
-                the names of :class:`~altgrad_core.evidence.Observation`: tensors of one element, on one device or on
-                the CPU, or numbers.
+                the names of :class:`~altgrad_core.evidence.Observation`, of layers as ``mlp/overflow_rate``: tensors of
+                one element, on one device or on the CPU, or numbers.
             holders: what the format is written into; see :func:`set_format`.
             roll_back: takes the run back to a snapshot, as :meth:`altgrad_torch.SnapshotKeeper.roll_back` does; goes
                 with ``can_roll_back``.
+            layers: what the formats of the layers are written into, for a controller of layers; ``holders`` then hold
+                what follows :attr:`format`, such as a clipper.
 
         Returns:
             What was decided, and carried out already.
@@ -114,18 +119,37 @@ class FormatController(Controller):
             InputError: if the controller may decide what this cannot carry out.
         """
         self._check_step_can_carry_out(roll_back)
-        return self._carried_out(self.observe_late(step, Reading(metrics).read), holders, roll_back)
+        self._check_layers(layers)
+        return self._carried_out(self.observe_late(step, Reading(metrics).read), holders, roll_back, layers)
 
-    def drain(self, holders: Iterable[object] = (), roll_back: Callable[[], object] | None = None) -> Decision:
+    def drain(
+        self,
+        holders: Iterable[object] = (),
+        roll_back: Callable[[], object] | None = None,
+        *,
+        layers: Mapping[str, Iterable[object]] | None = None,
+    ) -> Decision:
         """Decide on the last step, whose metrics no further :meth:`step` would read."""
         self._check_step_can_carry_out(roll_back)
-        return self._carried_out(self.observe_last(), holders, roll_back)
+        self._check_layers(layers)
+        return self._carried_out(self.observe_last(), holders, roll_back, layers)
+
+    def _check_layers(self, layers: Mapping[str, Iterable[object]] | None) -> None:
+        if set(layers or {}) != set(self.formats):
+            given, expected = (", ".join(names) or "none" for names in (layers or {}, self.formats))
+            raise InputError(f"layers are {given}; expected those of the controller: {expected}")
 
     def _carried_out(
-        self, decision: Decision, holders: Iterable[object], roll_back: Callable[[], object] | None
+        self,
+        decision: Decision,
+        holders: Iterable[object],
+        roll_back: Callable[[], object] | None,
+        layers: Mapping[str, Iterable[object]] | None,
     ) -> Decision:
         if decision.rollback and roll_back is not None:
             roll_back()
         if decision.acts:
             set_format(holders, self.format)
+            for layer, held in (layers or {}).items():
+                set_format(held, self.formats[layer])
         return decision

@@ -29,7 +29,7 @@ def by_cause(**settings: Any) -> Policy:
     return Policy("by_cause", **{"window": 1, "warmup": 0, "cooldown": 0, **settings})
 
 
-def shifting(format: str, policy: Any, **more: Any) -> Controller:
+def shifting(format: Any, policy: Any, **more: Any) -> Controller:
     return Controller(format, policy=policy, shifter=EmergencyMantissaShift(), **more)
 
 
@@ -173,6 +173,120 @@ def test_the_learning_rate_is_lowered_where_no_format_is_left() -> None:
         "from": 0.5,
         "to": 0.25,
     }
+
+
+# ---- layers
+
+
+def in_layers(policy: Policy | None = None, layers: Iterable[str] = ("mlp", "logits"), **more: Any) -> Controller:
+    return Controller(
+        dict.fromkeys(layers, "E4M3"), policy=policy or by_cause(), shifter=EmergencyMantissaShift(), **more
+    )
+
+
+def shown(seen: Observation = CALM, **layers: Observation) -> Observation:
+    return replace(seen, layers={"mlp": CALM, "logits": CALM} | layers)
+
+
+def test_a_layer_shifts_by_its_own_rates_and_the_others_stay() -> None:
+    controller = in_layers()
+    decision = feed(controller, [shown(HOT, mlp=replace(CALM, worst_overflow_rate=0.1))])[0]
+    assert (decision.formats, decision.format, decision.acts) == ({"mlp": "E5M2"}, None, True)
+    assert controller.formats == {"mlp": "E5M2", "logits": "E4M3"}
+    (event,) = controller.events
+    numbers = {"overflow_rate": 0.0, "worst_overflow_rate": 0.1, "layer": "mlp", "from": "E4M3", "to": "E5M2"}
+    assert (event.kind, event.cause, event.numbers) == ("shift", "overflow", numbers)
+
+
+def test_a_layer_is_judged_as_a_run_of_its_own_would_be() -> None:
+    """Windows, cooldown, hysteresis, returns and what was in flight: layer by layer, whatever the others do."""
+    policy = by_cause(window=2, cooldown=3, recover_after=6)
+    courses = {
+        "mlp": [HOT, CALM, *[HOT] * 3, *[CALM] * 9, *[HOT] * 6],
+        "logits": [CALM, HOT, HOT, HOT, *[CALM] * 4, *[HOT] * 4, *[CALM] * 8],
+        "qkv": [CALM] * 20,
+    }
+    together = in_layers(policy, courses)
+    steps = [
+        replace(CALM, layers=dict(zip(courses, each, strict=True))) for each in zip(*courses.values(), strict=True)
+    ]
+    feed(together, steps, lag=1)
+    assert together.events
+    for layer, course in courses.items():
+        alone = shifting("E4M3", policy)
+        feed(alone, course, lag=1)
+        expected = [(event.step, event.kind, {**event.numbers, "layer": layer}) for event in alone.events]
+        of_layer = [event for event in together.events if event.numbers["layer"] == layer]
+        assert [(event.step, event.kind, event.numbers) for event in of_layer] == expected
+        assert together.formats[layer] == alone.format
+
+
+def test_nan_batches_shift_every_layer_by_the_table() -> None:
+    controller = Controller({"mlp": "E4M3", "logits": "E1M6"}, policy="off", shifter=EmergencyMantissaShift(2))
+    decisions = feed(controller, [shown(NAN)] * 2, lag=1)
+    assert [each.formats for each in decisions] == [{}, {"mlp": "E5M2", "logits": "E3M4"}]
+    assert [event.numbers["layer"] for event in controller.events] == ["mlp", "logits"]
+
+
+def test_thresholds_for_all_layers_follow_the_smallest_maximum() -> None:
+    controller = Controller({"mlp": "E4M3", "logits": "E7M0"}, shifter=EmergencyMantissaShift())
+    assert controller.format == "E4M3"
+    assert Controller("E7M0").formats == {}
+
+
+def test_what_concerns_the_run_is_decided_once_and_starts_all_layers_anew() -> None:
+    controller = in_layers(by_cause(window=2), scales="static", can_roll_back=True)
+    decisions = feed(controller, [shown(mlp=HOT, logits=HOT)] * 3, lag=1)
+    assert [(each.scales, each.formats) for each in decisions] == [(None, {}), ("delayed", {}), (None, {})]
+    assert [(event.kind, event.numbers["layer"]) for event in controller.events] == [("scales", "mlp")]
+    poisoned = shown(replace(NAN, params_finite=False))
+    back = feed(controller, [shown(mlp=HOT), poisoned, poisoned, shown(mlp=HOT), shown(mlp=HOT)], start=3, lag=1)
+    assert [each.rollback for each in back] == [False, True, False, False, False]  # the second was in flight
+    assert [each.scales for each in back] == [None, None, None, None, "repaired"]  # two steps since then
+
+
+def test_one_layer_shifts_while_another_calls_for_what_concerns_the_run() -> None:
+    controller = in_layers(scales="repaired", learning_rate=1.0)
+    controller.restore({**controller.saved(), "formats": {"mlp": "E7M0", "logits": "E4M3"}})
+    decision = feed(controller, [shown(mlp=HOT, logits=HOT)])[0]
+    assert (decision.learning_rate, decision.formats, decision.format) == (0.5, {"logits": "E5M2"}, None)
+    assert [(event.kind, event.numbers["layer"]) for event in decision.events] == [
+        ("learning_rate", "mlp"),
+        ("shift", "logits"),
+    ]
+
+
+def test_a_policy_of_ones_own_knows_the_layer() -> None:
+    def logits_alone(evidence: Evidence, policy: Policy, shifter: object) -> list[Remedy]:
+        return [Remedy("mine", "E6M1")] if evidence.layer == "logits" and evidence.step == 1 else []
+
+    controller = in_layers(Policy(logits_alone))
+    assert [each.formats for each in feed(controller, [shown()] * 3)] == [{}, {"logits": "E6M1"}, {}]
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (
+            lambda: Controller({"mlp": "E4M3"}),
+            "formats of 1 layers in a run whose formats must stay; expected a shifter",
+        ),
+        (lambda: in_layers(layers=[]), r"layers are \[\]; expected at least one"),
+        (lambda: in_layers(layers=["mlp", ""]), "expected at least one, and a name for each"),
+        (
+            lambda: Controller({"mlp": "E4M3", "logits": "bf16"}, shifter=EmergencyMantissaShift()),
+            "a bf16 run cannot shift",
+        ),
+        (
+            lambda: in_layers().observe(replace(CALM, layers={"mpl": CALM})),
+            "nothing of layer 'mlp'.* did you mean 'mpl'",
+        ),
+        (lambda: in_layers().observe(CALM), "expected a rate such as 'mlp/overflow_rate' among its metrics"),
+    ],
+)
+def test_layers_that_could_not_be_judged(make: Any, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        make()
 
 
 # ---- scales
@@ -348,6 +462,7 @@ observations = st.lists(
     st.sampled_from([None, "nearest_even", "stochastic"]),
     st.sampled_from([None, 2, 7]),
     st.sampled_from([None, "static", "delayed"]),
+    st.booleans(),
     st.integers(1, 4),
     st.integers(0, 6),
 )
@@ -359,13 +474,18 @@ def test_decisions_are_the_same_after_a_restart_at_any_point(
     rounding: Any,
     recover_after: int | None,
     scales: Any,
+    layered: bool,
     window: int,
     cooldown: int,
 ) -> None:
     policy = Policy(name, window=window, warmup=2, cooldown=cooldown, recover_after=recover_after, plateau=0.3)
 
     def fresh() -> Controller:
-        return shifting(start, policy, rounding=rounding, can_roll_back=True, learning_rate=1.0, scales=scales)
+        formats: Any = dict.fromkeys(("mlp", "logits"), start) if layered else start
+        return shifting(formats, policy, rounding=rounding, can_roll_back=True, learning_rate=1.0, scales=scales)
+
+    # In a run of layers one shows what all do, the other never shows anything.
+    seen = [replace(each, layers={"mlp": each, "logits": CALM}) for each in seen]
 
     whole, again, first, second = fresh(), fresh(), fresh(), fresh()
     cut = round(share * len(seen))
@@ -378,7 +498,7 @@ def test_decisions_are_the_same_after_a_restart_at_any_point(
     assert repr(before + after) == repr(expected)
     assert second.saved() == whole.saved()
     assert json.dumps(first.saved()) == text, "what was saved is a copy"
-    assert all(each.format is None or each.format in FORMAT_FALLBACK for each in expected)
+    assert {name for each in expected for name in (each.format, *each.formats.values())} <= {None, *FORMAT_FALLBACK}
 
 
 # ---- observations

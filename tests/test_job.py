@@ -18,21 +18,24 @@ import pytest
 
 from altgrad_core.errors import InputError
 from altgrad_core.events import Event
-from altgrad_core.formats import ROUNDINGS
+from altgrad_core.evidence import Observation
+from altgrad_core.formats import ROUNDINGS, parse
 from altgrad_jax import Policy, all_finite, get_format
 from altgrad_jax.data import load_corpus
 from altgrad_jax.faults import check_faults
 from altgrad_jax.fleet import Fleet
-from altgrad_jax.job import Job, RunPlan, StepReport, _judged
-from altgrad_jax.models import GPTConfig
+from altgrad_jax.job import Job, RunPlan, StepReport
+from altgrad_jax.models import GPTConfig, site_names
 from altgrad_jax.nn import GRADIENT
 from altgrad_jax.schedules import Schedule
+from altgrad_jax.shown import Shown
 from altgrad_jax.state import RunSpec, TrainState
 from altgrad_jax.training import Program
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, FAULT, LATE = 120, 60, 125
 SCHEDULE = Schedule(STEPS, learning_rate=1e-2, warmup=5)
+SITES = tuple(site_names(1))
 MARGIN = 0.1
 """Nats between a healed run and an undisturbed one; an untrained model is at 4.2, these end near 3.0."""
 
@@ -41,6 +44,7 @@ EAGER = Policy(window=4, warmup=0, cooldown=20, moving_share=2.0, plateau=10.0)
 LITERAL = Policy("fallback_chain", window=4, warmup=0, cooldown=20)
 ALWAYS_OVERFLOWING = Policy("by_cause", window=4, warmup=0, overflow_limit=0.0)
 FOLLOWING = Policy("by_cause", window=4, warmup=0, underflow_limit=1.0, worst_underflow_limit=1.0)
+BY_LAYER = Policy("by_cause", window=4, warmup=0, underflow_limit=0.3, worst_underflow_limit=0.3)
 RETURNING = Policy("off", window=4, cooldown=0, recover_after=25)
 
 
@@ -68,6 +72,8 @@ PLANS = {
     "literal": RunPlan(spec("E0M7"), shift=True, policy=LITERAL, stall_threshold=0.1),
     "slower": RunPlan(spec("E7M0", repair_scales=True), shift=True, policy=ALWAYS_OVERFLOWING),
     "scales": RunPlan(spec("E0M7", scaling="static"), shift=True, policy=FOLLOWING),
+    "layers, calm": RunPlan(spec(), check_faults([f"nan@{LATE}:4"], 1000), shift=True, layers=SITES),
+    "layers": RunPlan(spec("E0M7"), shift=True, policy=BY_LAYER, layers=SITES),
     "back again": RunPlan(spec(), check_faults(["nan@10:3"], 1000), shift=True, policy=RETURNING),
 }
 
@@ -194,18 +200,23 @@ def test_spike_opens_the_gate_and_stays_out_of_the_history(trained: Trained) -> 
 
 def test_worst_sites_are_those_of_each_run(trained: Trained) -> None:
     rates = np.zeros((2, 7, 3), np.float32)
-    rates[0, 6, GRADIENT], rates[1, 2, GRADIENT], rates[1, 3, :GRADIENT] = 0.5, 0.25, 0.75  # operands are not looked at
+    rates[0, 6, GRADIENT], rates[1, 2, GRADIENT], rates[1, 3, :GRADIENT] = 0.5, 0.25, (0.5, 0.75)
     stalls = np.array([[0, 0, 0.5, 0, 0.25], [1, 0, 0, 0, 0]], np.float32)
     raw = {"loss": np.ones(2), "overflow_rates": rates, "underflow_rates": rates[::-1], "stall_rates": stalls}
-    assert {name: values.tolist() for name, values in _judged(raw, (5, 3, 0, 4, 6)).items()} == {
+    shown = Shown.of(raw | {"saturation_rates": stalls / 2}, trained.job.sites, (5, 3, 0, 4, 6))
+    assert {name: values.tolist() for name, values in shown.metrics.items()} == {
         "loss": [1, 1],
-        "worst_overflow_rate": [0.5, 0.25],
+        "worst_overflow_rate": [0.5, 0.25],  # of gradients: operands are not looked at
         "worst_underflow_rate": [0.25, 0.5],
         "worst_stall_rate": [0.5, 1],
         "worst_overflow_site": [6, 2],
         "worst_underflow_site": [2, 6],
         "worst_stall_site": [0, 5],
     }
+    assert shown.numbers(1)["worst_overflow_site"] == "block0.values"
+    of_layers = Observation.of(0, {"finite": 1.0, **shown.numbers(1, ["block0.proj", "block0.down"])}).layers
+    down = Observation(0, 1.0, finite=True, stall_rate=1.0, saturation_rate=0.5)
+    assert of_layers == {"block0.proj": Observation(0, 1.0, True, operand_overflow_rate=0.75), "block0.down": down}
     numbers = trained.reports[FAULT].numbers(list(PLANS).index("spike, on"))
     assert numbers["worst_overflow_site"] in trained.job.sites
     assert numbers["worst_overflow_rate"] >= numbers["overflow_rate"]
@@ -244,6 +255,35 @@ def test_static_scales_that_saturate_become_delayed_and_nothing_shifts(trained: 
     index = list(PLANS).index("scales")
     rates = [report.metrics["operand_overflow_rate"][index] for report in trained.reports]
     assert min(rates[:5]) > 0.05 > 0.01 > max(rates[5:])
+
+
+def test_layers_in_one_format_are_the_run_in_that_format(trained: Trained) -> None:
+    assert trained.losses["layers, calm"] == trained.losses["calm, on"]
+
+
+def test_layers_that_underflow_shift_and_the_others_stay(trained: Trained) -> None:
+    shifts, index = trained.events("layers"), list(PLANS).index("layers")
+    assert {(event.kind, event.cause) for event in shifts} == {("shift", "underflow")}
+    assert all(event.numbers["underflow_rate"] >= 0.3 for event in shifts)
+    formats = dict.fromkeys(SITES, "E0M7")
+    for report in trained.reports:  # what is decided on a step is in force two steps later
+        formats |= {str(e.numbers["layer"]): str(e.numbers["to"]) for e in shifts if e.step == report.step - 2}
+        assert report.of_layers[index] == formats
+    assert len(set(formats.values())) > 1
+    state, weights = trained.states["layers"], trained.job._program.sites_of_weights
+    maxima = [parse(formats[site]).max_representable_value for site in SITES]
+    for params in (state.run.operand, state.run.gradient):
+        assert params.max_value.tolist() == maxima
+    for params in (state.run.storage, get_format(state.opt_state[-1])):
+        assert params.max_value.tolist() == [maxima[site] for site in weights]
+    assert float(get_format(state.opt_state).max_value) == min(maxima)
+
+
+def test_layers_must_be_all_sites() -> None:
+    with pytest.raises(InputError, match=r"layers are logits; expected none, or all sites: block0\.qkv"):
+        Job(program(9), [RunPlan(spec(), shift=True, layers=("logits",))], load_corpus(None, 8), batch=2)
+    with pytest.raises(InputError, match="formats of 7 layers in a run whose formats must stay"):
+        RunPlan(spec(), layers=SITES).controller()
 
 
 def test_the_first_format_is_tried_again_after_quiet_steps(trained: Trained) -> None:
@@ -311,7 +351,10 @@ def test_rollback_to_the_oldest_of_three_with_new_moments(trained: Trained) -> N
         job.advance()
     assert train_traces(job) == train_traces(trained.job)
     now = jax.tree.map(np.asarray, job.state)
-    back, _ = job._fleet.roll_back(job.snapshots, job.state, [True] * len(PLANS), ["E3M4"] * len(PLANS))
+    every, logits = len(PLANS), {"logits": "E5M2"}
+    back, _ = job._fleet.roll_back(
+        job.snapshots, job.state, [True] * every, ["E3M4"] * every, [logits, *[{}] * (every - 1)]
+    )
     found = jax.tree.map(np.asarray, back)
     same = partial(jax.tree.map, np.testing.assert_array_equal)
     same((found.params, found.amax_history, found.norm_history), tuple(seen[4][k] for k in (0, 2, 3)))
@@ -319,7 +362,10 @@ def test_rollback_to_the_oldest_of_three_with_new_moments(trained: Trained) -> N
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(moments))
     same((schedule, monitor.stall_rate), (now.opt_state[1][2], now.opt_state[2].stall_rate))
     assert int(schedule.count[0]) == 9
-    assert {float(get_format(part).max_value[0]) for part in (clipper, monitor, found.run)} == {124.0}
+    assert set(get_format(clipper).max_value.tolist()) == {124.0}
+    for params, place in ((get_format(monitor), 4), (found.run.operand, 6), (found.run.gradient, 6)):
+        assert np.argwhere(params.max_value != 124.0).tolist() == [[0, place]]
+        assert params.max_value[0, place] == 57344.0
 
 
 # ---- fleets
@@ -371,7 +417,7 @@ forward, losses, seen, state = trained(specs)
 assert {len(leaf) for leaf in jax.tree.leaves(seen)} == {4}  # three runs on two devices: one place is filled up
 assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {2}
 maxima = [parse(name).max_representable_value for name in ("E5M2", "E7M0", "E0M7", "E0M7")]
-assert np.asarray(state.run.operand.max_value).tolist() == maxima
+assert np.asarray(state.run.operand.max_value).tolist() == [[each] * model.sites for each in maxima]
 assert np.asarray(state.run.seed).tolist() == [0, 1, 2, 2]
 assert losses.shape == (3,) and len(set(losses.tolist())) == 3 and np.isfinite(losses).all()
 backward, reversed_losses, _, _ = trained(specs[::-1])

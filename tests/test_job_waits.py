@@ -1,6 +1,6 @@
 """The host never waits for the step it has just dispatched: shown on a fleet that computes nothing."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -76,12 +76,17 @@ class LateFleet:
     def keep_snapshot(self, snapshots: Opaque, state: Opaque, wanted: Sequence[bool]) -> Opaque:
         return Opaque()
 
-    def set_formats(self, state: Opaque, formats: Sequence[str]) -> Opaque:
+    def set_formats(self, state: Opaque, formats: Sequence[str], of_layers: Sequence[Mapping[str, str]]) -> Opaque:
         self.formats.extend(formats)
         return Opaque()
 
     def roll_back(
-        self, snapshots: Opaque, state: Opaque, chosen: Sequence[bool], formats: Sequence[str]
+        self,
+        snapshots: Opaque,
+        state: Opaque,
+        chosen: Sequence[bool],
+        formats: Sequence[str],
+        of_layers: Sequence[Mapping[str, str]],
     ) -> tuple[Opaque, Opaque]:
         self.rolled_back += 1
         return Opaque(), Opaque()

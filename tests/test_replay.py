@@ -42,23 +42,48 @@ def _quiet() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
+def _dying(at: int) -> Callable[[Job], StepReport | None]:
+    advance = Job.advance
+
+    def dies(job: Job) -> StepReport | None:
+        if job.step == at:
+            raise KeyboardInterrupt
+        return advance(job)
+
+    return dies
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A run that was stopped and resumed; beside it, as ``cut_off``, what there was when it stopped."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    advance = Job.advance
-
-    def dies(job: Job) -> StepReport | None:
-        if job.step == _DIES_AT:
-            raise KeyboardInterrupt
-        return advance(job)
-
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Job, "advance", dies)
+        patched.setattr(Job, "advance", _dying(_DIES_AT))
         with pytest.raises(KeyboardInterrupt):
             train(TrainConfig(out=out, **_RUN), _quiet())
     shutil.copytree(out, out.with_name("cut_off"), ignore=shutil.ignore_patterns("checkpoints"))
     assert train(TrainConfig(out=out, resume=True, **_RUN), _quiet()) is not None
+    return out
+
+
+@pytest.fixture(scope="module")
+def layered(finished) -> Path:
+    """A run whose layers shift apart, stopped between two such shifts and resumed."""
+    out = finished.with_name("layered")
+    settings: dict[str, Any] = {
+        **_RUN,
+        "format": "E0M7",
+        "storage": "master",
+        "per_layer": True,
+        "recover_after": None,
+        "steps": 60,
+        "inject": ("nan@50:3",),
+    }
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Job, "advance", _dying(45))
+        with pytest.raises(KeyboardInterrupt):
+            train(TrainConfig(out=out, **settings), _quiet())
+    assert train(TrainConfig(out=out, resume=True, **settings), _quiet()) is not None
     return out
 
 
@@ -103,6 +128,26 @@ def test_every_decision_follows_from_the_log(finished, monkeypatch, capsys):
     assert code == 0
     assert f"{len(found.decisions)} decisions in 140 steps: all agree with the log" in printed
     assert "differs" not in printed
+
+
+def test_decisions_on_layers_follow_from_the_log(layered):
+    found = replay_run(layered)
+    assert (found.difference, found.steps) == (None, 60)
+    shifts = [(event.step, event.numbers["layer"]) for event in found.decisions if event.kind == "shift"]
+    last = _lines(layered / "metrics.jsonl")[-1]["layer_formats"]
+    assert 0 < len({layer for step, layer in shifts if step < 45}) < len(last), "by rates, some and not all"
+    assert {layer for step, layer in shifts if step == 52} == set(last), "by NaN batches, all"
+    assert "E0M7" not in last.values()
+    moved = min(last)
+
+    def claim(lines: list[dict[str, Any]]) -> None:
+        lines[-1]["layer_formats"][moved] = "E7M0"
+
+    shutil.copytree(layered, layered.with_name("claimed"), ignore=shutil.ignore_patterns("checkpoints"))
+    _rewrite(layered.with_name("claimed") / "metrics.jsonl", claim)
+    difference = replay_run(layered.with_name("claimed")).difference
+    assert difference is not None
+    assert f"{moved}:E7M0" in str(difference)
 
 
 def test_any_event_that_is_missing_is_named(finished, copied, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from altgrad_torch import (
     FormatController,
     FormatParams,
     PartitionRelativeClipper,
+    Policy,
     clip_threshold,
     quantize,
     set_format,
@@ -109,11 +110,28 @@ def test_rollbacks_are_carried_out_before_the_format_is_written() -> None:
     assert (happened, str(detector.format)) == (["E7M0", "E5M2"], "E5M2")
 
 
+def test_a_layer_moves_alone() -> None:
+    policy = Policy("by_cause", window=1, warmup=0)
+    layers = FormatController({"mlp": "E4M3", "logits": "E4M3"}, policy=policy, shifter=EmergencyMantissaShift())
+    clipper, held = PartitionRelativeClipper("E4M3"), {"mlp": [Casting("E4M3")], "logits": [Casting("E4M3")]}
+    calm = {"loss": torch.tensor(1.0), "finite": torch.tensor(True), "mlp/overflow_rate": torch.tensor(0.0)}
+    for step in range(3):
+        layers.step(step, {**calm, "logits/overflow_rate": 0.25}, [clipper], layers=held)
+    assert {layer: each.format for layer, (each,) in held.items()} == {"mlp": "E4M3", "logits": "E5M2"}
+    assert str(clipper.format) == layers.format == "E4M3"
+    for given, told in ((None, "layers are none"), ({"mlp": [], "logit": []}, "layers are mlp, logit")):
+        with pytest.raises(InputError, match=f"{told}; expected those of the controller: mlp, logits"):
+            layers.step(3, calm, layers=given)
+    with pytest.raises(InputError, match="layers are mlp; expected those of the controller: none"):
+        controller().drain(layers={"mlp": []})
+
+
 @pytest.mark.parametrize(
     ("settings", "roll_back", "told"),
     [
         ({"rounding": "nearest_even"}, None, "cannot change how weights are rounded"),
         ({"learning_rate": 1.0}, None, "cannot change the learning rate"),
+        ({"scales": "static"}, None, "cannot change where scales come from"),
         ({"can_roll_back": True}, None, "can_roll_back is True but roll_back is None"),
         ({}, lambda: None, "can_roll_back is False but roll_back is"),
     ],

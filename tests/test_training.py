@@ -20,7 +20,7 @@ from altgrad_jax.control import get_format
 from altgrad_jax.data import load_corpus
 from altgrad_jax.mapped import RUNS, steps_of
 from altgrad_jax.models import GPTConfig
-from altgrad_jax.nn import GRADIENT, RHS
+from altgrad_jax.nn import GRADIENT, LHS, RHS
 from altgrad_jax.schedules import Schedule
 from altgrad_jax.state import Fault, Recoverable, RunSpec, StepMetrics, TrainState
 from altgrad_jax.training import OptimizerConfig, Program
@@ -214,8 +214,31 @@ def test_format_can_be_set_between_steps() -> None:
     assert fast().traces == traces
     other, unshifted = fast().step(states[-1], tokens(5), FAULTLESS)
     assert float(metrics.loss) != float(unshifted.loss)
-    assert float(state.run.operand.max_value) == 124.0
-    assert float(other.run.operand.max_value) == 2.0**64
+    assert state.run.operand.max_value.tolist() == [124.0] * MODEL.sites
+    assert other.run.operand.max_value.tolist() == [2.0**64] * MODEL.sites
+
+
+def test_one_site_in_another_format_leaves_all_before_it_as_they_were() -> None:
+    states, _ = fast().run(RunSpec("E5M2"), {}, 3)
+    logits, step, traces = MODEL.sites - 1, fast().step, fast().traces
+    stacked = jax.tree.map(lambda leaf: leaf[None], states[-1])
+    moved = fast().program.with_formats(stacked, [["E5M2"] * logits + ["E0M7"]])
+    moved = jax.tree.map(lambda leaf: leaf[0], moved)
+    assert get_format(moved.opt_state).max_value == 57344
+    places = [fast().program.sites_of_weights.index(logits)]
+    for params, changed in (
+        (moved.run.operand, [logits]),
+        (moved.run.storage, places),
+        (moved.opt_state[-1].format, places),
+    ):
+        assert np.flatnonzero(params.max_value != 57344).tolist() == changed
+    _, before = step(states[-1], tokens(3), FAULTLESS)
+    _, after = step(moved, tokens(3), FAULTLESS)
+    assert fast().traces == traces
+    forward = slice(LHS, GRADIENT)
+    assert_same_bits(after.underflow_rates[:logits, forward], before.underflow_rates[:logits, forward])
+    assert (after.underflow_rates > before.underflow_rates)[logits, forward].all()
+    assert after.stall_rates[places[0]] != before.stall_rates[places[0]]
 
 
 FAULTLESS = jax.tree.map(lambda value: jnp.asarray(value, bool if isinstance(value, bool) else jnp.float32), Fault())
