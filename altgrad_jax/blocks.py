@@ -133,7 +133,7 @@ def quantize_blocks(
     params = _saturating(format, rounding)
     if random_bits is None:
         refuse_missing_random_bits(params)
-    return _straight_through(granularity, rule, x, params, random_bits)
+    return _in_one_program(granularity, rule, x, params, random_bits)
 
 
 def encode_blocks(
@@ -239,6 +239,10 @@ def _straight_through_jvp(
     tangents: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, jax.Array]:
     return _straight_through(granularity, rule, *primals), tangents[0]
+
+
+# Outside of jit, operation by operation would be as many programs and passes.
+_in_one_program = jax.jit(_straight_through, static_argnums=(0, 1), inline=True)
 
 
 def _rounded(

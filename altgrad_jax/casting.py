@@ -88,7 +88,7 @@ def quantize(
             raise InputError("saturation_mask=True would have no effect: no finite float32 value overflows float32")
         if x.dtype != jnp.float64:
             return x
-    return _straight_through(saturation_mask, x, scale, params, random_bits)
+    return _in_one_program(saturation_mask, x, scale, params, random_bits)
 
 
 def floating(x: jax.Array, taker: str) -> jax.Array:
@@ -198,6 +198,10 @@ def _straight_through_jvp(
         return result, tangents[0]
     x, scale, params, random_bits = primals
     return result, jnp.where(_overflows(x, scale, params, random_bits), 0, tangents[0])
+
+
+# Outside of jit, operation by operation would be thirty programs to compile and thirty passes over x.
+_in_one_program = jax.jit(_straight_through, static_argnums=0, inline=True)
 
 
 def _overflows(x: jax.Array, scale: jax.Array | None, params: FormatParams, random_bits: jax.Array | None) -> jax.Array:
@@ -421,12 +425,13 @@ def float64_to_odd(x: jax.Array) -> jax.Array:
     too_far = jnp.abs(nearest.astype(jnp.float64)) > jnp.abs(x)
     odd = (bits - too_far.astype(jnp.int32)) | 1
     odd = jnp.where(jnp.abs(x) >= 2.0**128, bits, odd)
-    # A subnormal float32, which XLA's CPU backend would flush, is put together from its steps of 2^-149; a subnormal
-    # float64, which it reads as zero, shows in its bits.
+    # A subnormal float32, which XLA's CPU backend would flush, is put together from its steps of 2^-149. A subnormal
+    # float64, which it reads as zero, shows in its bits and in these alone: compared as floats beside them, LLVM would
+    # take the one for the other, since it knows nothing of the flush.
     steps = jnp.abs(x) * 2.0**149
     whole = jnp.minimum(steps, 2.0**23).astype(jnp.int32)
-    is_zero = (lax.bitcast_convert_type(x, jnp.int64) << 1) == 0
-    inexact = (whole.astype(jnp.float64) < steps) | ((steps == 0) & ~is_zero)
+    magnitude = lax.bitcast_convert_type(x, jnp.int64) & np.int64(2**63 - 1)
+    inexact = (whole.astype(jnp.float64) < steps) | ((magnitude > 0) & (magnitude < np.int64(1 << 52)))
     subnormal = whole | inexact.astype(jnp.int32) | (bits & _SIGN)
     return _float(jnp.where(steps < 2.0**23, subnormal, jnp.where(exact | jnp.isnan(x), bits, odd)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,11 @@ def encode(
     >>> encode(jnp.array([1.0, -1.0]), "E5M2").tolist()
     [60, 188]
     """
-    x, code = floating(x, "encode"), _code_params(format, rounding, overflow)
+    return _encoded(floating(x, "encode"), _code_params(format, rounding, overflow))
+
+
+@partial(jax.jit, inline=True)  # one program also outside of jit
+def _encoded(x: jax.Array, code: CodeParams) -> jax.Array:
     value = x.astype(jnp.float32) if x.dtype != jnp.float64 else _of_float64(x, code.params)
     params, bits = code.params, _bits(value)
     if params.path == "fast":
@@ -182,7 +187,11 @@ def decode(codes: jax.Array, format: str | Format | CodeParams) -> jax.Array:
     codes = jnp.asarray(codes)
     if not jnp.issubdtype(codes.dtype, jnp.unsignedinteger):
         raise TypeError(f"codes are unsigned integers; got {codes.dtype}")
-    code = _code_params(format, "nearest_even", "native")
+    return _decoded(codes, _code_params(format, "nearest_even", "native"))
+
+
+@partial(jax.jit, inline=True)  # one program also outside of jit
+def _decoded(codes: jax.Array, code: CodeParams) -> jax.Array:
     whole = codes.astype(jnp.int32)
     if code.params.path == "unsigned":
         return _float(_bits_of_powers(whole & code.nan_code, code))

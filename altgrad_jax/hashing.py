@@ -6,6 +6,7 @@ The definition is :func:`altgrad_core.hashing.hash_bits_reference`. For stochast
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,12 @@ def hash_bits(shape: tuple[int, ...], seed: int | jax.Array, step: int | jax.Arr
     True
     """
     check_count(math.prod(shape))
-    first = _mix(_word("seed", seed) + np.uint32(SEED_OFFSET))
-    key = _mix(first ^ _word("step", step))
+    return _hashed(tuple(shape), _word("seed", seed), _word("step", step))
+
+
+@partial(jax.jit, static_argnums=0, inline=True)  # one program also outside of jit
+def _hashed(shape: tuple[int, ...], seed: jax.Array, step: jax.Array) -> jax.Array:
+    key = _mix(_mix(seed + np.uint32(SEED_OFFSET)) ^ step)
     x = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape) ^ key
     x = (x ^ (x >> 16)) * np.uint32(MULTIPLIERS[0])
     x = (x ^ (x >> 15)) + _mix(key + np.uint32(STREAM_OFFSET))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -82,7 +83,12 @@ def global_norm(tree: optax.Updates, *, axis_name: AxisName | None = None) -> ja
     >>> float(norm) == 5 * 2.0**-120
     True
     """
-    return euclidean_norm(float_leaves(tree), axis_name).single
+    return _single(float_leaves(tree), axis_name)
+
+
+@partial(jax.jit, static_argnums=1, inline=True)  # one program also outside of jit
+def _single(leaves: list[jax.Array], axis_name: AxisName | None) -> jax.Array:
+    return euclidean_norm(leaves, axis_name).single
 
 
 def float_leaves(tree: optax.Updates) -> list[jax.Array]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -62,11 +63,16 @@ def amax(x: jax.Array, axes: int | tuple[int, ...] | None = None) -> jax.Array:
     [[2.0, 3.0]]
     """
     x = jnp.asarray(x)
+    return _amax(x, None if axes is None else checked_axes(axes, x.ndim))
+
+
+@partial(jax.jit, static_argnums=1, inline=True)  # one program also outside of jit
+def _amax(x: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
     if x.dtype == jnp.float64:
         # Whether a conversion rounds to a subnormal or to zero depends on the backend.
         x = jnp.where(jnp.abs(x) < 2.0**-126, jnp.zeros_like(x), x)
     magnitudes = _bits(x.astype(jnp.float32)) & _MAGNITUDE
-    reduced = tuple(range(x.ndim)) if axes is None else checked_axes(axes, x.ndim)
+    reduced = tuple(range(x.ndim)) if axes is None else axes
     largest = largest_of(magnitudes, reduced)
     largest = jnp.where(largest > _INF, _NAN, largest)
     return _float(largest if axes is None else jnp.expand_dims(largest, reduced))

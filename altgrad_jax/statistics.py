@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Self
 
 import jax
@@ -187,11 +188,14 @@ def observe(
     x = jnp.asarray(x)
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise TypeError(f"counts are made of float32, bfloat16 and float16 arrays; got {x.dtype}")
-    params = as_params(format)
+    return _observed(x, as_params(format), None if scale is None else checked_scale(scale, x))
+
+
+@partial(jax.jit, inline=True)  # one program also outside of jit
+def _observed(x: jax.Array, params: FormatParams, scale: jax.Array | None) -> tuple[CastCounts, jax.Array]:
     limits, flat, scaled = edges(params), x.reshape(-1), None
     if scale is not None:
-        unit = checked_scale(scale, x).astype(jnp.float32)
-        scaled = divide_by_scale(x.astype(jnp.float32), unit).reshape(-1)
+        scaled = divide_by_scale(x.astype(jnp.float32), scale.astype(jnp.float32)).reshape(-1)
     counts, amax_bits = CastCounts.zeros(), jnp.int32(0)
     for start in range(0, flat.size, _MOST_AT_ONCE):
         chunk = _part(flat, start).astype(jnp.float32)

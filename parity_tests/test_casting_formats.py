@@ -228,7 +228,7 @@ def any_format(draw: Callable[[st.SearchStrategy[int]], int]) -> Format:
         family = "fn"
     mantissa_bits = 0 if family == "fnu" else mantissa_bits
     top = 2**exponent_bits - 1
-    bias = draw(st.integers(top - 127, min(top + 124, 149 - mantissa_bits + 1))) if exponent_bits else 0
+    bias = draw(st.integers(top - 127, min(top + 124, 149 - mantissa_bits))) if exponent_bits else 0
     return Format(
         "drawn",
         exponent_bits,
