@@ -186,6 +186,10 @@ class _How(NamedTuple):
     stochastic_bits: int
 
 
+_MARKING = Beyond(math.inf, math.inf)
+"""Makes inf of whatever overflows."""
+
+
 class _StraightThrough(torch.autograd.Function):
     """The cast in value, the identity in derivative."""
 
@@ -236,9 +240,14 @@ def cast(
     return in_chunks(part, format, torch.float32, x.detach(), random_bits)
 
 
+def cast_marking_overflow(x: Tensor, params: FormatParams, rounding: Rounding) -> Tensor:
+    """The bare cast to float32, but inf, with the sign of ``x``, where ``x`` rounds beyond max."""
+    return _cast(x.detach(), None, None, _How(params, rounding, _MARKING, STOCHASTIC_BITS))
+
+
 def _overflows(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
     """Whether each element rounds beyond max, by whatever rounding: where a cast that makes inf of that makes one."""
-    marking = how._replace(beyond=Beyond(math.inf, math.inf))
+    marking = how._replace(beyond=_MARKING)
 
     def part(x: Tensor, scale: Tensor | None, random_bits: Tensor | None) -> Tensor:
         return _cast(x, scale, random_bits, marking).isinf()

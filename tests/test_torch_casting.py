@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402 (after 
 import altgrad_torch as ag  # noqa: E402
 from altgrad_core.formats import FORMAT_REGISTRY, OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding, parse  # noqa: E402
 from altgrad_core.reference import round_to_format  # noqa: E402
-from altgrad_torch import FormatParams, casting  # noqa: E402
+from altgrad_torch import CodeParams, FormatParams, casting  # noqa: E402
 from altgrad_torch.params import edges  # noqa: E402
 from altgrad_torch.statistics import _thresholds  # noqa: E402
 
@@ -270,9 +270,9 @@ def test_params_count_as_their_format(format: Format) -> None:
 def test_params_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="path 'fast' cannot cast to bf16; expected wide"):
         FormatParams.from_format("bf16", path="fast")
-    for function in (ag.encode, ag.decode):
-        with pytest.raises(TypeError, match="codes need a static format"):
-            function(torch.zeros(2, dtype=torch.uint8), FormatParams.from_format("E4M3"))
+    for function, dtype in ((ag.encode, torch.float32), (ag.decode, torch.uint8)):
+        with pytest.raises(TypeError, match="give a name, a Format or CodeParams"):
+            function(torch.zeros(2, dtype=dtype), FormatParams.from_format("E4M3"))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of what it imports
@@ -317,6 +317,18 @@ class TestCompiled:
         codes = every_code(parse(format))
         decoded = torch.compile(lambda codes: ag.decode(codes, format), fullgraph=True)(codes)
         assert same(decoded, ag.decode(codes, format))
+
+    def test_codes_by_params(self) -> None:
+        def there_and_back(x: torch.Tensor, code: CodeParams) -> tuple[torch.Tensor, torch.Tensor]:
+            codes = ag.encode(x, code)
+            return codes, ag.decode(codes, code)
+
+        x, compiled = inputs(), torch.compile(there_and_back, fullgraph=True)
+        for known in DISTINCT:
+            if known.is_signed and known.bits <= 8:
+                codes, values = compiled(x, CodeParams.from_format(known, path="wide"))
+                assert torch.equal(codes, ag.encode(x, known)), str(known)
+                assert same(values, ag.decode(codes, known)), str(known)
 
     def test_decoding_of_blocks(self) -> None:
         codes, scales = ag.encode_blocks(inputs().nan_to_num(), "E4M3")
