@@ -8,7 +8,7 @@ bit. ``altgrad_jax/casting.py`` says the same thing in JAX. Where a compiled pro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -300,27 +300,43 @@ def in_chunks(
     So temporaries take up no more than that, whatever the size of ``x``. Where a compiler fuses there are none, and
     params are meant for those.
     """
-    whole = isinstance(grid, FormatParams) or torch.compiler.is_compiling() or x.device.type != "cpu"
-    if whole or x.numel() <= _CHUNK:
+    if in_one_go(grid, x):
         return function(x, *beside)
     out = torch.empty_like(x, dtype=dtype)
     spread = [t if t is None or t.numel() == 1 else t.expand(x.shape) for t in beside]
-    _fill_by_chunks(function, out, x, spread)
+    fill_by_chunks(function, out, x, spread)
     return out
 
 
-def _fill_by_chunks(function: Callable[..., Tensor], out: Tensor, x: Tensor, beside: list[Tensor | None]) -> None:
-    """Split the outermost dimension in memory, again and again, until a part is small enough; nothing is copied."""
-    if out.numel() <= _CHUNK:
+def in_one_go(grid: Format | FormatParams, x: Tensor) -> bool:
+    """Whether :func:`in_chunks` takes all of ``x`` at once."""
+    fused = isinstance(grid, FormatParams) or torch.compiler.is_compiling() or x.device.type != "cpu"
+    return fused or x.numel() <= _CHUNK
+
+
+def fill_by_chunks(
+    function: Callable[..., Tensor], out: Tensor, x: Tensor, beside: Sequence[Tensor | None], whole: int | None = None
+) -> None:
+    """Split the outermost dimension in memory, again and again, until a part is small enough; nothing is copied.
+
+    Args:
+        function: of parts of ``x`` and of what is beside it.
+        out: what its results are written to.
+        x: of the shape of ``out``, but along the dimension that stays whole.
+        beside: of the shape of ``x``, or of one element.
+        whole: a dimension that is never split, because the function reduces along it.
+    """
+    splittable = [d for d in range(x.ndim) if x.shape[d] > 1 and d != whole]
+    if x.numel() <= _CHUNK or not splittable:
         out.copy_(function(x, *beside))
         return
-    dimension = max((d for d in range(out.ndim) if out.shape[d] > 1), key=out.stride)
-    length = out.shape[dimension]
-    step = max(1, _CHUNK * length // out.numel())
+    dimension = max(splittable, key=out.stride)
+    length = x.shape[dimension]
+    step = max(1, _CHUNK * length // x.numel())
     for start in range(0, length, step):
         size = min(step, length - start)
         parts = [t if t is None or t.numel() == 1 else t.narrow(dimension, start, size) for t in beside]
-        _fill_by_chunks(function, out.narrow(dimension, start, size), x.narrow(dimension, start, size), parts)
+        fill_by_chunks(function, out.narrow(dimension, start, size), x.narrow(dimension, start, size), parts, whole)
 
 
 def divide_by_scale(x: Tensor, scale: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class CodeParams(NamedTuple):
         >>> CodeParams.from_format("float8_e4m3fnuz").nan_code.item()
         128
         """
-        resolved = _codable(format)
+        resolved = codable(format)
         check_modes("nearest_even", overflow)
         beyond = resolved.overflow_value if overflow == "native" else resolved.max_representable_value
         codes = (
@@ -105,7 +105,7 @@ class CodeParams(NamedTuple):
         >>> encode(torch.tensor([1.0]), params).tolist()
         [60]
         """
-        resolved = _codable(format)
+        resolved = codable(format)
         other = CodeParams.from_format(resolved, path=self.params.path, device=self.sign_mask.device)
         if other.dtype != self.dtype:
             expected = "at most 8" if self.dtype == torch.uint8 else "more than 8"
@@ -182,24 +182,23 @@ def encode(
                 "CodeParams.from_format"
             )
         return _encoded(x, format, rounding)
-    resolved = _codable(format)
-    dtype = torch.uint8 if resolved.bits <= 8 else torch.uint16
+    resolved = codable(format)
 
     def part(x: Tensor) -> Tensor:
-        on_grid = cast(x, resolved, rounding=rounding, overflow=overflow).view(torch.int32)
-        return _codes_of_grid(on_grid, resolved).to(dtype)
+        return codes_of_grid(cast(x, resolved, rounding=rounding, overflow=overflow), resolved)
 
-    return in_chunks(part, resolved, dtype, x.detach())
+    return in_chunks(part, resolved, dtype_of_codes(resolved), x.detach())
 
 
-def _codes_of_grid(on_grid: Tensor, format: Format) -> Tensor:
-    """Codes of values on the grid, or not finite, from their bits: int32."""
+def codes_of_grid(x: Tensor, format: Format) -> Tensor:
+    """Codes of float32 values that are on the grid of a format, or not finite."""
+    on_grid = x.view(torch.int32)
     magnitude = on_grid & _MAGNITUDE
     finite = _finite_codes if format.is_signed else _codes_of_powers
     code = finite(magnitude, format)
     code.masked_fill_(magnitude == _INF, format.inf_code or format.max_code)
     code.bitwise_or_((on_grid < 0).to(torch.int32).mul_(format.sign_mask))
-    return code.masked_fill_(magnitude > _INF, format.nan_code or 0)
+    return code.masked_fill_(magnitude > _INF, format.nan_code or 0).to(dtype_of_codes(format))
 
 
 def _encoded(x: Tensor, code: CodeParams, rounding: Rounding) -> Tensor:
@@ -252,7 +251,7 @@ def decode(codes: Tensor, format: str | Format | CodeParams) -> Tensor:
         raise TypeError(f"codes are unsigned integers; got {codes.dtype}")
     if isinstance(format, CodeParams):
         return _values(codes.to(torch.int32), format)
-    resolved = _codable(format)
+    resolved = codable(format)
     code = CodeParams.from_format(resolved, device=codes.device)
     mask = (1 << resolved.bits) - 1
     if torch.compiler.is_compiling() or codes.numel() <= mask:
@@ -292,7 +291,18 @@ def _bits_of_codes(magnitude: Tensor, params: FormatParams) -> Tensor:
     return torch.where((significand == 0) | (bits < _IMPLICIT_ONE), 0, bits)
 
 
-def _codable(format: str | Format) -> Format:
+def dtype_of_codes(format: Format) -> torch.dtype:
+    """uint8, or uint16 for more than 8 bits."""
+    return torch.uint8 if format.bits <= 8 else torch.uint16
+
+
+def codable(format: str | Format) -> Format:
+    """The format of a name, if there are codes of it.
+
+    Raises:
+        TypeError: for ``FormatParams``, which know no special codes.
+        ValueError: for an unknown name, and for a format of more than 16 bits.
+    """
     if isinstance(format, FormatParams):
         raise TypeError("codes need to know special codes as well: give a name, a Format or CodeParams")
     resolved = parse(format)

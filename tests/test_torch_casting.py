@@ -142,6 +142,39 @@ def test_no_allocation_but_the_result_and_a_scratch(format: str, rounding: Round
     assert biggest <= 8 * casting._CHUNK
 
 
+@pytest.mark.parametrize("format", ["E3M4", "bf16"])
+@pytest.mark.parametrize(("axis", "block"), [(0, 3), (1, 32), (2, 4), (2, 900)])
+def test_chunks_of_blocks_join(format: str, axis: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the strides, and whether the block divides the axis or is larger than a chunk."""
+    x, how = inputs()[4000:6400].reshape(4, 40, 15), {"axis": axis, "block": block}
+
+    def results(x: torch.Tensor) -> list[torch.Tensor]:
+        drawn = {"rounding": "stochastic", "random_bits": draws(x.shape)}
+        quantized = [ag.quantize_blocks(x, format, **how), ag.quantize_blocks(x, format, **how, **drawn)]
+        codes, scales = ag.encode_blocks(x, format, **how)
+        return [*quantized, ag.block_scales(x, format, **how), codes.float(), scales.float()]
+
+    for view in (x.mT.contiguous().mT, x[:, ::2]):
+        whole = results(view)
+        with monkeypatch.context() as smaller:
+            smaller.setattr(casting, "_CHUNK", 200)
+            for left, right in zip(results(view), whole, strict=True):
+                assert same(left, right)
+
+
+@pytest.mark.parametrize("format", ["E4M3", "E7M0", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_blocks_allocate_the_result_and_a_scratch(format: str, dtype: torch.dtype, axis: int) -> None:
+    x = torch.ones(3 * casting._CHUNK // 100 + 5, 101, dtype=dtype)
+    for function in (ag.quantize_blocks, ag.encode_blocks):
+        with Allocations() as allocations:
+            results = function(x, format, axis=axis)
+        for known in (x, *(results if isinstance(results, tuple) else (results,))):
+            allocations.seen.pop(known.untyped_storage().data_ptr(), None)
+        assert max(allocations.seen.values()) <= 8 * casting._CHUNK
+
+
 # Processors that flush
 
 

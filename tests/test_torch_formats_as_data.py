@@ -14,13 +14,13 @@ torch = pytest.importorskip("torch")
 import altgrad_torch as ag  # noqa: E402 (after the skip)
 from altgrad_core.errors import InputError  # noqa: E402
 from altgrad_core.formats import FORMAT_REGISTRY, OVERFLOWS, ROUNDINGS, CastPath, Format, Overflow, parse  # noqa: E402
+from altgrad_core.scaling import BlockRule  # noqa: E402
 from altgrad_torch import CodeParams, FormatParams  # noqa: E402
 from tests.test_torch_casting import casts, every_code, inputs, same  # noqa: E402
 
 DISTINCT = tuple(dict.fromkeys(FORMAT_REGISTRY.values()))
 CODED = [known for known in DISTINCT if known.bits <= 16]
 NARROW = [known for known in CODED if known.bits <= 8]
-MX = ("E4M3", "E5M2", "E2M1", "E3M2")
 every_overflow = pytest.mark.parametrize("overflow", OVERFLOWS)
 
 
@@ -130,6 +130,54 @@ def test_modes_beside_code_params() -> None:
         CodeParams.from_format("bf16", path="fast")
 
 
+# Blocks
+
+
+def blocks_of_all_kinds() -> torch.Tensor:
+    """Rows whose blocks lie anywhere in float32, and hold zeros, subnormals, NaN and infinities here and there."""
+    shift = 2.0 ** torch.arange(-60, 60).reshape(-1, 1)
+    return torch.cat([inputs()[5000:].reshape(-1, 50) * shift[:100], inputs()[:5000].reshape(-1, 50)])
+
+
+@pytest.mark.parametrize("path", ["fast", "wide"])
+@pytest.mark.parametrize("rule", ["mx", "fit"])
+def test_blocks_by_params_and_mapped_over_formats(path: CastPath, rule: BlockRule) -> None:
+    x, formats = blocks_of_all_kinds(), [known for known in served_by(path) if known.bits <= 16]
+    for known in formats:
+        params, how = FormatParams.from_format(known, path=path), {"block": 16, "rule": rule}
+        assert same(ag.block_scales(x, params, **how), ag.block_scales(x, known, **how)), str(known)
+        for rounding in ("nearest_even", "toward_zero"):
+            by_format = ag.quantize_blocks(x, known, rounding=rounding, **how)
+            assert same(ag.quantize_blocks(x, params, rounding=rounding, **how), by_format), f"{known}, {rounding}"
+    stack = FormatParams.stack([FormatParams.from_format(known, path=path) for known in formats])
+    mapped = torch.vmap(lambda params: ag.quantize_blocks(x, params, rule=rule))(stack)
+    for known, alone in zip(formats, mapped, strict=True):
+        assert same(alone, ag.quantize_blocks(x, known, rule=rule)), str(known)
+
+
+def test_codes_of_blocks_by_params() -> None:
+    x = blocks_of_all_kinds()
+    for known in CODED:
+        if known.is_signed:
+            codes, scales = ag.encode_blocks(x, known, block=16)
+            params = CodeParams.from_format(known)
+            for left, right in zip(ag.encode_blocks(x, params, block=16), (codes, scales), strict=True):
+                assert equal(left, right), str(known)
+            values = ag.decode_blocks(codes, scales, params, block=16)
+            assert same(values, ag.decode_blocks(codes, scales, known, block=16)), str(known)
+
+
+def test_params_that_are_of_no_use_to_blocks() -> None:
+    x = torch.ones(4)
+    for function in (ag.quantize_blocks, ag.block_scales):
+        with pytest.raises(InputError, match="params are of a format without a sign"):
+            function(x, FormatParams.from_format("float8_e8m0fnu"))
+    with pytest.raises(InputError, match="params are of a format without a sign"):
+        ag.encode_blocks(x, CodeParams.from_format("float8_e8m0fnu"))
+    with pytest.raises(TypeError, match="give a name, a Format or CodeParams"):
+        ag.encode_blocks(x, FormatParams.from_format("E4M3"))
+
+
 # In place
 
 
@@ -198,6 +246,22 @@ class TestTraced:
             assert equal(codes, ag.encode(x, known)), str(known)
             assert same(values, ag.decode(codes, known)), str(known)
         assert programs.count == len({(known.cast_path, known.bits <= 8) for known in CODED})
+
+    def test_blocks_of_all_formats_by_few_programs(self) -> None:
+        x, programs = blocks_of_all_kinds(), Programs()
+
+        def both(x: torch.Tensor, code: CodeParams) -> tuple[torch.Tensor, ...]:
+            codes, scales = ag.encode_blocks(x, code)
+            return ag.quantize_blocks(x, code.params), ag.decode_blocks(codes, scales, code)
+
+        compiled = torch.compile(both, fullgraph=True, backend=programs)
+        for known in NARROW:
+            if known.cast_path == "fast":
+                quantized, decoded = compiled(x, CodeParams.from_format(known))
+                assert same(quantized, ag.quantize_blocks(x, known)), str(known)
+                codes, scales = ag.encode_blocks(x, known)
+                assert same(decoded, ag.decode_blocks(codes, scales, known)), str(known)
+        assert programs.count == 1
 
     def test_mapped_over_formats(self) -> None:
         x, formats, programs = inputs(), served_by("fast"), Programs()
