@@ -43,7 +43,7 @@ from altgrad_core.scaling import (
     checked_axis,
 )
 from altgrad_jax.casting import cast, floating, quantize, refuse_missing_random_bits, to_float32
-from altgrad_jax.codes import decode, encode
+from altgrad_jax.codes import CodeParams, decode, encode
 from altgrad_jax.granularity import from_blocks, to_blocks
 from altgrad_jax.params import FormatParams, as_params
 from altgrad_jax.scaling import fitting_exponent, largest_of, two_to_the
@@ -138,7 +138,7 @@ def quantize_blocks(
 
 def encode_blocks(
     x: jax.Array,
-    format: str | Format,
+    format: str | Format | CodeParams,
     *,
     block: int = MX_BLOCK,
     axis: int = -1,
@@ -149,11 +149,12 @@ def encode_blocks(
 
     Args:
         x: floating-point array of at least one axis.
-        format: of the elements, of at most 16 bits.
+        format: of the elements: a name or a :class:`~altgrad_core.formats.Format` of at most 16 bits, or
+            :class:`CodeParams`, which may be traced.
         block: elements of a block.
         axis: along which blocks are cut.
         rule: ``"mx"`` or ``"fit"``, see :data:`altgrad_core.scaling.BlockRule`.
-        rounding: all but ``stochastic``.
+        rounding: all but ``stochastic``; not beside ``CodeParams``, which carry theirs.
 
     Returns:
         Codes of the shape of ``x``, uint8 (uint16 for formats of more than 8 bits); and uint8 scales, ``exponent +
@@ -174,20 +175,22 @@ def encode_blocks(
     checked_axis(axis, x.ndim)
     values, scales = _rounded(granularity, rule, to_float32(x, "encode_blocks"), _saturating(format, rounding), None)
     reciprocal = jnp.expand_dims(_reciprocal(_or_one(scales)), checked_axis(axis, x.ndim) + 1)
-    codes = encode(from_blocks(values * reciprocal, x.shape, granularity), format, overflow="saturate")
+    on_grid = from_blocks(values * reciprocal, x.shape, granularity)
+    codes = encode(on_grid, format) if isinstance(format, CodeParams) else encode(on_grid, format, overflow="saturate")
     exponents = jnp.where(jnp.isnan(scales), E8M0_NAN, _bits(scales) >> 23)
     return codes, exponents.astype(jnp.uint8)
 
 
 def decode_blocks(
-    codes: jax.Array, scales: jax.Array, format: str | Format, *, block: int = MX_BLOCK, axis: int = -1
+    codes: jax.Array, scales: jax.Array, format: str | Format | CodeParams, *, block: int = MX_BLOCK, axis: int = -1
 ) -> jax.Array:
     """The values of codes and E8M0 scales.
 
     Args:
         codes: unsigned integers, of any shape.
         scales: uint8, ``exponent + 127``; one for each block, 255 for NaN.
-        format: of the elements, of at most 16 bits.
+        format: of the elements: a name or a :class:`~altgrad_core.formats.Format` of at most 16 bits, or
+            :class:`CodeParams`, which may be traced.
         block: elements of a block.
         axis: along which blocks are cut.
 
@@ -204,7 +207,7 @@ def decode_blocks(
     [448.0, 1.0, 0.25, 0.0]
     """
     granularity = PerBlock(block, axis)
-    check_element_format(parse(format))
+    _check_elements(format)
     codes, scales = jnp.asarray(codes), jnp.asarray(scales)
     if scales.dtype != jnp.uint8:
         raise TypeError(f"E8M0 scales are uint8; got {scales.dtype}")
@@ -315,17 +318,22 @@ def _scales_of(largest: jax.Array, params: FormatParams, rule: BlockRule) -> jax
     return jnp.where(largest >= _INF, jnp.float32(np.nan), scale)
 
 
-def _saturating(format: str | Format | FormatParams, rounding: Rounding) -> FormatParams:
+def _saturating(format: str | Format | FormatParams | CodeParams, rounding: Rounding) -> FormatParams:
     params = _elements(format, rounding)
     return replace(params, overflow=jnp.full_like(params.overflow, _SATURATE))
 
 
-def _elements(format: str | Format | FormatParams, rounding: Rounding = "nearest_even") -> FormatParams:
-    if not isinstance(format, FormatParams):
-        check_element_format(parse(format))
-    elif format.path == "unsigned":
+def _elements(format: str | Format | FormatParams | CodeParams, rounding: Rounding = "nearest_even") -> FormatParams:
+    _check_elements(format)
+    return as_params(format.params if isinstance(format, CodeParams) else format, rounding)
+
+
+def _check_elements(format: str | Format | FormatParams | CodeParams) -> None:
+    params = format.params if isinstance(format, CodeParams) else format
+    if not isinstance(params, FormatParams):
+        check_element_format(parse(params))
+    elif params.path == "unsigned":
         raise InputError("the params are of a format without a sign; expected a signed one for the elements of blocks")
-    return as_params(format, rounding)
 
 
 def _or_one(scales: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -74,6 +75,19 @@ class CodeParams:
         )
         dtype = np.dtype(np.uint8 if resolved.bits <= 8 else np.uint16)
         return cls(params, *(jnp.asarray(code, jnp.int32) for code in codes), dtype=dtype)
+
+    @classmethod
+    def stack(cls, codes: Sequence[CodeParams]) -> CodeParams:
+        """Code params of n formats of one path and dtype, with a leading axis of n to ``vmap`` or map over.
+
+        Raises:
+            ValueError: if the sequence is empty or mixes paths or dtypes.
+        """
+        FormatParams.stack([each.params for each in codes])
+        dtypes = {str(each.dtype) for each in codes}
+        if len(dtypes) != 1:
+            raise ValueError(f"cannot stack code params of the dtypes {sorted(dtypes)}; expected one dtype")
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *codes)
 
 
 def encode(

@@ -17,6 +17,7 @@ from altgrad_torch.blocks import quantize_blocks as quantize_blocks
 from altgrad_torch.casting import quantize as quantize
 from altgrad_torch.clipping import PartitionRelativeClipper as PartitionRelativeClipper
 from altgrad_torch.clipping import clip_grad_norm_ as clip_grad_norm_
+from altgrad_torch.codes import CodeParams as CodeParams
 from altgrad_torch.codes import decode as decode
 from altgrad_torch.codes import encode as encode
 from altgrad_torch.control import Decision as Decision

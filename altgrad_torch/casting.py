@@ -8,7 +8,7 @@ bit. ``altgrad_jax/casting.py`` says the same thing in JAX. Where a compiled pro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,6 +186,10 @@ class _How(NamedTuple):
     stochastic_bits: int
 
 
+_MARKING = Beyond(math.inf, math.inf)
+"""Makes inf of whatever overflows."""
+
+
 class _StraightThrough(torch.autograd.Function):
     """The cast in value, the identity in derivative."""
 
@@ -236,9 +240,14 @@ def cast(
     return in_chunks(part, format, torch.float32, x.detach(), random_bits)
 
 
+def cast_marking_overflow(x: Tensor, params: FormatParams, rounding: Rounding) -> Tensor:
+    """The bare cast to float32, but inf, with the sign of ``x``, where ``x`` rounds beyond max."""
+    return _cast(x.detach(), None, None, _How(params, rounding, _MARKING, STOCHASTIC_BITS))
+
+
 def _overflows(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
     """Whether each element rounds beyond max, by whatever rounding: where a cast that makes inf of that makes one."""
-    marking = how._replace(beyond=Beyond(math.inf, math.inf))
+    marking = how._replace(beyond=_MARKING)
 
     def part(x: Tensor, scale: Tensor | None, random_bits: Tensor | None) -> Tensor:
         return _cast(x, scale, random_bits, marking).isinf()
@@ -291,27 +300,43 @@ def in_chunks(
     So temporaries take up no more than that, whatever the size of ``x``. Where a compiler fuses there are none, and
     params are meant for those.
     """
-    whole = isinstance(grid, FormatParams) or torch.compiler.is_compiling() or x.device.type != "cpu"
-    if whole or x.numel() <= _CHUNK:
+    if in_one_go(grid, x):
         return function(x, *beside)
     out = torch.empty_like(x, dtype=dtype)
     spread = [t if t is None or t.numel() == 1 else t.expand(x.shape) for t in beside]
-    _fill_by_chunks(function, out, x, spread)
+    fill_by_chunks(function, out, x, spread)
     return out
 
 
-def _fill_by_chunks(function: Callable[..., Tensor], out: Tensor, x: Tensor, beside: list[Tensor | None]) -> None:
-    """Split the outermost dimension in memory, again and again, until a part is small enough; nothing is copied."""
-    if out.numel() <= _CHUNK:
+def in_one_go(grid: Format | FormatParams, x: Tensor) -> bool:
+    """Whether :func:`in_chunks` takes all of ``x`` at once."""
+    fused = isinstance(grid, FormatParams) or torch.compiler.is_compiling() or x.device.type != "cpu"
+    return fused or x.numel() <= _CHUNK
+
+
+def fill_by_chunks(
+    function: Callable[..., Tensor], out: Tensor, x: Tensor, beside: Sequence[Tensor | None], whole: int | None = None
+) -> None:
+    """Split the outermost dimension in memory, again and again, until a part is small enough; nothing is copied.
+
+    Args:
+        function: of parts of ``x`` and of what is beside it.
+        out: what its results are written to.
+        x: of the shape of ``out``, but along the dimension that stays whole.
+        beside: of the shape of ``x``, or of one element.
+        whole: a dimension that is never split, because the function reduces along it.
+    """
+    splittable = [d for d in range(x.ndim) if x.shape[d] > 1 and d != whole]
+    if x.numel() <= _CHUNK or not splittable:
         out.copy_(function(x, *beside))
         return
-    dimension = max((d for d in range(out.ndim) if out.shape[d] > 1), key=out.stride)
-    length = out.shape[dimension]
-    step = max(1, _CHUNK * length // out.numel())
+    dimension = max(splittable, key=out.stride)
+    length = x.shape[dimension]
+    step = max(1, _CHUNK * length // x.numel())
     for start in range(0, length, step):
         size = min(step, length - start)
         parts = [t if t is None or t.numel() == 1 else t.narrow(dimension, start, size) for t in beside]
-        _fill_by_chunks(function, out.narrow(dimension, start, size), x.narrow(dimension, start, size), parts)
+        fill_by_chunks(function, out.narrow(dimension, start, size), x.narrow(dimension, start, size), parts, whole)
 
 
 def divide_by_scale(x: Tensor, scale: Tensor) -> Tensor:

@@ -20,20 +20,23 @@ from altgrad_core.evidence import Observation as Observation
 from altgrad_core.formats import Format, parse
 from altgrad_core.settings import Policy as Policy
 from altgrad_core.stability import EmergencyMantissaShift as EmergencyMantissaShift
+from altgrad_torch.codes import CodeParams
 from altgrad_torch.params import FormatParams
 from altgrad_torch.reading import Reading
+
+_PARAMS = (FormatParams, CodeParams)
 
 
 def set_format(holders: Iterable[object], format: str | Format) -> None:
     """Write another format into everything that holds one, in place.
 
-    What compiled code takes as :class:`~altgrad_torch.params.FormatParams` stays on its path, so that nothing is
-    compiled again.
+    What compiled code takes as :class:`~altgrad_torch.params.FormatParams` or
+    :class:`~altgrad_torch.codes.CodeParams` stays on its path, so that nothing is compiled again.
 
     Args:
-        holders: :class:`~altgrad_torch.params.FormatParams`; whatever has a method ``set_format``, as a clipper has, or
-            an attribute ``format``, such as a stall detector; and modules, of which each submodule that has either is
-            written to. An attribute may be a name, a :class:`~altgrad_core.formats.Format` or params, and stays so.
+        holders: params, alone or among others; whatever has a method ``set_format``, as a clipper has, or an attribute
+            ``format``, such as a stall detector; and modules, of which each submodule that has either is written to. An
+            attribute may be a name, a :class:`~altgrad_core.formats.Format` or params, and stays so.
         format: the format.
 
     Raises:
@@ -47,24 +50,22 @@ def set_format(holders: Iterable[object], format: str | Format) -> None:
     ('E5M2', 57344.0)
     """
     resolved = parse(format)
-    listed = [holders] if isinstance(holders, FormatParams) else list(holders)
+    listed = [holders] if isinstance(holders, _PARAMS) else list(holders)
     for holder in listed:
         parts = list(holder.modules()) if isinstance(holder, torch.nn.Module) else [holder]
         written = [_write(part, resolved) for part in parts]
         if not any(written):
-            raise InputError(
-                f"a {type(holder).__name__} holds no format; expected FormatParams, or something with a format"
-            )
+            raise InputError(f"a {type(holder).__name__} holds no format; expected params, or something with a format")
 
 
 def _write(holder: Any, format: Format) -> bool:
     """Write a format into whatever holds one; whether it does."""
-    held = holder if isinstance(holder, FormatParams) else None
+    held = holder if isinstance(holder, _PARAMS) else None
     if held is None and hasattr(holder, "set_format"):
         holder.set_format(format)
         return True
     held = getattr(holder, "format", None) if held is None else held
-    if isinstance(held, FormatParams):
+    if isinstance(held, _PARAMS):
         held.set_(format)
     elif isinstance(held, (str, Format)):
         holder.format = str(format) if isinstance(held, str) else format

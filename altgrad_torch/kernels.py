@@ -51,7 +51,8 @@ class Beyond(NamedTuple):
     """What becomes of values beyond max.
 
     Attributes:
-        finite: of finite ones: a float, or a float32 tensor of shape ``()``.
+        finite: of finite ones: a float, or a float32 tensor. For params every finite float means the maximum of the
+            grid that they are cast to, which a scale may have moved.
         infinite: of infinities, likewise.
     """
 
@@ -62,7 +63,7 @@ class Beyond(NamedTuple):
 def beyond_max(format: Format | FormatParams, overflow: Overflow) -> Beyond:
     """What values beyond max become under an overflow policy."""
     if isinstance(format, FormatParams):
-        native, maximum = format.native_overflow, format.max_value
+        native, maximum = format.native_overflow, 0.0
     else:
         native, maximum = format.overflow_value, format.max_representable_value
     finite = native if overflow == "native" else maximum

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Self
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +15,14 @@ _INF = 0x7F800000
 
 
 class FormatParams(NamedTuple):
-    """What a cast needs to know of a format, as tensors of shape ``()``, so that a change of format compiles nothing.
+    """What a cast needs to know of a format, in tensors that may be arguments of compiled code, batched and replaced.
 
     For ``torch.compile``: a function of ``(x, params)`` that calls ``quantize(x, params)`` is compiled once for each
     ``path``. Eager torch casts faster by a name or a :class:`~altgrad_core.formats.Format`. Rounding and overflow are
     arguments of the cast; each compiles a program of its own.
+
+    Every tensor has the same shape: ``()`` for one format, ``(n,)`` for n formats to map over, as in
+    ``torch.vmap(lambda params: quantize(x, params))(FormatParams.stack(...))``. Params are made by :meth:`from_format`.
 
     Attributes:
         mantissa_bits: int32.
@@ -26,7 +30,6 @@ class FormatParams(NamedTuple):
         max_value: float32, the largest finite value.
         native_overflow: float32, what overflow natively becomes: inf, NaN or ``max_value``.
         negative_zero: bool, whether the format tells -0 from 0.
-        path: which implementation casts to nearest even (a string: each compiles a program of its own).
     """
 
     mantissa_bits: Tensor
@@ -34,12 +37,20 @@ class FormatParams(NamedTuple):
     max_value: Tensor
     native_overflow: Tensor
     negative_zero: Tensor
-    path: CastPath
 
-    @classmethod
+    @property
+    def path(self) -> CastPath:
+        """Which implementation casts to nearest even.
+
+        It belongs to the type, because transforms take a named tuple for its type and its tensors: so params of
+        another path compile another program, and ``torch.vmap`` finds nothing but tensors in them.
+        """
+        return _PATH_OF[type(self)]
+
+    @staticmethod
     def from_format(
-        cls, format: str | Format, *, path: CastPath | None = None, device: torch.device | str | None = None
-    ) -> Self:
+        format: str | Format, *, path: CastPath | None = None, device: torch.device | str | None = None
+    ) -> FormatParams:
         """The params of one format.
 
         Args:
@@ -63,13 +74,12 @@ class FormatParams(NamedTuple):
         def scalar(value: float, dtype: torch.dtype) -> Tensor:
             return torch.tensor(value, dtype=dtype, device=device)
 
-        return cls(
+        return _TYPE_OF[natural if path is None else path](
             mantissa_bits=scalar(resolved.mantissa_bits, torch.int32),
             min_exponent=scalar(resolved.min_exponent, torch.int32),
             max_value=scalar(resolved.max_representable_value, torch.float32),
             native_overflow=scalar(resolved.overflow_value, torch.float32),
             negative_zero=scalar(resolved.has_negative_zero, torch.bool),
-            path=natural if path is None else path,
         )
 
     def set_(self, format: str | Format) -> None:
@@ -85,8 +95,50 @@ class FormatParams(NamedTuple):
         57344.0
         """
         other = FormatParams.from_format(format, path=self.path)
-        for mine, theirs in zip(self[:-1], other[:-1], strict=True):
+        for mine, theirs in zip(self, other, strict=True):
             mine.copy_(theirs)
+
+    @staticmethod
+    def stack(params: Sequence[FormatParams]) -> FormatParams:
+        """Params of n formats of one path, with a leading axis of n to map over.
+
+        Raises:
+            ValueError: if the sequence is empty or mixes paths.
+
+        >>> from altgrad_torch.casting import quantize
+        >>> both = FormatParams.stack([FormatParams.from_format(name) for name in ("E5M2", "E7M0")])
+        >>> torch.vmap(lambda params: quantize(torch.tensor([0.75, 6.0]), params))(both).tolist()
+        [[0.75, 6.0], [0.5, 8.0]]
+        """
+        paths = {each.path for each in params}
+        if len(paths) != 1:
+            raise ValueError(f"cannot stack params of the paths {sorted(paths)}; expected one path")
+        return type(params[0])(*(torch.stack(tensors) for tensors in zip(*params, strict=True)))
+
+
+class _Fast(FormatParams):
+    __slots__ = ()
+
+
+class _Wide(FormatParams):
+    __slots__ = ()
+
+
+class _Unsigned(FormatParams):
+    __slots__ = ()
+
+
+class _Identity(FormatParams):
+    __slots__ = ()
+
+
+_TYPE_OF: dict[CastPath, type[FormatParams]] = {
+    "fast": _Fast,
+    "wide": _Wide,
+    "unsigned": _Unsigned,
+    "identity": _Identity,
+}
+_PATH_OF = {kind: path for path, kind in _TYPE_OF.items()}
 
 
 class Edges(NamedTuple):

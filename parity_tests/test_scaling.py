@@ -101,8 +101,15 @@ def test_codes_of_blocks(format: str, rule: BlockRule, size: int) -> None:
     torch_codes, torch_scales = in_torch.encode_blocks(torch.from_numpy(x), format, **how)
     assert_same_bits(codes, torch_codes, what="codes")
     assert_same_bits(scales, torch_scales, what="scales")
+    params = in_torch.CodeParams.from_format(format)
+    for by_params, by_jax in zip(
+        in_torch.encode_blocks(torch.from_numpy(x), params, **how), (codes, scales), strict=True
+    ):
+        assert_same_bits(by_params, by_jax, what="by params")
+    quantized = in_torch.quantize_blocks(torch.from_numpy(x), params.params, **how)
     expected = in_jax.quantize_blocks(jnp.asarray(x), format, **how)
     assert_same_bits(in_torch.quantize_blocks(torch.from_numpy(x), format, **how), expected, x, "torch")
+    assert_same_bits(quantized, expected, x, "torch by params")
     assert_same_bits(in_jax.decode_blocks(codes, scales, format, block=size), expected, x, "jax decoded")
     assert_same_bits(in_torch.decode_blocks(torch_codes, torch_scales, format, block=size), expected, x, "decoded")
     values = in_jax.block_scales(jnp.asarray(x), format, **how)

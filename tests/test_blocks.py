@@ -13,6 +13,7 @@ import pytest
 
 from altgrad_core.errors import InputError
 from altgrad_jax import (
+    CodeParams,
     FormatParams,
     PerBlock,
     block_scales,
@@ -84,6 +85,27 @@ def test_format_as_data_compiles_once() -> None:
 
     for name in ("E3M4", "E4M3", "E5M2", "E7M0"):
         np.testing.assert_array_equal(go(NORMAL, FormatParams.from_format(name)), quantize_blocks(NORMAL, name))
+
+
+def test_codes_of_a_format_as_data_compile_once() -> None:
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def go(x: jax.Array, code: CodeParams) -> tuple[jax.Array, jax.Array, jax.Array]:
+        codes, scales = encode_blocks(x, code)
+        return codes, scales, decode_blocks(codes, scales, code)
+
+    for name in ("E3M4", "E4M3", "E5M2", "E7M0"):
+        expected = (*encode_blocks(NORMAL, name), quantize_blocks(NORMAL, name))
+        for left, right in zip(go(NORMAL, CodeParams.from_format(name)), expected, strict=True):
+            np.testing.assert_array_equal(left, right)
+    toward_zero = CodeParams.from_format("E4M3", rounding="toward_zero")
+    np.testing.assert_array_equal(
+        encode_blocks(NORMAL, toward_zero)[0], encode_blocks(NORMAL, "E4M3", rounding="toward_zero")[0]
+    )
+    with pytest.raises(InputError, match="without a sign"):
+        encode_blocks(NORMAL, CodeParams.from_format("float8_e8m0fnu"))
+    with pytest.raises(InputError, match=r"rounding='toward_zero'.* would have no effect"):
+        encode_blocks(NORMAL, toward_zero, rounding="toward_zero")
 
 
 def test_other_paths() -> None:

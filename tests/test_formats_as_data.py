@@ -130,6 +130,18 @@ def test_one_program_encodes_to_all_fast_8_bit_formats() -> None:
             of(jnp.ones(3), CodeParams.from_format(known))
 
 
+def test_codes_mapped_over_formats() -> None:
+    formats = [known for known in FAST if known.bits <= 8]
+    stacked = CodeParams.stack([CodeParams.from_format(known) for known in formats])
+    x, codes = jnp.asarray(inputs()[::9]), jnp.arange(256, dtype=jnp.uint8)
+    encoded, decoded = jax.jit(jax.vmap(lambda code: (encode(x, code), decode(codes, code))))(stacked)
+    for known, alone, values in zip(formats, encoded, decoded, strict=True):
+        np.testing.assert_array_equal(alone, encode(x, known))
+        same(values, np.asarray(decode(codes, known)))
+    with pytest.raises(ValueError, match=r"dtypes \['uint16', 'uint8'\]; expected one dtype"):
+        CodeParams.stack([CodeParams.from_format("E4M3"), CodeParams.from_format("fp16")])
+
+
 @pytest.mark.parametrize("rounding", ["nearest_even", "nearest_away", "toward_zero"])
 def test_unsigned_rounds_as_defined(rounding: str) -> None:
     known = parse("float8_e8m0fnu")

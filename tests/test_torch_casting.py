@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402 (after 
 import altgrad_torch as ag  # noqa: E402
 from altgrad_core.formats import FORMAT_REGISTRY, OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding, parse  # noqa: E402
 from altgrad_core.reference import round_to_format  # noqa: E402
-from altgrad_torch import FormatParams, casting  # noqa: E402
+from altgrad_torch import CodeParams, FormatParams, casting  # noqa: E402
 from altgrad_torch.params import edges  # noqa: E402
 from altgrad_torch.statistics import _thresholds  # noqa: E402
 
@@ -140,6 +140,39 @@ def test_no_allocation_but_the_result_and_a_scratch(format: str, rounding: Round
             allocations.seen.pop(mode.untyped_storage().data_ptr(), None)
     biggest = max(size for size in allocations.seen.values() if size != 4 * x.shape[0])  # but for the scales, as given
     assert biggest <= 8 * casting._CHUNK
+
+
+@pytest.mark.parametrize("format", ["E3M4", "bf16"])
+@pytest.mark.parametrize(("axis", "block"), [(0, 3), (1, 32), (2, 4), (2, 900)])
+def test_chunks_of_blocks_join(format: str, axis: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the strides, and whether the block divides the axis or is larger than a chunk."""
+    x, how = inputs()[4000:6400].reshape(4, 40, 15), {"axis": axis, "block": block}
+
+    def results(x: torch.Tensor) -> list[torch.Tensor]:
+        drawn = {"rounding": "stochastic", "random_bits": draws(x.shape)}
+        quantized = [ag.quantize_blocks(x, format, **how), ag.quantize_blocks(x, format, **how, **drawn)]
+        codes, scales = ag.encode_blocks(x, format, **how)
+        return [*quantized, ag.block_scales(x, format, **how), codes.float(), scales.float()]
+
+    for view in (x.mT.contiguous().mT, x[:, ::2]):
+        whole = results(view)
+        with monkeypatch.context() as smaller:
+            smaller.setattr(casting, "_CHUNK", 200)
+            for left, right in zip(results(view), whole, strict=True):
+                assert same(left, right)
+
+
+@pytest.mark.parametrize("format", ["E4M3", "E7M0", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_blocks_allocate_the_result_and_a_scratch(format: str, dtype: torch.dtype, axis: int) -> None:
+    x = torch.ones(3 * casting._CHUNK // 100 + 5, 101, dtype=dtype)
+    for function in (ag.quantize_blocks, ag.encode_blocks):
+        with Allocations() as allocations:
+            results = function(x, format, axis=axis)
+        for known in (x, *(results if isinstance(results, tuple) else (results,))):
+            allocations.seen.pop(known.untyped_storage().data_ptr(), None)
+        assert max(allocations.seen.values()) <= 8 * casting._CHUNK
 
 
 # Processors that flush
@@ -270,9 +303,9 @@ def test_params_count_as_their_format(format: Format) -> None:
 def test_params_that_cannot_be() -> None:
     with pytest.raises(ValueError, match="path 'fast' cannot cast to bf16; expected wide"):
         FormatParams.from_format("bf16", path="fast")
-    for function in (ag.encode, ag.decode):
-        with pytest.raises(TypeError, match="codes need a static format"):
-            function(torch.zeros(2, dtype=torch.uint8), FormatParams.from_format("E4M3"))
+    for function, dtype in ((ag.encode, torch.float32), (ag.decode, torch.uint8)):
+        with pytest.raises(TypeError, match="give a name, a Format or CodeParams"):
+            function(torch.zeros(2, dtype=dtype), FormatParams.from_format("E4M3"))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of what it imports
@@ -317,6 +350,18 @@ class TestCompiled:
         codes = every_code(parse(format))
         decoded = torch.compile(lambda codes: ag.decode(codes, format), fullgraph=True)(codes)
         assert same(decoded, ag.decode(codes, format))
+
+    def test_codes_by_params(self) -> None:
+        def there_and_back(x: torch.Tensor, code: CodeParams) -> tuple[torch.Tensor, torch.Tensor]:
+            codes = ag.encode(x, code)
+            return codes, ag.decode(codes, code)
+
+        x, compiled = inputs(), torch.compile(there_and_back, fullgraph=True)
+        for known in DISTINCT:
+            if known.is_signed and known.bits <= 8:
+                codes, values = compiled(x, CodeParams.from_format(known, path="wide"))
+                assert torch.equal(codes, ag.encode(x, known)), str(known)
+                assert same(values, ag.decode(codes, known)), str(known)
 
     def test_decoding_of_blocks(self) -> None:
         codes, scales = ag.encode_blocks(inputs().nan_to_num(), "E4M3")

@@ -38,7 +38,7 @@ def test_formats_are_written_in_place_wherever_they_are_held() -> None:
     assert model[2].format is held
     expected = FormatParams.from_format("E3M4")
     for written, path in ((held, "fast"), (params, "wide")):
-        assert all(torch.equal(a, b) for a, b in zip(written[:-1], expected[:-1], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(written, expected, strict=True))
         assert written.path == path
     assert (clipper.format, clipper.clip_threshold) == (parse("E3M4"), clip_threshold("E3M4", 2.0))
     assert model(torch.tensor(1000.0)).item() == 124.0
