@@ -22,13 +22,16 @@ from altgrad_core.errors import InputError
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import round_to_format
 from altgrad_torch.casting import as_grid, cast, checked_scale, divide_by_scale, flush_subnormals, quantize
+from altgrad_torch.cpu import CHUNK, count_magnitudes, is_plain
 from altgrad_torch.norms import is_sharded, local, over_shards, summed
 from altgrad_torch.params import Edges, FormatParams, edges
 from altgrad_torch.scaling import power_of_two_scale
 
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
+_IMPLICIT_ONE = 1 << 23
 _CHUNK = 1 << 20
+"""Elements counted at a time where that is not the processor's work; there :data:`altgrad_torch.cpu.CHUNK`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,18 +211,32 @@ def observe(
         return _observe_shards(x, format, scale)
     grid = as_grid(format)
     limits = edges(grid) if isinstance(grid, FormatParams) else _thresholds(grid)
-    totals = torch.zeros(5, dtype=torch.int64, device=x.device)
-    amax_bits = torch.zeros((), dtype=torch.int32, device=x.device)
     unit = None if scale is None else checked_scale(scale, x)
+    if not torch.compiler.is_compiling():
+        plain_limits = _limits_of_magnitudes(x, limits, unit)
+        if plain_limits is not None:
+            return _observe_on_cpu(x, *plain_limits)
+    return _observe_by_chunks(x, limits, unit)
+
+
+def _observe_on_cpu(x: Tensor, overflows_from: int, vanishes_to: int) -> tuple[CastCounts, Tensor]:
+    seen, elements = count_magnitudes(x, overflows_from, vanishes_to), x.numel()
+    totals = [elements, seen.large, elements - seen.zero - seen.nan, seen.small - seen.zero, seen.nan]
+    amax_bits = torch.tensor(seen.largest, dtype=torch.int32, device=x.device)
+    return CastCounts(torch.tensor(totals, dtype=torch.int64, device=x.device)), amax_bits.view(torch.float32)
+
+
+def _observe_by_chunks(x: Tensor, limits: Edges, unit: Tensor | None) -> tuple[CastCounts, Tensor]:
     flat = x.detach().reshape(-1)
+    totals, amax_bits = flat.new_zeros(5, dtype=torch.int64), flat.new_zeros((), dtype=torch.int32)
     if unit is not None and unit.numel() > 1:
         unit = unit.expand(x.shape).reshape(-1)
-    size = max(flat.numel(), 1) if torch.compiler.is_compiling() else _CHUNK
+    size = max(flat.numel(), 1) if torch.compiler.is_compiling() else CHUNK if x.device.type == "cpu" else _CHUNK
     for start in range(0, flat.numel(), size):
         part = slice(start, start + size)
         part_unit = unit if unit is None or unit.numel() == 1 else unit[part]
         counted, part_amax = _observe_chunk(flat[part].to(torch.float32), limits, part_unit)
-        totals += counted
+        totals = totals + counted
         amax_bits = torch.maximum(amax_bits, part_amax)
     return CastCounts(totals), amax_bits.view(torch.float32)
 
@@ -246,6 +263,37 @@ def _observe_chunk(x: Tensor, limits: Edges, scale: Tensor | None) -> tuple[Tens
         magnitude > _INF,
     )
     return torch.stack([torch.count_nonzero(flag) for flag in flags]), magnitude.amax()
+
+
+def _limits_of_magnitudes(x: Tensor, limits: Edges, unit: Tensor | None) -> tuple[int, int] | None:
+    """Limits for the magnitudes of ``x`` itself, whatever its scale; None where they cannot be read, or are several."""
+    if not all(is_plain(each) for each in (x, unit, *limits) if isinstance(each, Tensor)):
+        return None
+    overflows_from, vanishes_to = int(limits.overflows_from), int(limits.vanishes_to)
+    if unit is None:
+        return overflows_from, vanishes_to
+    if unit.numel() != 1:
+        return None
+    field, rest = divmod(int(unit.reshape(()).view(torch.int32)), _IMPLICIT_ONE)
+    if rest or not 0 < field < 255:
+        return None
+    exponent = field - 127
+    return _first_to_reach(overflows_from, exponent), _first_to_reach(vanishes_to + 1, exponent) - 1
+
+
+def _first_to_reach(limit: int, exponent: int) -> int:
+    """The smallest magnitude whose quotient by a power of two, as :func:`divide_by_scale` has it, is at a limit.
+
+    In integers, because a processor may flush the smallest. No quotient lies between a limit and the float32 before it.
+    """
+    limit = max(limit, _IMPLICIT_ONE)  # quotients below 2^-126 are zero
+    field = (limit >> 23) + exponent
+    if limit >= _INF or field >= 255:
+        return _INF
+    if field > 0:
+        return limit + (exponent << 23)
+    significand = (limit & (_IMPLICIT_ONE - 1)) | _IMPLICIT_ONE
+    return -(-significand >> (1 - field))
 
 
 @lru_cache(maxsize=256)
