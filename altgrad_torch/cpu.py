@@ -23,6 +23,9 @@ from torch import Tensor
 CHUNK = 1 << 15
 """Elements that are brought to float64 at a time: 256 KiB of it. torch, too, shares nothing out up to this size."""
 
+CHUNK_OF_ONE_THREAD = 1 << 17
+"""Elements that torch's own operations are best given at a time, one operation after another, if none is shared out."""
+
 _ROW = 1 << 12
 """Elements of one dot product: OpenBLAS shares out those of more than 10,000."""
 

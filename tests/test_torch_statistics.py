@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -160,3 +161,59 @@ def test_subclasses_are_counted_by_torch() -> None:
     assert ag.cast_counts(x.as_subclass(Named), "E5M2").as_integers()["overflow"] == 1
     scale = torch.tensor(1.0).as_subclass(Named)
     assert ag.cast_counts(x, "E5M2", scale=scale).as_integers()["overflow"] == 1
+
+
+# Stalls
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("scale", [None, 2.0**-3, "one for each column"])
+def test_stalls_of_what_does_not_fit_the_cache(scale: float | str | None) -> None:
+    """As many as in parts that do, counted one after another."""
+    draw = torch.Generator().manual_seed(0)
+    weight, update, gradient = torch.randn(3, 50, 6000, generator=draw)
+    update *= 10.0 ** torch.randint(-6, 1, update.shape, generator=draw) * (update > -1)
+    unit = 2.0 ** torch.randint(-2, 3, (6000,), generator=draw) if isinstance(scale, str) else scale
+    rows = [(*each, unit) for each in zip(weight, update, gradient, strict=True)]
+    expected = sum(ag.stall_counts(w, u, "E5M2", scale=s, gradient=g).totals for w, u, g, s in rows)
+    assert min(expected.tolist()[k] for k in (0, 1, 3)) > 0
+    for order in (lambda x: x, lambda x: x.mT.contiguous().mT):
+        counted = ag.stall_counts(order(weight), update, "E5M2", scale=unit, gradient=order(gradient))
+        assert counted.totals.tolist() == expected.tolist()
+    assert ag.stall_counts(weight, update, "E5M2", scale=unit).totals.tolist() == [*expected.tolist()[:3], 0]
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_detector_watches_every_element(dtype: torch.dtype) -> None:
+    """A weight in several chunks as weights of one chunk each, of which each holds the same largest magnitude."""
+    draw = torch.Generator().manual_seed(1)
+    start = torch.randn(4, 50_000, generator=draw).clamp(-3, 3).to(dtype)
+    start[:, 0] = 4
+    gradient = torch.randn(4, 50_000, generator=draw).to(dtype) * (start > -1)
+    totals = []
+    for parts in (1, 4):
+        weights = [torch.nn.Parameter(each) for each in start.clone().chunk(parts)]
+        for weight, each in zip(weights, gradient.chunk(parts), strict=True):
+            weight.grad = each.clone()
+        detector = ag.BitStallDetector("E4M3")
+        with detector.watch(weights):
+            torch.optim.SGD(weights, lr=1e-3).step()
+        totals.append(detector.counts.totals.tolist())
+    assert totals[0] == totals[1]
+    assert totals[0][0] == int((gradient != 0).sum())
+
+
+def test_the_detector_watches_a_parameter_without_elements() -> None:
+    detector = ag.BitStallDetector("E4M3")
+    with detector.watch([torch.nn.Parameter(torch.ones(0, 3))]):
+        pass
+    assert detector.counts.totals.tolist() == [0, 0, 0, 0]
