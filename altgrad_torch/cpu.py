@@ -1,4 +1,4 @@
-"""Passes over tensors in the processor's own memory: squares summed in float64, products flushed as XLA flushes them.
+"""Passes over tensors in the processor's own memory: magnitudes counted, squares summed, products flushed as XLA does.
 
 NumPy does the arithmetic, on memory that is torch's. Chunks fit the cache, so that nothing but the tensors themselves
 comes from memory. torch's own operations would share each chunk out among threads and wait for them, which on a busy
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,20 +23,46 @@ from torch import Tensor
 CHUNK = 1 << 15
 """Elements that are brought to float64 at a time: 256 KiB of it. torch, too, shares nothing out up to this size."""
 
+CHUNK_OF_ONE_THREAD = 1 << 17
+"""Elements that torch's own operations are best given at a time, one operation after another, if none is shared out."""
+
 _ROW = 1 << 12
 """Elements of one dot product: OpenBLAS shares out those of more than 10,000."""
 
 _PIECE = 1 << 20
 """Elements that a thread takes at a time, of contiguous tensors. Less than two of them are not worth a thread."""
 
+_COUNTED = 1 << 17
+"""Elements that are counted at a time where they lie: 1.2 MB with what is made of them. Fewer would fit a nearer cache,
+but after each operation a thread has to get Python's lock back from the others."""
+
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_INF = np.uint32(0x7F800000)
+
 _Piece = TypeVar("_Piece")
 _Result = TypeVar("_Result")
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether this is a tensor whose memory is the processor's and holds its elements as they are."""
+    """Whether this is a tensor whose memory is the processor's, holds its elements as they are and may be read now.
+
+    It may not while torch records what is done to tensors or does it to others instead: compiling, in ``torch.func``'s
+    transforms, under a ``TorchDispatchMode``.
+    """
     kinds = (Tensor, torch.nn.Parameter)
-    return type(tensor) in kinds and tensor.device.type == "cpu" and tensor.layout == torch.strided
+    return (
+        type(tensor) in kinds and tensor.device.type == "cpu" and tensor.layout == torch.strided and _nobody_watches()
+    )
+
+
+def _nobody_watches() -> bool:
+    """Whether what is done to a tensor is done to its memory and to nothing else.
+
+    torch tells so in private alone. A version that does not tell is taken for one that watches: slower, not wrong.
+    """
+    transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: "unknown")
+    modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: -1)
+    return transforms() is None and modes() == 0
 
 
 @torch.no_grad()
@@ -56,6 +82,48 @@ def sums_of_squares(tensors: Sequence[Tensor]) -> list[float]:
     for k, value in sorted(_shared_out(_numbered_sum_of_squares, pieces, _size_of(tensors))):
         sums[k] += value
     return sums
+
+
+class MagnitudeCounts(NamedTuple):
+    """How many magnitudes are what, as bits of float32; see :func:`count_magnitudes`.
+
+    Attributes:
+        large: those from a limit up, infinities with them.
+        zero: those that are zero.
+        small: those up to a limit, zeros with them.
+        nan: those of NaN, which are in no other.
+        largest: the bits of the largest, NaN the largest of all; 0 of nothing.
+    """
+
+    large: int
+    zero: int
+    small: int
+    nan: int
+    largest: int
+
+
+def count_magnitudes(x: Tensor, large: int, small: int) -> MagnitudeCounts:
+    """Count the magnitudes of elements, as bits of float32, beyond two limits.
+
+    Args:
+        x: float32, bfloat16 or float16 of any strides, :func:`is_plain`.
+        large: the smallest that counts as large, at most that of infinity.
+        small: the largest that counts as small, less than that of infinity.
+
+    >>> one = 0x3F800000
+    >>> count_magnitudes(torch.tensor([2.0, -1.0, 0.5, 0.0, float("nan")]), large=one, small=one - 1)
+    MagnitudeCounts(large=2, zero=1, small=2, nan=1, largest=2143289344)
+    """
+    flat = _in_order(x.detach())
+    pieces = list(_parts(flat.view(-1) if flat.is_contiguous() else flat, _PIECE))
+    counted = _shared_out(lambda piece: _count_magnitudes(piece, np.uint32(large), np.uint32(small)), pieces, x.numel())
+    return MagnitudeCounts(
+        large=sum(each.large for each in counted),
+        zero=sum(each.zero for each in counted),
+        small=sum(each.small for each in counted),
+        nan=sum(each.nan for each in counted),
+        largest=max(each.largest for each in counted),
+    )
 
 
 def can_multiply(tensor: Tensor) -> bool:
@@ -96,6 +164,16 @@ def _in_order(tensor: Tensor) -> Tensor:
     return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True))
 
 
+def _parts(whole: Tensor, size: int) -> Iterator[Tensor]:
+    """Views of at most so many elements, cut along the outermost axes; in them every element comes once."""
+    if whole.numel() <= size:
+        yield whole
+        return
+    rows = size * len(whole) // whole.numel()
+    for part in whole.split(rows) if rows else whole.unbind():
+        yield from _parts(part, size)
+
+
 def _size_of(tensors: Sequence[Tensor]) -> int:
     return sum(each.numel() for each in tensors)
 
@@ -124,6 +202,39 @@ def _sum_of_squares(piece: Tensor) -> float:
     line[:rest], line[rest : rows * _ROW] = array[whole * CHUNK :], 0
     np.vecdot(chunk[:rows], chunk[:rows], sums[whole, :rows])
     return float(sums.sum())
+
+
+def _count_magnitudes(piece: Tensor, large: np.uint32, small: np.uint32) -> MagnitudeCounts:
+    """In four passes over a chunk; of those that only what is rare needs, most chunks need none."""
+    size = min(_COUNTED, piece.numel())
+    scratch, flags = np.empty(size, np.uint32), np.empty(size, np.bool_)
+    larges = zeros = smalls = nans = largest = 0
+    for bits in _chunks_of_bits(piece):
+        flag = flags[: bits.size]
+        magnitude = np.bitwise_and(bits, _MAGNITUDE, scratch[: bits.size])
+        here = int(np.maximum.reduce(magnitude, initial=0))
+        largest = max(largest, here)
+        up_to = int(np.count_nonzero(np.less_equal(magnitude, small, flag)))
+        if up_to:
+            smalls += up_to
+            zeros += bits.size - int(np.count_nonzero(magnitude))
+        if here >= large:
+            larges += int(np.count_nonzero(np.greater_equal(magnitude, large, flag)))
+        if here > _INF:
+            nans += int(np.count_nonzero(np.greater(magnitude, _INF, flag)))
+    return MagnitudeCounts(larges - nans, zeros, smalls, nans, largest)
+
+
+def _chunks_of_bits(piece: Tensor) -> Iterator[npt.NDArray[np.uint32]]:
+    """The elements as bits of float32: where they lie, if they are that and lie side by side, and else copied."""
+    if piece.dtype == torch.float32 and piece.is_contiguous() and not piece.is_neg():
+        bits = piece.numpy().reshape(-1).view(np.uint32)
+        yield from (bits[start : start + _COUNTED] for start in range(0, bits.size, _COUNTED))
+        return
+    scratch = torch.empty(min(CHUNK, piece.numel()), dtype=torch.float32)
+    for part in _parts(piece, CHUNK):
+        scratch[: part.numel()].view(part.shape).copy_(part)
+        yield scratch[: part.numel()].numpy().view(np.uint32)
 
 
 def _as_array(piece: Tensor) -> npt.NDArray[Any]:

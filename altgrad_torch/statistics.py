@@ -11,8 +11,9 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Self
+from functools import lru_cache, reduce
+from itertools import repeat
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -22,13 +23,16 @@ from altgrad_core.errors import InputError
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import round_to_format
 from altgrad_torch.casting import as_grid, cast, checked_scale, divide_by_scale, flush_subnormals, quantize
+from altgrad_torch.cpu import CHUNK_OF_ONE_THREAD, count_magnitudes, is_plain
 from altgrad_torch.norms import is_sharded, local, over_shards, summed
 from altgrad_torch.params import Edges, FormatParams, edges
 from altgrad_torch.scaling import power_of_two_scale
 
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
+_IMPLICIT_ONE = 1 << 23
 _CHUNK = 1 << 20
+"""Elements counted at a time, which bounds the memory of temporaries, where several threads or a device count them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,20 +212,38 @@ def observe(
         return _observe_shards(x, format, scale)
     grid = as_grid(format)
     limits = edges(grid) if isinstance(grid, FormatParams) else _thresholds(grid)
-    totals = torch.zeros(5, dtype=torch.int64, device=x.device)
-    amax_bits = torch.zeros((), dtype=torch.int32, device=x.device)
     unit = None if scale is None else checked_scale(scale, x)
+    if not torch.compiler.is_compiling():
+        plain_limits = _limits_of_magnitudes(x, limits, unit)
+        if plain_limits is not None:
+            return _observe_on_cpu(x, *plain_limits)
+    return _observe_by_chunks(x, limits, unit)
+
+
+def _observe_on_cpu(x: Tensor, overflows_from: int, vanishes_to: int) -> tuple[CastCounts, Tensor]:
+    seen, elements = count_magnitudes(x, overflows_from, vanishes_to), x.numel()
+    totals = [elements, seen.large, elements - seen.zero - seen.nan, seen.small - seen.zero, seen.nan]
+    amax_bits = torch.tensor(seen.largest, dtype=torch.int32, device=x.device)
+    return CastCounts(torch.tensor(totals, dtype=torch.int64, device=x.device)), amax_bits.view(torch.float32)
+
+
+def _observe_by_chunks(x: Tensor, limits: Edges, unit: Tensor | None) -> tuple[CastCounts, Tensor]:
     flat = x.detach().reshape(-1)
+    totals, amax_bits = flat.new_zeros(5, dtype=torch.int64), flat.new_zeros((), dtype=torch.int32)
     if unit is not None and unit.numel() > 1:
         unit = unit.expand(x.shape).reshape(-1)
-    size = max(flat.numel(), 1) if torch.compiler.is_compiling() else _CHUNK
+    size = max(flat.numel(), 1) if torch.compiler.is_compiling() else _chunk_on(x.device)
     for start in range(0, flat.numel(), size):
         part = slice(start, start + size)
         part_unit = unit if unit is None or unit.numel() == 1 else unit[part]
         counted, part_amax = _observe_chunk(flat[part].to(torch.float32), limits, part_unit)
-        totals += counted
+        totals = totals + counted
         amax_bits = torch.maximum(amax_bits, part_amax)
     return CastCounts(totals), amax_bits.view(torch.float32)
+
+
+def _chunk_on(device: torch.device) -> int:
+    return CHUNK_OF_ONE_THREAD if device.type == "cpu" and torch.get_num_threads() == 1 else _CHUNK
 
 
 def _observe_shards(
@@ -246,6 +268,37 @@ def _observe_chunk(x: Tensor, limits: Edges, scale: Tensor | None) -> tuple[Tens
         magnitude > _INF,
     )
     return torch.stack([torch.count_nonzero(flag) for flag in flags]), magnitude.amax()
+
+
+def _limits_of_magnitudes(x: Tensor, limits: Edges, unit: Tensor | None) -> tuple[int, int] | None:
+    """Limits for the magnitudes of ``x`` itself, whatever its scale; None where they cannot be read, or are several."""
+    if not all(is_plain(each) for each in (x, unit, *limits) if isinstance(each, Tensor)):
+        return None
+    overflows_from, vanishes_to = int(limits.overflows_from), int(limits.vanishes_to)
+    if unit is None:
+        return overflows_from, vanishes_to
+    if unit.numel() != 1:
+        return None
+    field, rest = divmod(int(unit.reshape(()).view(torch.int32)), _IMPLICIT_ONE)
+    if rest or not 0 < field < 255:
+        return None
+    exponent = field - 127
+    return _first_to_reach(overflows_from, exponent), _first_to_reach(vanishes_to + 1, exponent) - 1
+
+
+def _first_to_reach(limit: int, exponent: int) -> int:
+    """The smallest magnitude whose quotient by a power of two, as :func:`divide_by_scale` has it, is at a limit.
+
+    In integers, because a processor may flush the smallest. No quotient lies between a limit and the float32 before it.
+    """
+    limit = max(limit, _IMPLICIT_ONE)  # quotients below 2^-126 are zero
+    field = (limit >> 23) + exponent
+    if limit >= _INF or field >= 255:
+        return _INF
+    if field > 0:
+        return limit + (exponent << 23)
+    significand = (limit & (_IMPLICIT_ONE - 1)) | _IMPLICIT_ONE
+    return -(-significand >> (1 - field))
 
 
 @lru_cache(maxsize=256)
@@ -301,9 +354,15 @@ def stall_counts(
     if weight.shape != update.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)} but update {tuple(update.shape)}; expected the same")
     grid = as_grid(format)
+    unit = checked_scale(1.0 if scale is None else scale, weight)
+    return StallCounts(_sum(_stalls(grid, *part) for part in _in_cache(weight, update, unit, gradient)))
+
+
+def _stalls(
+    grid: Format | FormatParams, weight: Tensor, update: Tensor, unit: Tensor, gradient: Tensor | None
+) -> Tensor:
     maximum = grid.max_value if isinstance(grid, FormatParams) else grid.max_representable_value
     weight, update = _normal(weight), _normal(update)
-    unit = checked_scale(1.0 if scale is None else scale, weight)
     before = _nearest(divide_by_scale(weight, unit), grid)
     after = _nearest(divide_by_scale(weight + update, unit), grid)
     nonzero = update != 0
@@ -312,7 +371,23 @@ def stall_counts(
     at_max = stalled & outward & (before.abs() >= maximum)
     vanished = torch.zeros_like(nonzero) if gradient is None else ~nonzero & (_normal(gradient) != 0)
     flags = (nonzero, stalled & ~at_max, at_max, vanished)
-    return StallCounts(torch.stack([torch.count_nonzero(flag) for flag in flags]))
+    return torch.stack([torch.count_nonzero(flag) for flag in flags])
+
+
+def _in_cache(x: Tensor, *beside: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """``x`` and what broadcasts against it, a cache's worth at a time where one thread does it all; else at once."""
+    tensors, size = [each for each in (x, *beside) if each is not None], CHUNK_OF_ONE_THREAD
+    at_once = torch.compiler.is_compiling() or x.numel() <= size or torch.get_num_threads() > 1
+    if at_once or not all(map(is_plain, tensors)):
+        yield x, *beside
+        return
+
+    def parts(each: Tensor | None) -> Iterable[Tensor | None]:
+        if each is None or each.numel() == 1:
+            return repeat(each)
+        return each.detach().expand(x.shape).reshape(-1).split(size)
+
+    yield from zip(*map(parts, (x, *beside)), strict=False)
 
 
 class BitStallDetector:
@@ -370,14 +445,23 @@ class BitStallDetector:
             self.counts = StallCounts(torch.stack([totals.to(counted[0].device) for totals in counted])).pooled()
 
     def _count(self, parameter: Tensor, before: Tensor, gradient: Tensor | None) -> StallCounts:
-        before, after = before.to(torch.float32), parameter.detach().to(torch.float32)
-        amax = before.abs().amax() if before.numel() else before.new_zeros(())
-        scale = power_of_two_scale(amax, self.format.max_representable_value)
-        counts = stall_counts(before, after - before, self.format, scale=scale)
+        amaxes = (part.abs().amax() for (part,) in _in_cache(before) if part.numel())
+        amax = reduce(torch.maximum, amaxes, before.new_zeros(()))
+        scale = power_of_two_scale(amax.to(torch.float32), self.format.max_representable_value)
+        parts = _in_cache(before, parameter.detach(), gradient)
+        return StallCounts(_sum(self._stalls(scale, *part) for part in parts))
+
+    def _stalls(self, scale: Tensor, before: Tensor, after: Tensor, gradient: Tensor | None) -> Tensor:
+        before, after = before.to(torch.float32), after.to(torch.float32)
+        totals = stall_counts(before, after - before, self.format, scale=scale).totals
         if gradient is None:
-            return counts
+            return totals
         absorbed = torch.count_nonzero((before == after) & (_normal(gradient) != 0))
-        return StallCounts(counts.totals + torch.stack([absorbed, absorbed, absorbed * 0, absorbed * 0]))
+        return totals + torch.stack([absorbed, absorbed, absorbed * 0, absorbed * 0])
+
+
+def _sum(totals: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, totals)
 
 
 def _normal(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def comparisons() -> Iterator[Comparison]:
         x = torch.randn(size, generator=generator)
         yield _eager(x, label)
         yield _compiled(x, label)
-        yield _counts(x, label)
+        yield from _counts(x, label)
 
 
 def _eager(x: Tensor, label: str) -> Comparison:
@@ -77,9 +77,22 @@ def _by_data(cast: Callable[[Tensor, FormatParams], Tensor], x: Tensor, params: 
     return lambda: cast(x, params)
 
 
-def _counts(x: Tensor, label: str) -> Comparison:
-    contestants = {"x.sum()": x.sum, "counts": lambda: cast_counts(x, "E5M2")}
-    return Comparison(f"Counts, {label}", "x.sum()", side_by_side(contestants, _ROUNDS))
+def _counts(x: Tensor, label: str) -> Iterator[Comparison]:
+    """On one thread and on as many as torch takes."""
+    usual, half = torch.get_num_threads(), x.to(torch.bfloat16)
+    scales = torch.full_like(x, 0.5)
+    contestants: dict[str, Callable[[], object]] = {
+        "x.sum()": x.sum,
+        "counts": lambda: cast_counts(x, "E5M2"),
+        "under a scale by which some vanish": lambda: cast_counts(x, "E5M2", scale=2.0**10),
+        "of bfloat16": lambda: cast_counts(half, "E5M2"),
+        "under a scale for each element": lambda: cast_counts(x, "E5M2", scale=scales),
+    }
+    for threads in dict.fromkeys((1, usual)):
+        torch.set_num_threads(threads)
+        timings = side_by_side(contestants, _ROUNDS)
+        yield Comparison(f"Counts, {label}, threads: {threads}", "x.sum()", timings)
+    torch.set_num_threads(usual)
 
 
 if __name__ == "__main__":

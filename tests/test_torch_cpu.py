@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import altgrad_torch
 from altgrad_torch import cpu
@@ -165,3 +167,114 @@ def test_autograd_sees_that_gradients_were_scaled() -> None:
     altgrad_torch.clip_grad_norm_([weight], 1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.backward()
+
+
+# Counts of magnitudes
+
+ONE = 0x3F800000
+INF = 0x7F800000
+LIMITS = (
+    (INF, 0),
+    (ONE, ONE - 1),
+    (ONE, ONE),
+    (1, 0),
+    (0x00800000, 0x007FFFFF),
+    (INF - 1, INF - 1),
+    (0x477, 0x12345678),
+)
+
+
+def magnitudes_counted(values: Single, large: int, small: int) -> tuple[int, ...]:
+    magnitude = values.view(np.uint32).astype(np.int64).reshape(-1) % 2**31
+    number = magnitude <= INF
+    kinds = (number & (magnitude >= large), magnitude == 0, magnitude <= small, ~number)
+    return (*(int(kind.sum()) for kind in kinds), int(magnitude.max(initial=0)))
+
+
+def with_zeros(size: int, seed: int = 0) -> Single:
+    values = of_all_magnitudes(size, seed)
+    values[seed % 3 :: 5] = np.copysign(np.float32(0), values[seed % 3 :: 5])
+    return values
+
+
+@pytest.mark.parametrize("size", [*SIZES, (1 << 17) - 1, 1 << 17, (1 << 17) + 1])
+def test_magnitudes_of_every_element_once(threads: int, size: int) -> None:
+    values = with_zeros(size, threads)
+    for large, small in LIMITS:
+        assert cpu.count_magnitudes(torch.from_numpy(values), large, small) == magnitudes_counted(values, large, small)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 0x007FFFFF, 0x00800000, ONE, 0x477FFFFF, INF - 1])
+def test_magnitudes_next_to_limits(limit: int) -> None:
+    """One at a time, of either sign, so that an error in one cannot be made good by another."""
+    near = np.array([0, limit - 1, limit, limit + 1, INF - 1, INF, INF + 1, 2**31 - 1], np.uint32)
+    for values in np.concatenate([near, near | np.uint32(2**31)]).view(np.float32)[:, None]:
+        for beside in (0, 1):
+            counted = cpu.count_magnitudes(torch.from_numpy(values), limit, limit - beside)
+            assert counted == magnitudes_counted(values, limit, limit - beside)
+
+
+@pytest.mark.parametrize("rare", [0, INF, INF + 1, 2**31 - 1])
+def test_what_is_rare_is_found_anywhere(threads: int, rare: int) -> None:
+    size = 2 * PIECE + 5
+    for place in (0, (1 << 17) - 1, 1 << 17, PIECE, size - 1):
+        values = np.ones(size, np.float32)
+        values.view(np.uint32)[place] = rare
+        assert cpu.count_magnitudes(torch.from_numpy(values), INF, 0) == magnitudes_counted(values, INF, 0)
+
+
+def test_magnitudes_of_any_strides(threads: int) -> None:
+    whole = torch.from_numpy(with_zeros(6 * PIECE)).reshape(2, 3, PIECE)
+    views = [
+        whole[..., ::3],
+        whole.mT,
+        whole.mT[:, 1],
+        whole[:, :1].expand(2, 4, PIECE),
+        whole[0, 0, 1].expand(70, 1000),
+    ]
+    views += [whole.permute(1, 2, 0)[..., 0], torch._neg_view(whole[1]), whole[0, 0, 7], whole[:, :0, ::2]]
+    views += [whole[0].requires_grad_(), torch.nn.Parameter(whole[1, :, ::2])]
+    for view in views:
+        expected = magnitudes_counted(view.detach().resolve_neg().contiguous().numpy(), ONE, 0x00800000)
+        assert cpu.count_magnitudes(view, ONE, 0x00800000) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_magnitudes_of_half_precision(dtype: torch.dtype) -> None:
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    for tensor in (every, every.flip(0)[::3], every.reshape(2**8, 2**8).mT):
+        for large, small in LIMITS:
+            expected = magnitudes_counted(tensor.float().contiguous().numpy(), large, small)
+            assert cpu.count_magnitudes(tensor, large, small) == expected
+
+
+def test_memory_that_may_not_be_read() -> None:
+    """Where a tensor stands for others, or what is done to it is recorded."""
+    x = torch.ones(3)
+    seen: list[bool] = []
+
+    def noting(y: Tensor) -> Tensor:
+        seen.extend([cpu.is_plain(y), cpu.is_plain(x)])
+        return y * 2
+
+    torch.func.vmap(noting)(torch.ones(2, 3))
+    torch.func.grad(lambda y: noting(y).sum())(x)
+    torch.func.functionalize(noting)(x)
+    with TorchDispatchMode():
+        seen += [cpu.is_plain(x)]
+    assert len(seen) == 7
+    assert not any(seen)
+    assert cpu.is_plain(x)
+
+
+def test_counts_take_little_memory() -> None:
+    """Whatever the strides: no copy of a tensor, nor of a piece of one."""
+    whole = torch.ones(4 * PIECE, dtype=torch.bfloat16)
+    for tensor in (whole, whole[::2], whole.reshape(2, -1).mT):
+        tracemalloc.start()
+        with torch.profiler.profile(profile_memory=True) as profiled:
+            cpu.count_magnitudes(tensor, INF, 0)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert most < 2**20
+        assert sum(max(each.self_cpu_memory_usage, 0) for each in profiled.key_averages()) < 2**20
