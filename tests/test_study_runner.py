@@ -12,6 +12,7 @@ from altgrad.study import runner
 from altgrad.study.results import SERIES
 from altgrad.study.runner import StudyConfig, entries, run_study
 from altgrad_jax.job import RunPlan, StepReport
+from altgrad_jax.shown import Shown
 from altgrad_jax.training import Program
 
 FORMATS = ("float32", "bf16", "E5M2", "E7M0")
@@ -31,8 +32,8 @@ class UntrainedJob:
         for step in range(until):
             if self.together is not None:
                 self.together.wait(timeout=20)
-            metrics = dict.fromkeys(SERIES, step + self.seeds)
-            yield StepReport(step, metrics, ("",) * len(self.seeds), ((),) * len(self.seeds))
+            shown, runs = Shown(dict.fromkeys(SERIES, step + self.seeds), {}, ()), len(self.seeds)
+            yield StepReport(step, shown, ("",) * runs, ({},) * runs, ((),) * runs)
 
     def evaluate(self, batches: object) -> np.ndarray:
         return self.seeds
