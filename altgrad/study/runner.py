@@ -6,13 +6,14 @@ import math
 import platform
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from threading import Event as Flag
+from threading import Lock
 
 import jax
 import numpy as np
@@ -127,7 +128,10 @@ def entries(config: StudyConfig) -> list[_Entry]:
 
 
 def run_study(config: StudyConfig, on_step: Callable[[str, int, StepReport], None] | None = None) -> Study:
-    """Train all runs of a study, its fleets at the same time: while one is compiled another can train.
+    """Train all runs of a study: its fleets are compiled at the same time and train in turn.
+
+    What is traced and compiled leaves cores to others; training does not, and two fleets would take the cache from each
+    other.
 
     Args:
         config: the study.
@@ -148,19 +152,16 @@ def run_study(config: StudyConfig, on_step: Callable[[str, int, StepReport], Non
     for index, entry in enumerate(listed):
         fleets.setdefault(_program(config, entry.plan.spec.format, corpus), []).append(index)
     series = {name: np.full((len(listed), config.steps), np.nan, np.float32) for name in SERIES}
+    shared = _Shared(config, corpus, listed, series, on_step, Lock(), Flag())
     runs: dict[int, RunResult] = {}
-    stop = Flag()
     with ThreadPoolExecutor(len(fleets)) as pool:
         longest_first = sorted(fleets.items(), key=lambda fleet: -len(fleet[1]))
-        training = [
-            pool.submit(_run_fleet, config, program, corpus, listed, members, series, on_step, stop)
-            for program, members in longest_first
-        ]
+        training = [pool.submit(_run_fleet, shared, program, members) for program, members in longest_first]
         try:
             for each in as_completed(training):
                 runs.update(each.result())
         except BaseException:  # Ctrl-C, or a fleet that failed: the others are not worth waiting for
-            stop.set()
+            shared.stop.set()
             raise
     return Study(
         config=_described(config, corpus, len(listed)),
@@ -172,33 +173,52 @@ def run_study(config: StudyConfig, on_step: Callable[[str, int, StepReport], Non
     )
 
 
-def _run_fleet(
-    config: StudyConfig,
-    program: Program,
-    corpus: Corpus,
-    listed: Sequence[_Entry],
-    members: Sequence[int],
-    series: Mapping[str, npt.NDArray[np.float32]],
-    on_step: Callable[[str, int, StepReport], None] | None,
-    stop: Flag,
-) -> dict[int, RunResult]:
-    fleet = "bf16" if program.bf16_operands else ("float32" if program.path == "identity" else "8-bit formats")
-    job = Job(program, [listed[index].plan for index in members], corpus, batch=config.batch)
-    events: list[list[Event]] = [[] for _ in members]
-    for report in job.run(config.steps):
-        for name, values in series.items():
-            values[members, report.step] = report.metrics[name]
-        for kept, new in zip(events, report.events, strict=True):
-            kept.extend(new)
-        if on_step is not None:
-            on_step(fleet, len(members), report)
-        if stop.is_set():
+@dataclass(frozen=True)
+class _Shared:
+    """What the threads of all fleets share: ``turn`` is held by the one that trains, ``stop`` tells all to end."""
+
+    config: StudyConfig
+    corpus: Corpus
+    listed: Sequence[_Entry]
+    series: Mapping[str, npt.NDArray[np.float32]]
+    on_step: Callable[[str, int, StepReport], None] | None
+    turn: Lock
+    stop: Flag
+
+
+def _run_fleet(shared: _Shared, program: Program, members: Sequence[int]) -> dict[int, RunResult]:
+    config, listed = shared.config, shared.listed
+    job = Job(program, [listed[index].plan for index in members], shared.corpus, batch=config.batch)
+    reports = job.run(config.steps)
+    first = next(reports)  # by now the step is compiled
+    with shared.turn:
+        events = _trained(shared, program, members, chain([first], reports))
+        if shared.stop.is_set():
             return {}
-    losses = job.evaluate(corpus.validation_batches(_VALIDATION_BATCHES, _VALIDATION_SIZE, config.context))
+        batches = shared.corpus.validation_batches(_VALIDATION_BATCHES, _VALIDATION_SIZE, config.context)
+        losses = job.evaluate(batches)
     return {
         index: _result(listed[index], job.controllers[place].format, float(losses[place]), tuple(events[place]))
         for place, index in enumerate(members)
     }
+
+
+def _trained(
+    shared: _Shared, program: Program, members: Sequence[int], reports: Iterable[StepReport]
+) -> list[list[Event]]:
+    """Take all steps of a fleet, record them, and return the events of each run."""
+    fleet = "bf16" if program.bf16_operands else ("float32" if program.path == "identity" else "8-bit formats")
+    events: list[list[Event]] = [[] for _ in members]
+    for report in reports:
+        if shared.stop.is_set():
+            break
+        for name, values in shared.series.items():
+            values[members, report.step] = report.metrics[name]
+        for kept, new in zip(events, report.events, strict=True):
+            kept.extend(new)
+        if shared.on_step is not None:
+            shared.on_step(fleet, len(members), report)
+    return events
 
 
 def _result(entry: _Entry, final_format: str, final_loss: float, events: tuple[Event, ...]) -> RunResult:
