@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from altgrad_core.codes import MOST_BITS, SpecialCodes, parse_codable
 from altgrad_core.errors import InputError
-from altgrad_core.formats import OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding, parse
+from altgrad_core.formats import OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding
 from altgrad_jax.casting import cast, float64_to_odd, floating, grid_of, within_float32
 from altgrad_jax.params import FormatParams
 
@@ -20,7 +21,6 @@ _SIGN = np.int32(-(2**31))
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INF = np.int32(0x7F800000)
 _IMPLICIT_ONE = np.int32(1 << 23)
-_MOST_BITS = 16
 
 
 @jax.tree_util.register_dataclass
@@ -59,20 +59,11 @@ class CodeParams:
         >>> CodeParams.from_format("float8_e4m3fnuz").nan_code.item()
         128
         """
-        resolved = parse(format)
-        if resolved.bits > _MOST_BITS:
-            raise InputError(f"{resolved} has {resolved.bits} bits; codes are made for formats of at most {_MOST_BITS}")
+        resolved = parse_codable(format)
         if rounding == "stochastic":
             raise InputError("rounding='stochastic' needs random bits: quantize with them, then encode the result")
         params = FormatParams.from_format(resolved, rounding=rounding, overflow=overflow)
-        beyond = resolved.overflow_value if overflow == "native" else resolved.max_representable_value
-        codes = (
-            resolved.sign_mask,
-            resolved.max_code,
-            resolved.inf_code or resolved.max_code,
-            resolved.nan_code or 0,
-            resolved.to_bits(beyond),
-        )
+        codes = SpecialCodes.of(resolved, overflow)
         dtype = np.dtype(np.uint8 if resolved.bits <= 8 else np.uint16)
         return cls(params, *(jnp.asarray(code, jnp.int32) for code in codes), dtype=dtype)
 
@@ -158,7 +149,7 @@ def _with_specials_and_signs(codes: jax.Array, bits: jax.Array, code: CodeParams
     keep_inf = code.params.overflow == OVERFLOWS.index("saturate_finite")
     # A bit above all codes, which goes when they are cut to their dtype, sets NaN apart from what takes a sign.
     specials = jnp.where(
-        is_nan, code.nan_code + (1 << _MOST_BITS), jnp.where(keep_inf, code.inf_code, code.overflow_code)
+        is_nan, code.nan_code + (1 << MOST_BITS), jnp.where(keep_inf, code.inf_code, code.overflow_code)
     )
     codes = jnp.where((magnitude == _INF) | is_nan, specials, codes)
     # What has a sign lies from 0, or 1 without -0, to infinity: outside, one of the two differences is negative.

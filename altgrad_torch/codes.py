@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from altgrad_core.codes import SpecialCodes, parse_codable
 from altgrad_core.errors import InputError
-from altgrad_core.formats import OVERFLOWS, CastPath, Format, Overflow, Rounding, parse
+from altgrad_core.formats import OVERFLOWS, CastPath, Format, Overflow, Rounding
 from altgrad_core.reference import check_modes
 from altgrad_torch.casting import cast, cast_marking_overflow, check_floating, in_chunks
 from altgrad_torch.kernels import extended_bits, powers_of_two
@@ -20,7 +21,6 @@ _INF = 0x7F800000
 _IMPLICIT_ONE = 1 << 23
 _SIGN = -(2**31)
 _NAN = 0x7FC00000
-_MOST_BITS = 16
 _NATIVE = OVERFLOWS.index("native")
 _SATURATE_FINITE = OVERFLOWS.index("saturate_finite")
 
@@ -80,15 +80,7 @@ class CodeParams(NamedTuple):
         """
         resolved = codable(format)
         check_modes("nearest_even", overflow)
-        beyond = resolved.overflow_value if overflow == "native" else resolved.max_representable_value
-        codes = (
-            resolved.sign_mask,
-            resolved.max_code,
-            resolved.inf_code or resolved.max_code,
-            resolved.nan_code or 0,
-            resolved.to_bits(beyond),
-            OVERFLOWS.index(overflow),
-        )
+        codes = (*SpecialCodes.of(resolved, overflow), OVERFLOWS.index(overflow))
         kind = _CodesOf8Bits if resolved.bits <= 8 else _CodesOf16Bits
         params = FormatParams.from_format(resolved, path=path, device=device)
         return kind(params, *(torch.tensor(code, dtype=torch.int32, device=device) for code in codes))
@@ -305,7 +297,4 @@ def codable(format: str | Format) -> Format:
     """
     if isinstance(format, FormatParams):
         raise TypeError("codes need to know special codes as well: give a name, a Format or CodeParams")
-    resolved = parse(format)
-    if resolved.bits > _MOST_BITS:
-        raise InputError(f"{resolved} has {resolved.bits} bits; codes are made for formats of at most {_MOST_BITS}")
-    return resolved
+    return parse_codable(format)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import altgrad_torch
 from altgrad_torch import cpu
+from tests.threads import fixture_of_threads
 
 Single = npt.NDArray[np.float32]
 
@@ -24,12 +24,7 @@ ROUNDS_TO_NORMAL = MIN_NORMAL * (1 - 2.0**-25)
 FACTORS = (1.0, 0.7, 0.0, 1 - 2.0**-23, 1 - 2.0**-24, 2.0**-60, 1e-38, float("nan"))
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+threads = fixture_of_threads(1, 3)
 
 
 def of_all_magnitudes(size: int, seed: int = 0) -> Single:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import altgrad_torch as ag
 from altgrad_core.formats import EIGHT, parse
 from altgrad_torch import FormatParams, statistics
 from altgrad_torch.casting import divide_by_scale
+from tests.threads import fixture_of_threads
 
 MIN_NORMAL, INF = 0x00800000, 0x7F800000
 FORMATS = (*EIGHT, "bf16", "fp16", "float32", "float8_e8m0fnu", "E8M7b140", "E8M0b134", "E7M0b23", "E5M10b120")
@@ -166,12 +166,7 @@ def test_subclasses_are_counted_by_torch() -> None:
 # Stalls
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+threads = fixture_of_threads(1, 2)
 
 
 @pytest.mark.usefixtures("threads")
