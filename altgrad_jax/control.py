@@ -26,6 +26,7 @@ from altgrad_core.evidence import Observation as Observation
 from altgrad_core.formats import Format, parse
 from altgrad_core.settings import Policy as Policy
 from altgrad_core.stability import EmergencyMantissaShift as EmergencyMantissaShift
+from altgrad_jax.codes import CodeParams
 from altgrad_jax.consensus import Consensus, process_count
 from altgrad_jax.params import FormatParams, paths_of
 
@@ -58,7 +59,8 @@ def set_format(state: State, format: Formats | Mapping[str, str | Format]) -> St
     Raises:
         UnknownFormatError: for an unknown name.
         ValueError: if the state holds no format, or the new one needs another cast path, which would have to compile.
-        InputError: for a layer to which nothing belongs.
+        InputError: for a layer to which nothing belongs, and for a state that holds
+            :class:`~altgrad_jax.codes.CodeParams`, whose special codes would stay those of the old format.
 
     >>> from altgrad_jax.clipping import partition_relative_clip
     >>> state = partition_relative_clip("E7M0").init({"w": jnp.zeros(2)})
@@ -68,6 +70,8 @@ def set_format(state: State, format: Formats | Mapping[str, str | Format]) -> St
     >>> [float(each.max_value) for each in set_format(formats, {"logits": "E5M2"}).values()]
     [57344.0, 448.0]
     """
+    if any(_is_code_params(node) for node in jax.tree.leaves(state, is_leaf=_is_code_params)):
+        raise InputError("the state holds CodeParams; write those of CodeParams.from_format in their place instead")
     places = [path for path, node in jax.tree.leaves_with_path(state, is_leaf=_is_format) if _is_format(node)]
     if not places:
         raise ValueError("the state holds no FormatParams, so there is no format to set in it")
@@ -97,6 +101,10 @@ def get_format(state: object) -> FormatParams:
     if not found:
         raise ValueError("the state holds no FormatParams")
     return found[0]
+
+
+def _is_code_params(node: object) -> bool:
+    return isinstance(node, CodeParams)
 
 
 def _is_format(node: object) -> bool:

@@ -12,6 +12,7 @@ import pytest
 
 from altgrad_core.errors import InputError
 from altgrad_jax import (
+    CodeParams,
     EmergencyMantissaShift,
     FormatController,
     FormatParams,
@@ -99,6 +100,12 @@ def test_set_format_for_runs_and_their_layers() -> None:
             set_format(runs["layers"], formats)
     with pytest.raises(ValueError, match=r"2 x 3 formats for params of shape \(2,\)"):
         set_format(runs["whole"], [["E7M0", "E5M2", "E3M4"]] * 2)
+
+
+def test_set_format_leaves_no_special_codes_of_another_format() -> None:
+    state = {"cast": FormatParams.from_format("E4M3"), "code": CodeParams.from_format("E4M3")}
+    with pytest.raises(InputError, match="holds CodeParams"):
+        set_format(state, "E5M2")
 
 
 def test_set_format_finds_layers_by_their_keys() -> None:
