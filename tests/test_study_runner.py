@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -32,6 +33,7 @@ class UntrainedJob:
         for step in range(until):
             if self.together is not None and step == 0:
                 self.together.wait(timeout=20)
+            time.sleep(1e-4)  # for another thread to come between
             shown, runs = Shown(dict.fromkeys(SERIES, step + self.seeds), {}, ()), len(self.seeds)
             yield StepReport(step, shown, ("",) * runs, ({},) * runs, ((),) * runs)
 
