@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -279,10 +280,23 @@ def train(config: TrainConfig, console: Console | None = None) -> float | None:
                 files.finish(None)
                 return None
             batches = corpus.validation_batches(_VALIDATION_BATCHES, config.batch, config.context)
-            loss, final_format = float(job.evaluate(batches)[0]), job.controllers[0].format
-            console.print(f"held-out loss {loss:.4f} nats/character in {final_format}; run folder {config.out}")
-            files.finish({"validation_loss": loss, "steps": job.step, "final_format": final_format})
+            loss, controller = float(job.evaluate(batches)[0]), job.controllers[0]
+            told = _told(controller.format, controller.formats)
+            console.print(f"held-out loss {loss:.4f} nats/character in {told}; run folder {config.out}")
+            ended_in = {"final_format": controller.format}
+            of_layers = {"final_layer_formats": controller.formats} if controller.formats else {}
+            files.finish({"validation_loss": loss, "steps": job.step, **ended_in, **of_layers})
     return loss
+
+
+def _told(format: str, of_layers: Mapping[str, str]) -> str:
+    """The format of a run; of one in layers how many of them are in which.
+
+    >>> _told("E0M7", {"mlp": "E0M7", "logits": "E2M5"})
+    'E0M7 (1 of 2 layers), E2M5 (1 of 2 layers)'
+    """
+    counted = Counter(of_layers.values())
+    return ", ".join(f"{each} ({count} of {len(of_layers)} layers)" for each, count in counted.items()) or format
 
 
 def _train_to_the_end(config: TrainConfig, job: Job, files: RunFiles, console: Console) -> bool:

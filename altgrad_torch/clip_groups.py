@@ -194,8 +194,8 @@ def _multiply_on_cpu_(parameters: Sequence[Tensor], factor: np.float32) -> list[
         else:
             others.append(parameter)
     multiply_([local(gradient) for gradient in quick], factor)
-    # What NumPy writes to torch's memory, autograd does not see.
-    torch.autograd.graph.increment_version(quick)
+    # Of the whole, autograd does not see what is written to a shard of it.
+    torch.autograd.graph.increment_version([gradient for gradient in quick if is_sharded(gradient)])
     return others
 
 

@@ -153,8 +153,8 @@ def multiply_(tensors: Sequence[Tensor], factor: np.float32) -> None:
     arrays = [piece.numpy() for each in tensors for piece in _in_order(each.detach()).view(-1).split(_PIECE)]
     size = 0 if _overlap(tensors) else _size_of(tensors)
     _shared_out(lambda array: np.multiply(array, factor, out=array), arrays, size, flushing=True)
-    for each in tensors:
-        torch.autograd.graph.increment_version(each)
+    # What NumPy writes to torch's memory, autograd does not see.
+    torch.autograd.graph.increment_version(list(tensors))
 
 
 def _in_order(tensor: Tensor) -> Tensor:

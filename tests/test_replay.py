@@ -135,6 +135,7 @@ def test_decisions_on_layers_follow_from_the_log(layered):
     assert (found.difference, found.steps) == (None, 60)
     shifts = [(event.step, event.numbers["layer"]) for event in found.decisions if event.kind == "shift"]
     last = _lines(layered / "metrics.jsonl")[-1]["layer_formats"]
+    assert json.loads((layered / "result.json").read_text())["final_layer_formats"] == last
     assert 0 < len({layer for step, layer in shifts if step < 45}) < len(last), "by rates, some and not all"
     assert {layer for step, layer in shifts if step == 52} == set(last), "by NaN batches, all"
     assert "E0M7" not in last.values()

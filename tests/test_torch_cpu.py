@@ -273,3 +273,12 @@ def test_counts_take_little_memory() -> None:
         tracemalloc.stop()
         assert most < 2**20
         assert sum(max(each.self_cpu_memory_usage, 0) for each in profiled.key_averages()) < 2**20
+
+
+def test_autograd_sees_that_a_gradient_was_multiplied() -> None:
+    """Once, so that a backward pass that still needs the old values is refused."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.full((3,), 2.0)
+    before = parameter.grad._version
+    altgrad_torch.clip_grad_norm_([parameter], 1.0)
+    assert parameter.grad._version == before + 1
