@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 
 from altgrad_core.errors import InputError
 from altgrad_jax.job import Job
@@ -123,6 +125,8 @@ class Checkpoints:
         host = self._read(step, "host", ocp.args.JsonRestore())
         self._check_identity(host["identity"])
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _leaves(job))
+        with self._told_as_damage(step, "arrays"):
+            _read_through(Path(self._manager.directory) / str(step) / "arrays")
         arrays = self._read(step, "arrays", ocp.args.StandardRestore(abstract))
         structure = jax.tree.structure((job.state, job.snapshots))
         leaves = [arrays[name] for name in _names(len(abstract))]
@@ -165,8 +169,13 @@ class Checkpoints:
             probe.unlink(missing_ok=True)
 
     def _read(self, step: int, item: str, how: Any) -> Any:
-        try:
+        with self._told_as_damage(step, item):
             return self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+
+    @contextmanager
+    def _told_as_damage(self, step: int, item: str) -> Iterator[None]:
+        try:
+            yield
         except (ValueError, KeyError, OSError) as error:
             folder = self._manager.directory / str(step)
             raise CheckpointError(
@@ -183,9 +192,26 @@ class Checkpoints:
 
 
 def _manager_of(folder: Path) -> ocp.CheckpointManager:
-    """A manager of a folder, from which what was left half written is taken away."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, cleanup_tmp_directories=True)
+    """A manager of a folder, from which what was left half written is taken away first.
+
+    Not by the manager, whose own cleanup goes on in the background: of two managers in a row the second would meet that
+    of the first, and the next save would fail of it.
+    """
+    for left in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT)
     return ocp.CheckpointManager(folder, options=options)
+
+
+def _read_through(arrays: Path) -> None:
+    """Read all that Orbax wrote of some arrays, one piece after the other, so that damage is met here.
+
+    Orbax reads them at the same time. Where one fails, the others find its event loop closed, and their threads write
+    tracebacks to stderr, into the middle of what is said of the damage.
+    """
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{arrays}/"}}).result()
+    for key in store.list().result():
+        store.read(key).result()
 
 
 def _leaves(job: Job) -> dict[str, jax.Array]:
