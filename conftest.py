@@ -12,6 +12,12 @@ from hypothesis import settings
 # JAX_PLATFORMS=cuda in the environment still wins.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# Where the tests make torch's tensors; JAX_PLATFORMS says the same for JAX (docs/gpu.md).
+if os.environ.get("ALTGRAD_TORCH_DEVICE"):
+    import torch
+
+    torch.set_default_device(os.environ["ALTGRAD_TORCH_DEVICE"])
+
 # As many workers as cores: more threads would wait for each other, which costs torch half of the time here.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -26,6 +26,11 @@ SQUARE_EXPONENT = -298
 FLOAT64_ROUNDOFF = 2.0**-53
 """The most by which one float64 operation is off, relative to its result."""
 
+ROUNDS_TO_NORMAL = 2.0**-126 * (1 - 2.0**-25)
+"""The smallest real number that 24 significant bits round to 2^-126, and not to something below.
+
+What a clip coefficient brings below it becomes zero: a CPU that flushes does that by itself, a GPU has to be told."""
+
 _FLOAT32_MAX = (2**24 - 1) * 2**104
 _SIGNIFICAND_BITS = 24
 _SMALLEST_EXPONENT = -149

@@ -17,6 +17,7 @@ from jax import lax
 
 from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, Format, Overflow, Rounding
+from altgrad_jax.arithmetic import product, quotient
 from altgrad_jax.params import FormatParams, as_params, beyond_max, edges
 
 _SIGN = np.int32(-(2**31))
@@ -27,6 +28,8 @@ _IMPLICIT_ONE = np.int32(1 << 23)
 _ONE = np.int32(127 << 23)
 _TO_THE_MIDDLE = np.int32(64 << 23)
 _FLOAT32_MAX = np.finfo(np.float32).max
+_FLOAT64_INF = np.int64(0x7FF << 52)
+_QUIET_NAN = {np.dtype(jnp.bfloat16): 0x7FC0, np.dtype(jnp.float16): 0x7E00}
 _NEAREST_EVEN, _NEAREST_AWAY, _TOWARD_ZERO, _STOCHASTIC = range(len(ROUNDINGS))
 _NATIVE, _SATURATE, _SATURATE_FINITE = range(len(OVERFLOWS))
 _ADDEND_BITS = 30
@@ -143,14 +146,24 @@ def _straight_through(
 ) -> jax.Array:
     if x.dtype == jnp.float64:
         return _cast_float64(x, scale, params, random_bits)
-    value = x.astype(jnp.float32)
+    value = widened(x)
     if scale is None:
-        return cast(value, params, random_bits).astype(x.dtype)
+        return _to_dtype(cast(value, params, random_bits), x.dtype)
     scale = scale.astype(jnp.float32)
     if params.path == "unsigned":
-        return cast(value, params.scaled(scale), random_bits).astype(x.dtype)
-    scaled = cast(divide_by_scale(value, scale), params, random_bits) * scale
-    return flush_subnormals(scaled).astype(x.dtype)
+        return _to_dtype(cast(value, params.scaled(scale), random_bits), x.dtype)
+    on_grid = cast(divide_by_scale(value, scale), params, random_bits)
+    return _to_dtype(jnp.where(jnp.isnan(on_grid), on_grid, product(on_grid, scale)), x.dtype)
+
+
+def _to_dtype(result: jax.Array, dtype: np.dtype) -> jax.Array:
+    """A float32 result in the dtype that it is asked for. NaN, of which a GPU makes another, is canonical again."""
+    if dtype == jnp.float32:
+        return result
+    quiet = _QUIET_NAN[dtype]
+    signed = (_bits(result) >> 16).astype(jnp.int16) & np.int16(-(2**15)) | np.int16(quiet)
+    halved = lax.bitcast_convert_type(result.astype(dtype), jnp.int16)
+    return lax.bitcast_convert_type(jnp.where(jnp.isnan(result), signed, halved), dtype)
 
 
 def _cast_float64(
@@ -161,10 +174,10 @@ def _cast_float64(
         return _to_float64(_to_float32_grid(x, params))
     if params.path == "unsigned" and scale is not None:
         params, scale = params.scaled(scale.astype(jnp.float32)), None
-    quotient = x if scale is None else x / scale.astype(jnp.float64)
-    on_grid = cast(float64_to_odd(quotient), params, random_bits)
+    scaled_down = x if scale is None else x / scale.astype(jnp.float64)
+    on_grid = cast(float64_to_odd(scaled_down), params, random_bits)
     # What float32 cannot hold has become an infinity, which this policy would keep.
-    is_kept = (params.overflow == _SATURATE_FINITE) & jnp.isinf(on_grid) & jnp.isfinite(quotient)
+    is_kept = (params.overflow == _SATURATE_FINITE) & jnp.isinf(on_grid) & jnp.isfinite(scaled_down)
     on_grid = _to_float64(jnp.where(is_kept, jnp.copysign(params.max_value, on_grid), on_grid))
     return on_grid if scale is None else on_grid * scale.astype(jnp.float64)
 
@@ -213,6 +226,15 @@ def _overflows(x: jax.Array, scale: jax.Array | None, params: FormatParams, rand
     )
 
 
+def widened(x: jax.Array) -> jax.Array:
+    """Half precision as float32, which holds it as it is. NaN keeps its sign, which a GPU takes from float16's."""
+    single = x.astype(jnp.float32)
+    if x.dtype != jnp.float16:
+        return single
+    signs = lax.bitcast_convert_type(x, jnp.int16).astype(jnp.int32) & _SIGN
+    return _float((_bits(single) & _MAGNITUDE) | signs)
+
+
 def to_float32(x: jax.Array, taker: str) -> jax.Array:
     """``x`` as float32 that rounds on as ``x`` itself would: float64 is rounded to odd, the others are exact.
 
@@ -222,7 +244,7 @@ def to_float32(x: jax.Array, taker: str) -> jax.Array:
         TypeError: if ``x`` is not floating point; it names the taker.
     """
     x = floating(x, taker)
-    return x.astype(jnp.float32) if x.dtype != jnp.float64 else within_float32(float64_to_odd(x), x)
+    return widened(x) if x.dtype != jnp.float64 else within_float32(float64_to_odd(x), x)
 
 
 def within_float32(single: jax.Array, x: jax.Array) -> jax.Array:
@@ -402,38 +424,29 @@ def divide_by_scale(x: jax.Array, scale: jax.Array) -> jax.Array:
     # A subnormal is its bits times 2^-149, a factor that is no normal number: half of it before, half after.
     from_bits = magnitude.astype(jnp.float32) * jnp.float32(2.0**-75) / scale * jnp.float32(2.0**-74)
     signed = _float(_bits(from_bits) | (_bits(x) & _SIGN))
-    # A divisor of its own for each element: XLA turns division by one scalar into a product with its reciprocal.
-    quotient = x / jnp.where(magnitude >= 0, scale, 1)
-    bounded = jnp.where(magnitude < _INF, jnp.clip(quotient, -_FLOAT32_MAX, _FLOAT32_MAX), quotient)
-    return jnp.where(magnitude < _IMPLICIT_ONE, signed, bounded)
-
-
-def flush_subnormals(x: jax.Array) -> jax.Array:
-    """Zero, with the sign kept, where float32 ``x`` is below 2^-126: what XLA's CPU backend does by itself."""
-    bits = _bits(x)
-    return _float(jnp.where((bits & _MAGNITUDE) < _IMPLICIT_ONE, bits & _SIGN, bits))
+    bounded = jnp.clip(quotient(x, scale), -_FLOAT32_MAX, _FLOAT32_MAX)
+    return jnp.where(magnitude < _IMPLICIT_ONE, signed, jnp.where(magnitude < _INF, bounded, x))
 
 
 def float64_to_odd(x: jax.Array) -> jax.Array:
     """float64 to float32, rounded to odd: rounding the result again, to fewer bits, equals rounding ``x`` once.
 
-    From 2^128 on, beyond whatever float32 could round to, it is an infinity.
+    From 2^128 on, beyond whatever float32 could round to, it is an infinity. In integers, because XLA may take a
+    conversion to float32 and back for none, and its CPU backend flushes what is smallest.
     """
-    nearest = x.astype(jnp.float32)
-    bits = _bits(nearest)
-    exact = nearest.astype(jnp.float64) == x
-    too_far = jnp.abs(nearest.astype(jnp.float64)) > jnp.abs(x)
-    odd = (bits - too_far.astype(jnp.int32)) | 1
-    odd = jnp.where(jnp.abs(x) >= 2.0**128, bits, odd)
-    # A subnormal float32, which XLA's CPU backend would flush, is put together from its steps of 2^-149. A subnormal
-    # float64, which it reads as zero, shows in its bits and in these alone: compared as floats beside them, LLVM would
-    # take the one for the other, since it knows nothing of the flush.
-    steps = jnp.abs(x) * 2.0**149
-    whole = jnp.minimum(steps, 2.0**23).astype(jnp.int32)
-    magnitude = lax.bitcast_convert_type(x, jnp.int64) & np.int64(2**63 - 1)
-    inexact = (whole.astype(jnp.float64) < steps) | ((magnitude > 0) & (magnitude < np.int64(1 << 52)))
-    subnormal = whole | inexact.astype(jnp.int32) | (bits & _SIGN)
-    return _float(jnp.where(steps < 2.0**23, subnormal, jnp.where(exact | jnp.isnan(x), bits, odd)))
+    bits = lax.bitcast_convert_type(x, jnp.int64)
+    magnitude = bits & np.int64(2**63 - 1)
+    field = magnitude >> 52
+    normal = magnitude - np.int64((1023 - 127) << 52)
+    subnormal = (magnitude & np.int64(2**52 - 1)) | np.int64(1 << 52)
+    # 29 bits go; of what float32 has below 2^-126, in steps of 2^-149, one more for each binade further down.
+    dropped = jnp.clip(926 - field, 29, 62)
+    source = jnp.where(field > 1023 - 127, normal, subnormal)
+    kept = source >> dropped
+    odd = kept | ((kept << dropped) != source)
+    odd = jnp.where(magnitude == 0, 0, jnp.where(field >= 1023 + 128, np.int64(_INF), odd))
+    odd = jnp.where(magnitude > _FLOAT64_INF, np.int64(_NAN), odd)
+    return _float((odd | (bits >> 63 << 31)).astype(jnp.int32))
 
 
 def _bits(x: jax.Array) -> jax.Array:

@@ -13,15 +13,17 @@ from jax import lax
 
 from altgrad_core.clip_rules import NORMS_NEEDED, REFERENCE_BINADES, ClipRule
 from altgrad_core.nonfinite import Nonfinite
-from altgrad_core.norms import NOT_MEASURED
+from altgrad_core.norms import NOT_MEASURED, ROUNDS_TO_NORMAL
 from altgrad_core.stability import CLIP_EPSILON, REFERENCE_MAX
 from altgrad_jax.axes import AxisName, by_axes, largest_over, varying_as
-from altgrad_jax.casting import flush_subnormals, to_float32
+from altgrad_jax.casting import to_float32
 from altgrad_jax.nonfinite import Culprit, find_culprit, without_nonfinite
 from altgrad_jax.norms import Norm, as_norm, euclidean_norm
 from altgrad_jax.params import FormatParams
 from altgrad_jax.scaling import amax, delayed_scale, empty_history, push_amax
 from altgrad_jax.statistics import observe, overflow_rate_of
+
+_SIGN = np.int32(-(2**31))
 
 
 class PartitionRelativeClipState(NamedTuple):
@@ -195,21 +197,44 @@ def culprit_of_norm(norm: Norm, leaves: Sequence[jax.Array], axis_name: AxisName
 def scaled_to(
     leaves: Sequence[jax.Array], max_norm: float | jax.Array, norm: Norm, eps: float | jax.Array = CLIP_EPSILON
 ) -> list[jax.Array]:
-    """Leaves times ``min(1, max_norm / (norm + eps))``, in float64 and rounded once; below 2^-126 they are zero."""
+    """Leaves times ``min(1, max_norm / (norm + eps))``, in float64 and rounded once; below 2^-126 they are zero.
+
+    On any backend: XLA's CPU one flushes what is below, rounded to 24 bits; a GPU would round some of it up to 2^-126.
+    """
     with jax.enable_x64(True):
         limit = lax.convert_element_type(max_norm, jnp.float64)
         divisor = norm.double + eps
         coefficient = jnp.minimum(limit / jnp.where(divisor == 0, 1.0, divisor), 1.0)
         coefficient = jnp.where(jnp.isinf(limit) | (divisor == 0), 1.0, coefficient)
-        single = lax.convert_element_type(coefficient, jnp.float32)
+        coefficient_or_zero = jnp.where(coefficient < ROUNDS_TO_NORMAL, 0.0, coefficient)
+        # Behind a barrier: XLA may take a conversion to float32 and back for none.
+        single = lax.optimization_barrier(lax.convert_element_type(coefficient_or_zero, jnp.float32))
+        survives_from = _float32_at_least(ROUNDS_TO_NORMAL / lax.convert_element_type(single, jnp.float64))
 
     def scaled(leaf: jax.Array) -> jax.Array:
         if leaf.dtype == jnp.float64:
             return leaf * coefficient
-        product = leaf.astype(jnp.float32) * single
-        return (flush_subnormals(product) if leaf.dtype == jnp.float32 else product).astype(leaf.dtype)
+        value = leaf.astype(jnp.float32)
+        product = value * single
+        signed_zero = _float(_bits(value) & _SIGN)
+        return jnp.where(jnp.abs(value) < survives_from, signed_zero, product).astype(leaf.dtype)
 
     return [scaled(leaf) for leaf in leaves]
+
+
+def _float32_at_least(value: jax.Array) -> jax.Array:
+    """The smallest float32 that is not below a positive float64 value; inf beyond float32's maximum."""
+    nearest = lax.optimization_barrier(lax.convert_element_type(value, jnp.float32))
+    is_below = lax.convert_element_type(nearest, jnp.float64) < value
+    return _float(_bits(nearest) + is_below.astype(jnp.int32))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def zeros_if(condition: jax.Array, leaves: Sequence[jax.Array]) -> list[jax.Array]:

@@ -14,7 +14,7 @@ from jax import lax
 from altgrad_core.codes import MOST_BITS, SpecialCodes, parse_codable
 from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding
-from altgrad_jax.casting import cast, float64_to_odd, floating, grid_of, within_float32
+from altgrad_jax.casting import cast, float64_to_odd, floating, grid_of, widened, within_float32
 from altgrad_jax.params import FormatParams
 
 _SIGN = np.int32(-(2**31))
@@ -115,7 +115,7 @@ def encode(
 
 @partial(jax.jit, inline=True)  # one program also outside of jit
 def _encoded(x: jax.Array, code: CodeParams) -> jax.Array:
-    value = x.astype(jnp.float32) if x.dtype != jnp.float64 else _of_float64(x, code.params)
+    value = widened(x) if x.dtype != jnp.float64 else _of_float64(x, code.params)
     params, bits = code.params, _bits(value)
     if params.path == "fast":
         codes = _codes_by_addition(value, params)

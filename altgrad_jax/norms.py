@@ -34,6 +34,8 @@ _TOGETHER = 2**14
 """Numbers of several leaves that are."""
 _LONG = 2**20
 """Numbers that are summed up in one go at most."""
+_LONG_ROW = 2**14
+"""Numbers that a GPU sums up in one go, of a leaf that has more than that."""
 _CHUNK = 2**16
 _UNIT = 300
 """Sums of squares are counted in units of 2^-300."""
@@ -193,6 +195,9 @@ def _partial_sums(leaf: jax.Array) -> tuple[jax.Array, int]:
     if flat.size <= _LONG:
         return jnp.sum(_widen(flat) * _widen(flat))[None], flat.size
 
+    if jax.default_backend() != "cpu":
+        return _sums_of_long_rows(flat), _LONG_ROW
+
     def add(k: jax.Array, total: jax.Array) -> jax.Array:
         part = _widen(lax.dynamic_slice_in_dim(flat, k * _LONG, _LONG))
         return total + jnp.sum(part * part)
@@ -200,6 +205,13 @@ def _partial_sums(leaf: jax.Array) -> tuple[jax.Array, int]:
     whole = flat.size // _LONG
     rest = _widen(flat[whole * _LONG :])
     return lax.fori_loop(0, whole, add, jnp.sum(rest * rest))[None], _LONG + whole
+
+
+def _sums_of_long_rows(flat: jax.Array) -> jax.Array:
+    """For a GPU, which would take the turns of a loop one after the other. That of what is left comes last."""
+    whole = flat.size - flat.size % _LONG_ROW
+    rows, rest = _widen(flat[:whole]).reshape(-1, _LONG_ROW), _widen(flat[whole:])
+    return jnp.append(jnp.sum(rows * rows, axis=-1), jnp.sum(rest * rest))
 
 
 def _grouped(parts: Sequence[jax.Array]) -> list[list[jax.Array]]:

@@ -29,6 +29,7 @@ from altgrad_core.scaling import (
     check_window,
     checked_axes,
 )
+from altgrad_jax.arithmetic import quotient
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _FRACTION = np.int32(0x007FFFFF)
@@ -144,8 +145,7 @@ def ratio_scale(amax: jax.typing.ArrayLike, max_value: jax.typing.ArrayLike) -> 
     [1.0, 0.5, 1.0]
     """
     amax, max_value = jnp.asarray(amax, jnp.float32), jnp.asarray(max_value, jnp.float32)
-    # A divisor of its own for each element: XLA turns division by one scalar into a product with its reciprocal.
-    ratio = amax / jnp.where(_bits(amax) >= 0, max_value, jnp.float32(1))
+    ratio = quotient(amax, max_value)
     return jnp.where(_usable(amax, max_value), jnp.clip(ratio, 1 / _MOST, _MOST), jnp.float32(1))
 
 

@@ -18,8 +18,9 @@ import optax
 from jax import lax
 
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding
+from altgrad_jax.arithmetic import flush_subnormals
 from altgrad_jax.axes import AxisName, by_axes, largest_over, sum_over
-from altgrad_jax.casting import cast, checked_scale, divide_by_scale, flush_subnormals, quantize
+from altgrad_jax.casting import cast, checked_scale, divide_by_scale, quantize
 from altgrad_jax.params import Edges, FormatParams, as_params, check_one_for_each, edges
 from altgrad_jax.scaling import amax, power_of_two_scale
 

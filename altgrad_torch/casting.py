@@ -267,7 +267,7 @@ def _scaled_cast(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, ho
 def _cast(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
     """Round ``x / scale`` to float32; to an unsigned format round ``x``, for there the grid is moved instead."""
     grid, is_float64 = how.grid, x.dtype == torch.float64
-    x = x if is_float64 else x.to(torch.float32)
+    x = x if is_float64 else widened(x)
     if scale is not None:
         if _is_unsigned(grid):
             params = grid if isinstance(grid, FormatParams) else FormatParams.from_format(grid, device=x.device)
@@ -374,9 +374,18 @@ def flush_subnormals(x: Tensor) -> Tensor:
     return x * (x.abs() >= _MIN_NORMAL)
 
 
+def widened(x: Tensor) -> Tensor:
+    """float32, which holds half precision as it is; NaN keeps its sign, which a GPU takes from that of float16."""
+    wide = x.to(torch.float32)
+    if x.dtype != torch.float16 or x.device.type == "cpu":
+        return wide
+    signs = x.view(torch.int16).to(torch.int32) & ~_MAGNITUDE
+    return ((wide.view(torch.int32) & _MAGNITUDE) | signs).view(torch.float32)
+
+
 def to_float32(x: Tensor) -> Tensor:
     """``x`` as float32 that rounds on as ``x`` itself would: float64 is rounded to odd, the others are exact."""
-    return _float64_to_odd(x) if x.dtype == torch.float64 else x.to(torch.float32)
+    return _float64_to_odd(x) if x.dtype == torch.float64 else widened(x)
 
 
 def _float64_to_odd(x: Tensor) -> Tensor:

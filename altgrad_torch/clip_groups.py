@@ -14,16 +14,16 @@ from torch.nn.utils import clip_grads_with_norm_
 from altgrad_core.clip_rules import NORMS_NEEDED, ClipRule, format_threshold, quantile_index
 from altgrad_core.formats import Format
 from altgrad_core.nonfinite import Nonfinite
-from altgrad_core.norms import NOT_MEASURED
+from altgrad_core.norms import NOT_MEASURED, ROUNDS_TO_NORMAL
 from altgrad_core.stability import CLIP_EPSILON
-from altgrad_torch.cpu import can_multiply, multiply_
+from altgrad_torch.cpu import can_multiply, is_plain, multiply_
 from altgrad_torch.nonfinite import Culprit, find_culprit, raise_for, zero_nonfinite_
 from altgrad_torch.norms import euclidean_norm, float_tensors, is_sharded, local, over_shards, summed
 from altgrad_torch.scaling import amax, power_of_two_scale
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-_ROUNDS_TO_NORMAL = 2.0**-126 * (1 - 2.0**-25)
-"""The smallest real number that 24 significant bits round to 2^-126, and not to something below."""
+_TOGETHER = 1 << 25
+"""Elements of gradients that a GPU is given at once, or a tensor more: that bounds the memory of temporaries."""
 
 
 class ClipGroup:
@@ -161,13 +161,14 @@ def scale_to_(parameters: Sequence[Tensor], max_norm: float, norm: float, foreac
     if math.isinf(max_norm):
         return
     coefficient = min(max_norm / (norm + CLIP_EPSILON), 1.0)
-    single = np.float32(0 if coefficient < _ROUNDS_TO_NORMAL else coefficient)
+    single = np.float32(0 if coefficient < ROUNDS_TO_NORMAL else coefficient)
     others = _multiply_on_cpu_(parameters, single)
     _zero_what_will_vanish([parameter.grad for parameter in others if parameter.grad is not None], float(single))
     # torch does not multiply sharded and plain gradients in one call. Handed a float64 norm, it forms the coefficient
     # in float64 and rounds it once.
+    alike = _multiply_half_precision_on_gpu_(others, float(single))
     for kind in (False, True):
-        group = [_with_dimension(p) for p in others if is_sharded(p.grad) == kind]
+        group = [_with_dimension(p) for p in alike if is_sharded(p.grad) == kind]
         if group:
             clip_grads_with_norm_(group, max_norm, torch.tensor(norm, dtype=torch.float64), foreach)
 
@@ -199,6 +200,21 @@ def _multiply_on_cpu_(parameters: Sequence[Tensor], factor: np.float32) -> list[
     return others
 
 
+def _multiply_half_precision_on_gpu_(parameters: Sequence[Tensor], factor: float) -> list[Tensor]:
+    """Multiply half-precision gradients on a GPU in float32, and return the parameters of all others.
+
+    torch would round the coefficient to their precision before it multiplies, which it does not on a CPU.
+    """
+    others = []
+    for parameter in parameters:
+        gradient = None if parameter.grad is None else local(parameter.grad)
+        if gradient is None or gradient.dtype.itemsize != 2 or gradient.device.type == "cpu":
+            others.append(parameter)
+        else:
+            gradient.copy_(gradient.to(torch.float32) * factor)
+    return others
+
+
 def _with_dimension(parameter: Tensor) -> Tensor:
     """A stand-in for a parameter without dimensions whose gradient is a view of the parameter's, of one element.
 
@@ -218,10 +234,28 @@ def _zero_what_will_vanish(gradients: Sequence[Tensor], coefficient: float) -> N
     """
     if math.isnan(coefficient):
         return
-    survives_from = _float32_at_least(_ROUNDS_TO_NORMAL / coefficient) if coefficient else math.inf
+    survives_from = _float32_at_least(ROUNDS_TO_NORMAL / coefficient) if coefficient else math.inf
+    on_gpu = [each for each in gradients if is_plain(each, "cuda") and each.dtype == torch.float32]
+    _zero_below_on_gpu(on_gpu, survives_from)
+    done = set(map(id, on_gpu))
     for gradient in gradients:
-        if gradient.dtype != torch.float64:
+        if gradient.dtype != torch.float64 and id(gradient) not in done:
             gradient.mul_(gradient.to(torch.float32).abs() >= survives_from)
+
+
+def _zero_below_on_gpu(gradients: Sequence[Tensor], limit: float) -> None:
+    """Make zero, with the sign kept, what is smaller than a float32 limit: of many tensors in few launches."""
+    batch: list[Tensor] = []
+    for k, gradient in enumerate(gradients):
+        batch.append(gradient)
+        if k + 1 == len(gradients) or sum(each.numel() for each in batch) >= _TOGETHER:
+            # One from the limit up, zero below it: a quotient just below one is not rounded up to it.
+            kept = torch._foreach_abs(batch)
+            torch._foreach_div_(kept, limit)
+            torch._foreach_trunc_(kept)
+            torch._foreach_clamp_max_(kept, 1.0)
+            torch._foreach_mul_(batch, kept)
+            batch = []
 
 
 def _float32_at_least(value: float) -> float:

@@ -43,16 +43,14 @@ _Piece = TypeVar("_Piece")
 _Result = TypeVar("_Result")
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether this is a tensor whose memory is the processor's, holds its elements as they are and may be read now.
+def is_plain(tensor: Tensor, kind: str = "cpu") -> bool:
+    """Whether a tensor's memory is this kind of device's, holds its elements as they are and may be read now.
 
     It may not while torch records what is done to tensors or does it to others instead: compiling, in ``torch.func``'s
     transforms, under a ``TorchDispatchMode``.
     """
-    kinds = (Tensor, torch.nn.Parameter)
-    return (
-        type(tensor) in kinds and tensor.device.type == "cpu" and tensor.layout == torch.strided and _nobody_watches()
-    )
+    types = (Tensor, torch.nn.Parameter)
+    return type(tensor) in types and tensor.device.type == kind and tensor.layout == torch.strided and _nobody_watches()
 
 
 def _nobody_watches() -> bool:

@@ -180,7 +180,10 @@ def _finish_in_place(out: Tensor, x: Tensor, format: Format, beyond: Beyond) -> 
     if beyond.infinite != beyond.finite and not math.isnan(beyond.infinite):
         out.masked_fill_(x.isinf(), math.inf)
     out.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf).copysign_(x)
-    return out if format.has_negative_zero else out.add_(0.0)
+    if format.has_negative_zero:
+        return out
+    # A GPU's addition would give NaN another payload.
+    return out.add_(0.0) if out.device.type == "cpu" else out.masked_fill_(out == 0, 0.0)
 
 
 def _significands_in_place(x: Tensor, format: Format, rounding: Rounding, draw: Draw | None) -> Tensor:

@@ -19,6 +19,8 @@ from altgrad_torch.cpu import CHUNK, is_plain, sums_of_squares
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _MAGNITUDE = 0x7FFFFFFF
+_CHUNK_ON_GPU = 1 << 18
+"""Elements that are summed up in one go where each go is a launch. More would leave more roundings to be certain of."""
 _SUBNORMALS_COUNT_BELOW = 2.0**-160
 """Squares of subnormals add less than 2^-252 each, where the processor does not flush them."""
 
@@ -92,14 +94,17 @@ def norm_of(tensors: Sequence[Tensor], norm_type: float = 2.0) -> float:
 def euclidean_norm(tensors: Sequence[Tensor]) -> float:
     """:func:`global_norm` as a float that float32 holds."""
     parts = [local(tensor) for tensor in tensors]
-    total = float(sum_over_shards(_sums_of_squares(parts), tensors))
+    total = _sum_of_all_squares(tensors, parts)
     root = math.sqrt(total) if total >= 0 else total
     if not math.isfinite(root) or any(tensor.dtype == torch.float64 for tensor in tensors):
         return _rounded(root)
     # Of positive numbers n are added with at most n - 1 roundings in a row, in any order whatever. Twice what is added
     # up over tensors and devices; one for each square; the root halves it all, and adds two of its own.
     # From whole sizes: if those of shards made processes disagree on what is certain, some would wait for ever.
-    in_a_row = CHUNK + max(each.numel() for each in tensors) // CHUNK + 2 * len(parts) + 2 * _world_size(tensors) + 4
+    # On a GPU of all pieces together, and three more: for the root that torch takes of a sum, and the square of that.
+    chunk = CHUNK if all(each.device.type == "cpu" for each in parts) else _CHUNK_ON_GPU
+    pieces = sum(-(-each.numel() // chunk) for each in tensors)
+    in_a_row = chunk + pieces + 2 * len(parts) + 2 * _world_size(tensors) + 7
     slack = in_a_row * FLOAT64_ROUNDOFF
     is_certain = _rounded(root * (1 - slack)) == _rounded(root * (1 + slack))
     if is_certain and total >= _SUBNORMALS_COUNT_BELOW:
@@ -197,6 +202,24 @@ def _world_size(tensors: Sequence[Tensor]) -> int:
     return max((tensor.device_mesh.size() for tensor in meshes), default=1)
 
 
+def _sum_of_all_squares(tensors: Sequence[Tensor], parts: Sequence[Tensor]) -> float:
+    together = [k for k, part in enumerate(parts) if is_plain(part, "cuda") and not is_sharded(tensors[k])]
+    others = sorted(set(range(len(parts))) - set(together))
+    sums = _sums_of_squares_on_gpu([parts[k] for k in together])
+    if others:
+        sums.append(sum_over_shards(_sums_of_squares([parts[k] for k in others]), [tensors[k] for k in others]))
+    return float(torch.stack([each.to(sums[-1].device) for each in sums]).sum())
+
+
+def _sums_of_squares_on_gpu(parts: Sequence[Tensor]) -> list[Tensor]:
+    """One sum for all tensors of a device and dtype, in few launches: each costs as much as some 100,000 elements."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for part in parts:
+        alike.setdefault((part.device, part.dtype), []).extend(part.reshape(-1).split(_CHUNK_ON_GPU))
+    norms = [torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float64)) for pieces in alike.values()]
+    return [each.square_().sum() for each in norms]
+
+
 def _sums_of_squares(parts: Sequence[Tensor]) -> list[Tensor]:
     plain = [part for part in parts if is_plain(part)]
     on_cpu = iter(sums_of_squares(plain))
@@ -218,7 +241,7 @@ def _largest_magnitude(part: Tensor) -> Tensor:
 def _exponent_sums(part: Tensor) -> Tensor:
     """Sums of squares of significands for each exponent field: int64 of shape ``(2, 255)``, two limbs."""
     sums = torch.zeros((2, EXPONENTS), dtype=torch.int64, device=part.device)
-    for chunk in part.reshape(-1).split(CHUNK):
+    for chunk in part.reshape(-1).split(CHUNK if part.device.type == "cpu" else _CHUNK_ON_GPU):
         magnitude = chunk.to(torch.float32).view(torch.int32) & _MAGNITUDE
         field = (magnitude >> 23).clamp_min_(1)
         significand = (magnitude - ((field - 1) << 23)).to(torch.int64)

@@ -32,7 +32,9 @@ _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
 _IMPLICIT_ONE = 1 << 23
 _CHUNK = 1 << 20
-"""Elements counted at a time, which bounds the memory of temporaries, where several threads or a device count them."""
+"""Elements counted at a time, which bounds the memory of temporaries, where several threads count them."""
+_CHUNK_ON_GPU = 1 << 25
+"""The same on a GPU, where to launch a chunk's operations costs more than to do them: 0.5 GB of temporaries."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +245,9 @@ def _observe_by_chunks(x: Tensor, limits: Edges, unit: Tensor | None) -> tuple[C
 
 
 def _chunk_on(device: torch.device) -> int:
-    return CHUNK_OF_ONE_THREAD if device.type == "cpu" and torch.get_num_threads() == 1 else _CHUNK
+    if device.type != "cpu":
+        return _CHUNK_ON_GPU
+    return CHUNK_OF_ONE_THREAD if torch.get_num_threads() == 1 else _CHUNK
 
 
 def _observe_shards(

@@ -29,23 +29,11 @@ from altgrad_jax import (
 )
 from altgrad_jax.casting import cast
 from benchmarks.page import write_page
-from benchmarks.timing import Comparison, side_by_side
+from benchmarks.timing import Comparison, Donated, side_by_side
 
 _SIZES = {"2^24 elements, donated": 2**24, "2^18 elements, in cache": 2**18}
 _FEW = 2**18
 _ROUNDS = 25
-
-
-class _Donated:
-    """A function applied to its own result over and over, its argument donated."""
-
-    def __init__(self, function: Callable[..., jax.Array], start: np.ndarray, *rest: object) -> None:
-        self._function, self._rest = jax.jit(function, donate_argnums=0), rest
-        self._value = jnp.asarray(start)
-
-    def __call__(self) -> jax.Array:
-        self._value = self._function(self._value, *self._rest)
-        return self._value
 
 
 def main() -> None:
@@ -67,22 +55,22 @@ def comparisons() -> Iterator[Comparison]:
 
 
 def _casts(x: np.ndarray, label: str) -> Comparison:
-    contestants: dict[str, Callable[[], object]] = {"x * c": _Donated(lambda x, c: x * c, x, jnp.float32(1))}
+    contestants: dict[str, Callable[[], object]] = {"x * c": Donated(lambda x, c: x * c, x, jnp.float32(1))}
     for name in (*EIGHT, "float8_e4m3fnuz"):
-        contestants[name] = _Donated(cast, x, FormatParams.from_format(name, overflow="saturate"))
+        contestants[name] = Donated(cast, x, FormatParams.from_format(name, overflow="saturate"))
     wide, every = "E5M2, wide path", "E5M2, integer path"
-    contestants[wide] = _Donated(cast, x, FormatParams.from_format("E5M2", path="wide"))
-    contestants["bf16, wide path"] = _Donated(cast, x, FormatParams.from_format("bf16"))
-    contestants[every] = _Donated(cast, x, FormatParams.from_format("E5M2", path="integer"))
-    contestants["E5M2, toward zero"] = _Donated(lambda x: quantize(x, "E5M2", rounding="toward_zero"), x)
-    contestants["E4M3, stochastic by hash"] = _Donated(
+    contestants[wide] = Donated(cast, x, FormatParams.from_format("E5M2", path="wide"))
+    contestants["bf16, wide path"] = Donated(cast, x, FormatParams.from_format("bf16"))
+    contestants[every] = Donated(cast, x, FormatParams.from_format("E5M2", path="integer"))
+    contestants["E5M2, toward zero"] = Donated(lambda x: quantize(x, "E5M2", rounding="toward_zero"), x)
+    contestants["E4M3, stochastic by hash"] = Donated(
         lambda x, params, step: quantize(x, params, random_bits=hash_bits(x.shape, 0, step)),
         x,
         FormatParams.from_format("E4M3", rounding="stochastic"),
         jnp.uint32(1),
     )
-    contestants["E4M3 in blocks of 32"] = _Donated(lambda x: quantize_blocks(x, "E4M3"), x)
-    contestants["astype(float8_e5m2)"] = _Donated(lambda x: x.astype(jnp.float8_e5m2).astype(jnp.float32), x)
+    contestants["E4M3 in blocks of 32"] = Donated(lambda x: quantize_blocks(x, "E4M3"), x)
+    contestants["astype(float8_e5m2)"] = Donated(lambda x: x.astype(jnp.float8_e5m2).astype(jnp.float32), x)
     wanted = dict.fromkeys(EIGHT, 0.9) | {"bf16, wide path": 0.7, wide: 0.7}
     wanted |= {"E4M3, stochastic by hash": 0.4, "E4M3 in blocks of 32": 0.5}
     return Comparison(f"Casts, {label}", "x * c", side_by_side(contestants, _ROUNDS), wanted)
@@ -119,7 +107,7 @@ def _cast_and_counts(x: np.ndarray, label: str) -> Comparison:
         value, counts = both(value, params)
         return value, counts
 
-    contestants = {"cast": _Donated(cast, x, params), "cast and counts": cast_and_counts}
+    contestants = {"cast": Donated(cast, x, params), "cast and counts": cast_and_counts}
     timings = side_by_side(contestants, _ROUNDS)
     return Comparison(f"Cast and counts, {label}", "cast", timings, {"cast and counts": 1 / 2.6})
 

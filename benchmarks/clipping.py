@@ -46,7 +46,7 @@ def comparisons() -> Iterator[Comparison]:
     yield from _torch(arrays)
 
 
-class _Stepped:
+class Stepped:
     """An update applied to its own result over and over, gradients and state donated."""
 
     def __init__(
@@ -85,16 +85,16 @@ def _gates(arrays: list[np.ndarray]) -> Comparison:
     contestants: dict[str, Callable[[], object]] = {
         "global_norm": lambda: norm(grads),
         "a sum": lambda: sums(grads),
-        "gate shut, rate given": _Stepped(partition_relative_clip("E5M2"), arrays, 1.0, overflow_rate=0.0),
-        "gate shut, rate measured": _Stepped(partition_relative_clip("E5M2"), arrays, 1.0),
+        "gate shut, rate given": Stepped(partition_relative_clip("E5M2"), arrays, 1.0, overflow_rate=0.0),
+        "gate shut, rate measured": Stepped(partition_relative_clip("E5M2"), arrays, 1.0),
     }
     return Comparison("The gate", "global_norm", side_by_side(contestants, _ROUNDS), {"gate shut, rate given": 10.0})
 
 
 def _clips(arrays: list[np.ndarray]) -> Comparison:
     contestants: dict[str, Callable[[], object]] = {
-        "optax.clip_by_global_norm": _Stepped(optax.clip_by_global_norm(1.0), arrays, 2.0),
-        "gate open, rate given": _Stepped(partition_relative_clip("E5M2"), arrays, 2.0, overflow_rate=0.5),
+        "optax.clip_by_global_norm": Stepped(optax.clip_by_global_norm(1.0), arrays, 2.0),
+        "gate open, rate given": Stepped(partition_relative_clip("E5M2"), arrays, 2.0, overflow_rate=0.5),
     }
     timings = side_by_side(contestants, _ROUNDS)
     wanted = {"gate open, rate given": 1 / 1.5}

@@ -13,10 +13,13 @@ from benchmarks.timing import Comparison, in_figures
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks"
 
 
-def write_page(name: str, title: str, comparisons: Sequence[Comparison], packages: Sequence[str]) -> Path:
-    """Write ``docs/benchmarks/<name>.md`` and ``<name>.svg``."""
+def write_page(
+    name: str, title: str, comparisons: Sequence[Comparison], packages: Sequence[str], beside: str = ""
+) -> Path:
+    """Write ``docs/benchmarks/<name>.md`` and ``<name>.svg``, which name the machine and what is ``beside`` it."""
+    on = ", ".join(filter(None, (beside, machine(packages))))
     DOCS.mkdir(parents=True, exist_ok=True)
-    lines = [f"# {title}", "", f"Written by `python -m benchmarks.{name} --write` on {machine(packages)}.", ""]
+    lines = [f"# {title}", "", f"Written by `python -m benchmarks.{name} --write` on {on}.", ""]
     lines += [
         "Speeds are medians of ratios, round by round, within one run; more is faster.",
         "",

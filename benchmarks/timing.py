@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -64,6 +65,18 @@ class Comparison:
 
 def in_figures(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.4f}"
+
+
+class Donated:
+    """A function applied to its own result over and over, its argument donated."""
+
+    def __init__(self, function: Callable[..., jax.Array], start: jax.typing.ArrayLike, *rest: object) -> None:
+        self._function, self._rest = jax.jit(function, donate_argnums=0), rest
+        self._value = jnp.array(start)
+
+    def __call__(self) -> jax.Array:
+        self._value = self._function(self._value, *self._rest)
+        return self._value
 
 
 def side_by_side(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from functools import lru_cache
 
@@ -20,6 +21,9 @@ from altgrad_jax.params import FormatParams
 from altgrad_torch.casting import cast as torch_bare_cast
 
 Array = npt.NDArray[np.generic]
+
+TORCH_DEVICE = os.environ.get("ALTGRAD_TORCH_DEVICE", "cpu")
+"""Where torch's side of the tests runs; that of JAX is chosen by JAX_PLATFORMS. See docs/gpu.md."""
 
 EIGHT = tuple(map(parse, EIGHT_NAMES))
 MIN_NORMAL = 2.0**-126
@@ -129,6 +133,13 @@ def jax_casts(x: Array, name: str | Format, overflow: Overflow = "native") -> di
     }
 
 
+def to_torch(x: Array) -> torch.Tensor:
+    """A NumPy array as a tensor where torch's side runs, bfloat16 included."""
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(TORCH_DEVICE)
+    return torch.from_numpy(x).to(TORCH_DEVICE)
+
+
 def torch_cast(
     x: Array,
     name: str | Format,
@@ -137,14 +148,14 @@ def torch_cast(
     random_bits: Array | None = None,
 ) -> Array:
     """The torch cast on NumPy arrays."""
-    drawn = None if random_bits is None else torch.from_numpy(random_bits)
-    return torch_bare_cast(torch.from_numpy(x), parse(name), drawn, rounding=rounding, overflow=overflow).numpy()
+    drawn = None if random_bits is None else to_torch(random_bits)
+    return as_numpy(torch_bare_cast(to_torch(x), parse(name), drawn, rounding=rounding, overflow=overflow))
 
 
 def as_numpy(x: object) -> Array:
     """An array of either framework in NumPy, bfloat16 included."""
     if isinstance(x, torch.Tensor):
-        x = x.detach()
+        x = x.detach().cpu()
         x = x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
     return np.asarray(x)
 

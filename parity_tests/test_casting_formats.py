@@ -11,14 +11,22 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import altgrad_torch
 from altgrad_core.formats import FORMAT_REGISTRY, OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import quantize_reference, round_to_format
-from parity_tests.support import MIN_NORMAL, SPECIAL_BITS, Array, assert_same_bits, both_signs, widened
+from parity_tests.support import (
+    MIN_NORMAL,
+    SPECIAL_BITS,
+    Array,
+    as_numpy,
+    assert_same_bits,
+    both_signs,
+    to_torch,
+    widened,
+)
 
 DISTINCT = tuple(dict.fromkeys(known for known in FORMAT_REGISTRY.values() if known.bits <= 16))
 every_format = pytest.mark.parametrize("format", DISTINCT, ids=str)
@@ -38,24 +46,14 @@ class Framework(Protocol):
 class InTorch:
     def quantize(self, x: Array, format: Format, **modes: object) -> Array:
         drawn = modes.pop("random_bits", None)
-        bits = None if drawn is None else torch.from_numpy(drawn)
-        return _from_torch(altgrad_torch.quantize(_to_torch(x), format, random_bits=bits, **modes))
+        bits = None if drawn is None else to_torch(drawn)
+        return as_numpy(altgrad_torch.quantize(to_torch(x), format, random_bits=bits, **modes))
 
     def encode(self, x: Array, format: Format, **modes: object) -> Array:
-        return altgrad_torch.encode(_to_torch(x), format, **modes).numpy()
+        return as_numpy(altgrad_torch.encode(to_torch(x), format, **modes))
 
     def decode(self, codes: Array, format: Format) -> Array:
-        return altgrad_torch.decode(torch.from_numpy(codes), format).numpy()
-
-
-def _to_torch(x: Array) -> torch.Tensor:
-    if x.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(x)
-
-
-def _from_torch(x: torch.Tensor) -> Array:
-    return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+        return as_numpy(altgrad_torch.decode(to_torch(codes), format))
 
 
 every_framework = pytest.mark.parametrize("framework", [InTorch()], ids=["torch"])

@@ -14,7 +14,7 @@ from altgrad_core.clip_rules import CLIP_RULES
 from altgrad_core.errors import InputError
 from altgrad_jax import partition_relative_clip
 from altgrad_torch import PartitionRelativeClipper, clip_grad_norm_
-from parity_tests.support import assert_same_bits
+from parity_tests.support import as_numpy, assert_same_bits, to_torch
 
 STEPS = 14
 
@@ -43,7 +43,7 @@ def gradients(step: int) -> dict[str, np.ndarray]:
 
 def give(model: Model, step: int) -> None:
     for name, parameter in model.named_parameters():
-        parameter.grad = torch.from_numpy(gradients(step)[name].copy())
+        parameter.grad = to_torch(gradients(step)[name].copy())
 
 
 def compare(format: Any, **arguments: Any) -> None:
@@ -67,7 +67,7 @@ def compare(format: Any, **arguments: Any) -> None:
             told = (float(ours.threshold), float(ours.total_norm), int(ours.culprit.count))
             np.testing.assert_array_equal(told, (theirs.clip_threshold, theirs.total_norm, theirs.culprit.count))
         for name, parameter in model.named_parameters():
-            nan_or_equal(np.asarray(clipped[name]), parameter.grad.numpy(), f"{name} at {step}")
+            nan_or_equal(np.asarray(clipped[name]), as_numpy(parameter.grad), f"{name} at {step}")
 
 
 def nan_or_equal(left: np.ndarray, right: np.ndarray, what: str) -> None:

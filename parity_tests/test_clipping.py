@@ -30,7 +30,7 @@ from altgrad_core.formats import Format, parse
 from altgrad_core.stability import clip_threshold
 from altgrad_jax.clip_groups import format_threshold
 from altgrad_jax.params import FormatParams
-from parity_tests.support import EIGHT, MIN_NORMAL, assert_same_bits, assert_same_values, widened
+from parity_tests.support import EIGHT, MIN_NORMAL, as_numpy, assert_same_bits, assert_same_values, to_torch, widened
 
 Single = npt.NDArray[np.float32]
 
@@ -99,7 +99,7 @@ def jax_norm(leaves: list[jax.Array]) -> jax.Array:
 
 
 def torch_norm(leaves: list[Single]) -> torch.Tensor:
-    return altgrad_torch.global_norm([torch.from_numpy(np.asarray(leaf)) for leaf in leaves])
+    return altgrad_torch.global_norm([to_torch(np.asarray(leaf)) for leaf in leaves])
 
 
 def parameters(leaves: list[Single], dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
@@ -187,7 +187,7 @@ def test_norm_of_half_precision(dtype: str) -> None:
     leaves = [jnp.asarray(leaf).astype(dtype) for leaf in FINITE_TREES["normal"]]
     expected = correctly_rounded_norm([np.asarray(leaf.astype(jnp.float32)) for leaf in leaves])
     assert_same_bits(jax_norm(leaves), expected, what="jax")
-    tensors = [torch.from_numpy(leaf).to(getattr(torch, dtype)) for leaf in FINITE_TREES["normal"]]
+    tensors = [to_torch(leaf).to(getattr(torch, dtype)) for leaf in FINITE_TREES["normal"]]
     assert_same_bits(altgrad_torch.global_norm(tensors), expected, what="torch")
 
 
@@ -196,8 +196,8 @@ def test_norm_of_float64() -> None:
     with jax.enable_x64(True):
         assert float(altgrad_jax.global_norm([jnp.asarray(leaf) for leaf in leaves])) == 0.0
         from_jax = altgrad_jax.global_norm([jnp.asarray(NORMAL)])
-    assert float(altgrad_torch.global_norm([torch.from_numpy(leaf) for leaf in leaves])) == 0.0
-    assert_same_bits(from_jax, altgrad_torch.global_norm([torch.from_numpy(NORMAL)]))
+    assert float(altgrad_torch.global_norm([to_torch(leaf) for leaf in leaves])) == 0.0
+    assert_same_bits(from_jax, altgrad_torch.global_norm([to_torch(NORMAL)]))
 
 
 def test_norm_of_empty_tensors() -> None:
@@ -294,7 +294,7 @@ def test_float64_gradients() -> None:
     with jax.enable_x64(True):
         clipped, _ = element.update([jnp.asarray(values)], element.init([jnp.asarray(values)]))
     parameter = torch.nn.Parameter(torch.zeros(values.size, dtype=torch.float64))
-    parameter.grad = torch.from_numpy(values.copy())
+    parameter.grad = to_torch(values.copy())
     in_torch.clip_grad_norm_([parameter], 0.7)
     assert_same_bits(clipped[0], parameter.grad)
 
@@ -353,7 +353,7 @@ def test_gate_below_at_and_above(threshold: float) -> None:
         assert float(state.total_norm) == clipper.total_norm
         for leaf, ours, parameter in zip(leaves, clipped, model, strict=True):
             assert_same_bits(ours, parameter.grad)
-            assert np.array_equal(leaf, parameter.grad.numpy()) is not is_open
+            assert np.array_equal(leaf, as_numpy(parameter.grad)) is not is_open
 
 
 RATE = st.just(0.0) | st.floats(2.0**-126, 1)
@@ -381,7 +381,7 @@ def test_rate_from_counts() -> None:
 
     leaf = np.float32([1e9, 1.0, 2.0, 3.0])
     model = parameters([leaf])
-    rate = counts_in_torch.cast_counts(torch.from_numpy(leaf), "E5M2").overflow_rate
+    rate = counts_in_torch.cast_counts(to_torch(leaf), "E5M2").overflow_rate
     assert in_torch.PartitionRelativeClipper("E5M2", overflow_threshold=0.25).clip_if_needed(model, rate)
     element = in_jax.partition_relative_clip("E5M2", overflow_threshold=0.25)
     rate = counts_in_jax.cast_counts(jnp.asarray(leaf), "E5M2").overflow_rate

@@ -21,6 +21,7 @@ import altgrad_jax
 import altgrad_torch
 from altgrad_jax import EmergencyMantissaShift, Policy
 from altgrad_jax.control import get_format
+from parity_tests.support import as_numpy, to_torch
 
 _EAGER = {"window": 2, "warmup": 0, "cooldown": 4}
 POLICIES = {
@@ -141,7 +142,7 @@ def _run_torch(where: Any) -> _Trace:
     for step in range(_STEPS):
         if step == POISONED:
             weights.data[0] = math.inf
-        gradient = altgrad_torch.quantize(weights.detach(), controller.format) - torch.from_numpy(_TARGET)
+        gradient = altgrad_torch.quantize(weights.detach(), controller.format) - to_torch(_TARGET)
         weights.grad = gradient * _factor(step)
         clipper.clip_if_needed([weights], overflow_rate=0.0)
         metrics = {"loss": weights.grad.abs().amax(), "finite": skipping.step()}
@@ -149,7 +150,7 @@ def _run_torch(where: Any) -> _Trace:
         controller.step(step, metrics, [clipper], keeper.roll_back)
         keeper.offer(step, metrics["finite"] & metrics["params_finite"] & controller.calm)
         trace.formats.append(controller.format)
-        trace.weights.append(weights.detach().numpy().tobytes())
+        trace.weights.append(as_numpy(weights).tobytes())
     trace.events = [event.to_json() for event in controller.events]
     return trace
 

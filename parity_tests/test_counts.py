@@ -21,7 +21,17 @@ import altgrad_torch.statistics as in_torch
 from altgrad_core.formats import Format, parse
 from altgrad_core.reference import round_to_format
 from altgrad_jax.params import FormatParams
-from parity_tests.support import EIGHT, MIN_NORMAL, assert_same_bits, boundaries, many_inputs, padded, widened
+from parity_tests.support import (
+    EIGHT,
+    MIN_NORMAL,
+    as_numpy,
+    assert_same_bits,
+    boundaries,
+    many_inputs,
+    padded,
+    to_torch,
+    widened,
+)
 
 BOUNDARY_SIZE = 2048
 CASTS = ("elements", "overflow", "nonzero", "underflow", "nan")
@@ -83,7 +93,7 @@ def test_cast_counts(format: Format) -> None:
     expected = counted_by_definition(x, format, 1.0)
     in_both, amax = jax_counts_unscaled(jnp.asarray(x), FormatParams.from_format(format))
     assert in_both.as_integers() == expected
-    counts, torch_amax = in_torch.observe(torch.from_numpy(x), format)
+    counts, torch_amax = in_torch.observe(to_torch(x), format)
     assert counts.as_integers() == expected
     assert_same_bits(amax, torch_amax)
     for rate in ("overflow_rate", "underflow_rate", "nan_rate"):
@@ -97,7 +107,7 @@ def test_cast_counts_under_a_scale(format: Format, exponent: int) -> None:
     x = spread(format, scale)
     expected = counted_by_definition(x, format, scale)
     from_jax, amax = jax_counts(jnp.asarray(x), FormatParams.from_format(format), jnp.float32(scale))
-    from_torch, torch_amax = in_torch.observe(torch.from_numpy(x), format, scale=scale)
+    from_torch, torch_amax = in_torch.observe(to_torch(x), format, scale=scale)
     assert from_jax.as_integers() == from_torch.as_integers() == expected
     assert_same_bits(amax, torch_amax)
 
@@ -106,7 +116,7 @@ def test_cast_counts_under_a_scale(format: Format, exponent: int) -> None:
 def test_counts_of_each_boundary(format: Format) -> None:
     """One count for each element, so that an error in one cannot be made good by another: ties at the edge included."""
     x = boundaries(format)
-    counts = [in_torch.cast_counts(each[None], format).as_integers() for each in torch.from_numpy(x).unbind()]
+    counts = [in_torch.cast_counts(each[None], format).as_integers() for each in to_torch(x).unbind()]
     assert counts == [counted_by_definition(each[None], format, 1.0) for each in x]
     params = FormatParams.from_format(format)
     one_by_one = jax.vmap(lambda each: in_jax.cast_counts(each[None], params))(jnp.asarray(x)).as_integers()
@@ -117,7 +127,7 @@ def test_counts_of_each_boundary(format: Format) -> None:
 def test_half_precision_counts_at_its_own_values(dtype: str) -> None:
     x = many_inputs()[: 2**16] if dtype == "bfloat16" else many_inputs()[2**16 : 2**17]
     from_jax, amax = in_jax.observe(jnp.asarray(x).astype(dtype), "E4M3")
-    from_torch, torch_amax = in_torch.observe(torch.from_numpy(x).to(getattr(torch, dtype)), "E4M3")
+    from_torch, torch_amax = in_torch.observe(to_torch(x).to(getattr(torch, dtype)), "E4M3")
     assert from_jax.as_integers() == from_torch.as_integers() == counted_by_definition(x, parse("E4M3"), 1.0)
     assert np.isnan(float(amax))
     assert np.isnan(float(torch_amax))
@@ -127,7 +137,7 @@ def test_nan_is_neither_nonzero_nor_overflow() -> None:
     x = np.array([np.nan, np.inf, 0.0, -0.0, 1.0], np.float32)
     expected = {"elements": 5, "overflow": 1, "nonzero": 2, "underflow": 0, "nan": 1}
     assert in_jax.cast_counts(jnp.asarray(x), "E5M2").as_integers() == expected
-    assert in_torch.cast_counts(torch.from_numpy(x), "E5M2").as_integers() == expected
+    assert in_torch.cast_counts(to_torch(x), "E5M2").as_integers() == expected
 
 
 @pytest.mark.parametrize(
@@ -136,7 +146,7 @@ def test_nan_is_neither_nonzero_nor_overflow() -> None:
 )
 def test_amax(values: list[float], expected: float) -> None:
     x = np.array(values, np.float32)
-    for amax in (in_jax.observe(jnp.asarray(x), "E5M2")[1], in_torch.observe(torch.from_numpy(x), "E5M2")[1]):
+    for amax in (in_jax.observe(jnp.asarray(x), "E5M2")[1], in_torch.observe(to_torch(x), "E5M2")[1]):
         assert float(amax) == expected or (math.isnan(expected) and math.isnan(float(amax)))
 
 
@@ -151,7 +161,7 @@ def test_more_than_one_chunk() -> None:
     x = np.random.default_rng(6).standard_normal(2**20 + 77, np.float32) * np.float32(1e5)
     scale = np.full(x.shape, 0.5, np.float32)
     expected = in_jax.cast_counts(jnp.asarray(x), "E5M2", scale=0.5).as_integers()
-    assert in_torch.cast_counts(torch.from_numpy(x), "E5M2", scale=torch.from_numpy(scale)).as_integers() == expected
+    assert in_torch.cast_counts(to_torch(x), "E5M2", scale=to_torch(scale)).as_integers() == expected
 
 
 COUNT = st.integers(0, 2**45)
@@ -224,7 +234,7 @@ def test_stall_counts(format: Format, exponent: int) -> None:
         expected = stalls_by_definition(weight, update, gradient, format, scale)
     arrays = (weight, update, gradient)
     from_jax = jax_stalls(*map(jnp.asarray, arrays), FormatParams.from_format(format), jnp.float32(scale))
-    w, u, g = map(torch.from_numpy, arrays)
+    w, u, g = map(to_torch, arrays)
     from_torch = in_torch.stall_counts(w, u, format, scale=scale, gradient=g)
     assert expected["nonzero"] > expected["precision"] > 0
     assert expected["saturation"] > 0 or format.name == "bf16"
@@ -242,7 +252,7 @@ def test_subnormals_do_not_count_as_updates(format: Format) -> None:
     expected = stalls_by_definition(flushed(weight), update, gradient, format, 2.0**-90)
     arrays = (weight, update, gradient)
     from_jax = jax_stalls(*map(jnp.asarray, arrays), FormatParams.from_format(format), jnp.float32(2.0**-90))
-    w, u, g = map(torch.from_numpy, arrays)
+    w, u, g = map(to_torch, arrays)
     from_torch = in_torch.stall_counts(w, u, format, scale=2.0**-90, gradient=g)
     assert from_torch.as_integers() == expected
     assert from_jax.as_integers() == expected
@@ -264,7 +274,7 @@ def test_stalls_at_the_maximum(format: Format, exponent: int) -> None:
     params = FormatParams.from_format(format)
     from_jax = jax_stalls(jnp.asarray(weight), jnp.asarray(update), jnp.asarray(update), params, jnp.float32(scale))
     assert from_jax.as_integers() == expected
-    from_torch = in_torch.stall_counts(torch.from_numpy(weight), torch.from_numpy(update), format, scale=scale)
+    from_torch = in_torch.stall_counts(to_torch(weight), to_torch(update), format, scale=scale)
     assert from_torch.as_integers() == expected
 
 
@@ -293,7 +303,7 @@ def test_power_of_two_scale(amax: float, format: Format) -> None:
 def test_nothing_needs_scaling_to_float32(max_value: float) -> None:
     amax = np.array([1e-30, 1.0, 3e38], np.float32)
     from_jax = scaling_in_jax.power_of_two_scale(jnp.asarray(amax), max_value)
-    assert_same_bits(from_jax, scaling_in_torch.power_of_two_scale(torch.from_numpy(amax), max_value))
+    assert_same_bits(from_jax, scaling_in_torch.power_of_two_scale(to_torch(amax), max_value))
     assert (np.asarray(from_jax) == 1).all() == (max_value >= 2.0**100)
 
 
@@ -336,7 +346,7 @@ def test_detector_measures_the_real_update() -> None:
             optimizer.step()
         total = in_jax.StallCounts.zeros()
         for old, new in zip(before, model.parameters(), strict=True):
-            arrays = (old.numpy(), (new.detach() - old).numpy(), new.grad.numpy())
+            arrays = tuple(map(as_numpy, (old, new - old, new.grad)))
             scale = scaling_in_jax.power_of_two_scale(float(old.abs().max()), 448.0)
             total = total + jax_stalls(*map(jnp.asarray, arrays), params, scale)
         assert detector.counts.as_integers() == total.as_integers()

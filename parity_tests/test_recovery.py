@@ -14,7 +14,7 @@ from altgrad_jax import FormatParams, all_finite, commit, skip_nonfinite
 from altgrad_torch import FormatParams as TorchParams
 from altgrad_torch import SkipNonfinite, commit_
 from altgrad_torch import all_finite as torch_all_finite
-from parity_tests.support import EIGHT, assert_same_bits, assert_same_values
+from parity_tests.support import EIGHT, assert_same_bits, assert_same_values, to_torch
 
 _NAMES = [str(each) for each in EIGHT]
 
@@ -40,7 +40,7 @@ COMMIT = jax.jit(lambda leaves, grid: commit(leaves, grid, dict.fromkeys(LEAVES,
 def test_committed_weights_have_the_same_bits(name: str, rounding: str) -> None:
     grid = FormatParams.from_format(name, rounding=rounding, overflow="saturate_finite", path="integer")
     ours = COMMIT({name: jnp.asarray(leaf) for name, leaf in LEAVES.items()}, grid)
-    theirs = {name: torch.from_numpy(leaf.copy()) for name, leaf in LEAVES.items()}
+    theirs = {name: to_torch(leaf.copy()) for name, leaf in LEAVES.items()}
     order = sorted(LEAVES)
     seed = 7 if rounding == "stochastic" else None
     commit_([theirs[each] for each in order], name, rounding=rounding, overflow="saturate_finite", seed=seed, step=3)
@@ -56,7 +56,7 @@ def test_by_name_and_as_data_too(name: str) -> None:
     )
     assert np.isfinite(ours["times 1e+34"]).all()
     for grid in (name, TorchParams.from_format(name)):
-        theirs = {each: torch.from_numpy(LEAVES[each].copy()) for each in LEAVES}
+        theirs = {each: to_torch(LEAVES[each].copy()) for each in LEAVES}
         commit_(theirs.values(), grid)
         for each in LEAVES:
             assert_same_values(theirs[each], ours[each], LEAVES[each], f"{name}, {each}")
@@ -65,9 +65,7 @@ def test_by_name_and_as_data_too(name: str) -> None:
 def test_the_same_trees_are_finite() -> None:
     for name, leaf in LEAVES.items():
         expected = name != "not finite"
-        assert (
-            bool(all_finite({"w": jnp.asarray(leaf)})) is bool(torch_all_finite([torch.from_numpy(leaf)])) is expected
-        )
+        assert bool(all_finite({"w": jnp.asarray(leaf)})) is bool(torch_all_finite([to_torch(leaf)])) is expected
 
 
 def test_the_same_steps_are_skipped() -> None:
@@ -81,7 +79,7 @@ def test_the_same_steps_are_skipped() -> None:
     for gradient in gradients:  # all sums and products are exact
         updates, state = update(jnp.asarray(gradient), state, params)
         params = optax.apply_updates(params, updates)
-        weight.grad = torch.from_numpy(gradient.copy())
+        weight.grad = to_torch(gradient.copy())
         skipping.step()
         assert_same_bits(weight, params)
         seen = (bool(skipping.finite), int(skipping.consecutive), int(skipping.skipped))

@@ -25,7 +25,7 @@ from altgrad_core.formats import FORMAT_REGISTRY, Format, parse
 from altgrad_core.reference import round_to_format
 from altgrad_core.scaling import BLOCK_RULES, BlockRule, Granularity, PerBlock, PerChannel, block_exponents
 from altgrad_jax import FormatParams
-from parity_tests.support import EIGHT, MIN_NORMAL, as_numpy, assert_same_bits, many_inputs
+from parity_tests.support import EIGHT, MIN_NORMAL, as_numpy, assert_same_bits, many_inputs, to_torch
 
 GRANULARITIES = ["tensor", "channel", "block32", PerChannel(0), PerChannel((0, 2)), PerBlock(7, axis=1), PerBlock(100)]
 MAXIMA = sorted({known.max_representable_value for known in FORMAT_REGISTRY.values() if known.is_signed})
@@ -82,9 +82,9 @@ def test_blocks_by_rational_arithmetic(name: str, rule: BlockRule) -> None:
     scales = np.array([scale for _, scale in by_hand]).astype(np.float32)
     how = {"block": 8, "rule": rule}
     assert_same_bits(in_jax.quantize_blocks(jnp.asarray(x), name, **how), expected, x, "jax")
-    assert_same_bits(in_torch.quantize_blocks(torch.from_numpy(x), name, **how), expected, x, "torch")
+    assert_same_bits(in_torch.quantize_blocks(to_torch(x), name, **how), expected, x, "torch")
     assert_same_bits(in_jax.block_scales(jnp.asarray(x), name, **how)[:, 0], scales, what="jax scales")
-    assert_same_bits(in_torch.block_scales(torch.from_numpy(x), name, **how)[:, 0], scales, what="torch scales")
+    assert_same_bits(in_torch.block_scales(to_torch(x), name, **how)[:, 0], scales, what="torch scales")
     assert np.isfinite(expected[np.isfinite(x).all(axis=1)]).all(), "nothing finite becomes infinite"
 
 
@@ -98,17 +98,15 @@ def test_codes_of_blocks(format: str, rule: BlockRule, size: int) -> None:
     x = blocks_of_all_kinds(32, 120).reshape(40, -1)
     how = {"block": size, "rule": rule}
     codes, scales = in_jax.encode_blocks(jnp.asarray(x), format, **how)
-    torch_codes, torch_scales = in_torch.encode_blocks(torch.from_numpy(x), format, **how)
+    torch_codes, torch_scales = in_torch.encode_blocks(to_torch(x), format, **how)
     assert_same_bits(codes, torch_codes, what="codes")
     assert_same_bits(scales, torch_scales, what="scales")
     params = in_torch.CodeParams.from_format(format)
-    for by_params, by_jax in zip(
-        in_torch.encode_blocks(torch.from_numpy(x), params, **how), (codes, scales), strict=True
-    ):
+    for by_params, by_jax in zip(in_torch.encode_blocks(to_torch(x), params, **how), (codes, scales), strict=True):
         assert_same_bits(by_params, by_jax, what="by params")
-    quantized = in_torch.quantize_blocks(torch.from_numpy(x), params.params, **how)
+    quantized = in_torch.quantize_blocks(to_torch(x), params.params, **how)
     expected = in_jax.quantize_blocks(jnp.asarray(x), format, **how)
-    assert_same_bits(in_torch.quantize_blocks(torch.from_numpy(x), format, **how), expected, x, "torch")
+    assert_same_bits(in_torch.quantize_blocks(to_torch(x), format, **how), expected, x, "torch")
     assert_same_bits(quantized, expected, x, "torch by params")
     assert_same_bits(in_jax.decode_blocks(codes, scales, format, block=size), expected, x, "jax decoded")
     assert_same_bits(in_torch.decode_blocks(torch_codes, torch_scales, format, block=size), expected, x, "decoded")
@@ -119,7 +117,7 @@ def test_codes_of_blocks(format: str, rule: BlockRule, size: int) -> None:
 @pytest.mark.parametrize("axis", [0, 1, 2, -2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_axes_and_dtypes_of_blocks(axis: int, dtype: str) -> None:
-    x = torch.from_numpy(wide_array((5, 70, 6))).to(getattr(torch, dtype))
+    x = to_torch(wide_array((5, 70, 6))).to(getattr(torch, dtype))
     with jax.enable_x64(dtype == "float64"):
         actual = in_jax.quantize_blocks(jnp.asarray(as_numpy(x)), "E4M3", axis=axis)
     expected = in_torch.quantize_blocks(x, "E4M3", axis=axis)
@@ -133,9 +131,9 @@ def test_stochastic_rounding_in_blocks() -> None:
     x, drawn = wide_array((40, 50)), np.random.default_rng(1).integers(0, 2**24, (40, 50)).astype(np.int32)
     how = {"block": 32, "rounding": "stochastic"}
     actual = in_jax.quantize_blocks(jnp.asarray(x), "E3M4", random_bits=jnp.asarray(drawn), **how)
-    expected = in_torch.quantize_blocks(torch.from_numpy(x), "E3M4", random_bits=torch.from_numpy(drawn), **how)
+    expected = in_torch.quantize_blocks(to_torch(x), "E3M4", random_bits=to_torch(drawn), **how)
     assert_same_bits(actual, expected, x)
-    nearest = in_torch.quantize_blocks(torch.from_numpy(x), "E3M4")
+    nearest = in_torch.quantize_blocks(to_torch(x), "E3M4")
     assert not torch.equal(nearest, expected)
 
 
@@ -169,13 +167,13 @@ def test_amax(dtype: str, axes: int | tuple[int, ...] | None, planted: float | N
     wide = wide_array((6, 64, 33)).astype(np.float64)
     if planted is not None:
         wide[2:4, :, 7], wide[1] = planted, planted
-    x = torch.from_numpy(wide).to(getattr(torch, dtype))
+    x = to_torch(wide).to(getattr(torch, dtype))
     with jax.enable_x64(dtype == "float64"):
         actual = jax.jit(in_jax.amax, static_argnums=1)(jnp.asarray(as_numpy(x)), axes)
     expected = in_torch.amax(x, axes)
     assert_same_bits(actual, expected)
     with np.errstate(over="ignore"):
-        by_numpy = np.max(np.abs(x.double().numpy()), axis=axes, keepdims=axes is not None).astype(np.float32)
+        by_numpy = np.max(np.abs(as_numpy(x.double())), axis=axes, keepdims=axes is not None).astype(np.float32)
     if dtype == "float64":
         by_numpy = np.where(by_numpy < MIN_NORMAL, 0, by_numpy)
     np.testing.assert_array_equal(as_numpy(expected), by_numpy)
@@ -187,7 +185,7 @@ def test_scales_of_many_amaxes(maximum: float) -> None:
     amaxes = np.where(np.isnan(amaxes), np.float32(np.nan), amaxes)
     for name in ("power_of_two_scale", "ratio_scale"):
         ours = jax.jit(getattr(in_jax, name))
-        expected = getattr(in_torch, name)(torch.from_numpy(amaxes), maximum)
+        expected = getattr(in_torch, name)(to_torch(amaxes), maximum)
         assert_same_bits(ours(amaxes, np.float32(maximum)), expected, amaxes, name)
         constant = jax.jit(lambda amaxes, name=name: getattr(in_jax, name)(amaxes, maximum))
         assert_same_bits(constant(amaxes), expected, amaxes, f"{name} with the maximum known to the compiler")
@@ -221,7 +219,7 @@ def test_current_scaling(format: Format, granularity: str | Granularity, power_o
         scale = in_torch.Current(power_of_two).scale(largest, maximum)
         return in_torch.quantize(x, format, scale=in_torch.spread(scale, x.shape, granularity))
 
-    once, expected = by_jax(jnp.asarray(x)), by_torch(torch.from_numpy(x))
+    once, expected = by_jax(jnp.asarray(x)), by_torch(to_torch(x))
     assert_same_bits(once, expected, x)
     assert np.isfinite(as_numpy(once)).all()
     assert_same_bits(by_jax(once), once, x, "jax again")
@@ -237,7 +235,7 @@ def test_delayed_scaling(format: Format, reduce: str, power_of_two: bool) -> Non
     for step in range(6):
         seen = wide_array((2,), seed=step)
         seen[0] = np.nan if step == 3 else abs(seen[0])
-        history, mirror = ours.update(history, jnp.asarray(seen)), theirs.update(mirror, torch.from_numpy(seen))
+        history, mirror = ours.update(history, jnp.asarray(seen)), theirs.update(mirror, to_torch(seen))
         assert_same_bits(history, mirror)
         scales = [s.scale(None, format.max_representable_value, h) for s, h in ((ours, history), (theirs, mirror))]
         assert_same_bits(*scales)

@@ -19,6 +19,7 @@ from altgrad_jax import FormatController, Observation, Policy, get_format, parti
 from altgrad_jax import quantize as jax_quantize
 from altgrad_torch import EmergencyMantissaShift, PartitionRelativeClipper
 from altgrad_torch import quantize as torch_quantize
+from parity_tests.support import as_numpy, to_torch
 
 _TARGET = np.array([0.75, -3.0, 6.5, 1e-3], np.float32)
 _RATE = 0.25
@@ -73,12 +74,12 @@ def _run_torch(current: str, sequence: Sequence) -> _Trace:
     optimizer = torch.optim.SGD([weights], lr=_RATE)
     for has_nan, stall_rate in sequence:
         if not has_nan:
-            weights.grad = (torch_quantize(weights.detach(), current) - torch.from_numpy(_TARGET)).clone()
+            weights.grad = (torch_quantize(weights.detach(), current) - to_torch(_TARGET)).clone()
             assert not PartitionRelativeClipper(current).clip_if_needed([weights], overflow_rate=0.0)
             optimizer.step()
         current = shifter.check_and_shift(current, has_nan, stall_rate) or current
         trace.formats.append(current)
-        trace.weights.append(weights.detach().numpy().tobytes())
+        trace.weights.append(as_numpy(weights).tobytes())
     return trace
 
 
