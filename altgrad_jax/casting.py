@@ -422,8 +422,9 @@ def divide_by_scale(x: jax.Array, scale: jax.Array) -> jax.Array:
     """
     magnitude = _bits(x) & _MAGNITUDE
     # A subnormal is its bits times 2^-149, a factor that is no normal number: half of it before, half after.
-    from_bits = magnitude.astype(jnp.float32) * jnp.float32(2.0**-75) / scale * jnp.float32(2.0**-74)
-    signed = _float(_bits(from_bits) | (_bits(x) & _SIGN))
+    raised = quotient(magnitude.astype(jnp.float32) * jnp.float32(2.0**-75), scale)
+    from_bits = jnp.where(raised >= 2.0**-52, _bits(raised * jnp.float32(2.0**-74)), 0)
+    signed = _float(from_bits | (_bits(x) & _SIGN))
     bounded = jnp.clip(quotient(x, scale), -_FLOAT32_MAX, _FLOAT32_MAX)
     return jnp.where(magnitude < _IMPLICIT_ONE, signed, jnp.where(magnitude < _INF, bounded, x))
 
@@ -443,7 +444,7 @@ def float64_to_odd(x: jax.Array) -> jax.Array:
     dropped = jnp.clip(926 - field, 29, 62)
     source = jnp.where(field > 1023 - 127, normal, subnormal)
     kept = source >> dropped
-    odd = kept | ((kept << dropped) != source)
+    odd = kept | ((kept << dropped) != source).astype(jnp.int64)
     odd = jnp.where(magnitude == 0, 0, jnp.where(field >= 1023 + 128, np.int64(_INF), odd))
     odd = jnp.where(magnitude > _FLOAT64_INF, np.int64(_NAN), odd)
     return _float((odd | (bits >> 63 << 31)).astype(jnp.int32))

@@ -127,11 +127,12 @@ class FormatParams:
         lowest, highest = (-125, jnp.minimum(103 + self.mantissa_bits, 126)) if self.path == "fast" else (-149, 127)
         room = highest - ((_bits(self.max_value) >> 23) - 127)
         widened = _float((jnp.minimum(shift, room) + 127) << 23)
+        native = self.native_overflow * widened
         return replace(
             self,
             min_exponent=jnp.maximum(self.min_exponent + shift, self.mantissa_bits + lowest),
             max_value=self.max_value * widened,
-            native_overflow=self.native_overflow * widened,
+            native_overflow=jnp.where(jnp.isnan(native), self.native_overflow, native),  # a product has another NaN
         )
 
     def for_each(self, count: int) -> FormatParams:

@@ -365,8 +365,9 @@ def _divide_float64_by_scale(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _multiply_by_scale(x: Tensor, scale: Tensor) -> Tensor:
-    """``x * scale``, where a product below 2^-126 is zero."""
-    return (x * scale).mul_(x.abs() >= _MIN_NORMAL / scale)
+    """``x * scale``, where a product below 2^-126 is zero. NaN, of which a GPU makes another, stays as it is."""
+    product = (x * scale).mul_(x.abs() >= _MIN_NORMAL / scale)
+    return product if x.device.type == "cpu" else torch.where(x.isnan(), x, product)
 
 
 def flush_subnormals(x: Tensor) -> Tensor:

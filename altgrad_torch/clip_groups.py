@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -170,7 +170,7 @@ def scale_to_(parameters: Sequence[Tensor], max_norm: float, norm: float, foreac
     for kind in (False, True):
         group = [_with_dimension(p) for p in alike if is_sharded(p.grad) == kind]
         if group:
-            clip_grads_with_norm_(group, max_norm, torch.tensor(norm, dtype=torch.float64), foreach)
+            clip_grads_with_norm_(group, max_norm, torch.tensor(norm, dtype=torch.float64, device="cpu"), foreach)
 
 
 def sum_parts_(parameters: Iterable[Tensor]) -> None:
@@ -244,18 +244,27 @@ def _zero_what_will_vanish(gradients: Sequence[Tensor], coefficient: float) -> N
 
 
 def _zero_below_on_gpu(gradients: Sequence[Tensor], limit: float) -> None:
-    """Make zero, with the sign kept, what is smaller than a float32 limit: of many tensors in few launches."""
-    batch: list[Tensor] = []
-    for k, gradient in enumerate(gradients):
-        batch.append(gradient)
-        if k + 1 == len(gradients) or sum(each.numel() for each in batch) >= _TOGETHER:
-            # One from the limit up, zero below it: a quotient just below one is not rounded up to it.
-            kept = torch._foreach_abs(batch)
-            torch._foreach_div_(kept, limit)
-            torch._foreach_trunc_(kept)
-            torch._foreach_clamp_max_(kept, 1.0)
-            torch._foreach_mul_(batch, kept)
-            batch = []
+    """Make zero, with the sign kept, what is smaller than a positive float32 limit: of many tensors in few launches."""
+    just_below = float(np.nextafter(np.float32(limit), np.float32(0)))
+    for batch in _batches(gradients):
+        # The sign of the difference: one from the limit up, and zero or less below it.
+        kept = torch._foreach_abs(batch)
+        torch._foreach_sub_(kept, just_below)
+        torch._foreach_sign_(kept)
+        torch._foreach_clamp_min_(kept, 0.0)
+        torch._foreach_mul_(batch, kept)
+
+
+def _batches(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    batch, size = [], 0
+    for tensor in tensors:
+        batch.append(tensor)
+        size += tensor.numel()
+        if size >= _TOGETHER:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _float32_at_least(value: float) -> float:

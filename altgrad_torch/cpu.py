@@ -229,7 +229,7 @@ def _chunks_of_bits(piece: Tensor) -> Iterator[npt.NDArray[np.uint32]]:
         bits = piece.numpy().reshape(-1).view(np.uint32)
         yield from (bits[start : start + _COUNTED] for start in range(0, bits.size, _COUNTED))
         return
-    scratch = torch.empty(min(CHUNK, piece.numel()), dtype=torch.float32)
+    scratch = torch.empty(min(CHUNK, piece.numel()), dtype=torch.float32, device="cpu")
     for part in _parts(piece, CHUNK):
         scratch[: part.numel()].view(part.shape).copy_(part)
         yield scratch[: part.numel()].numpy().view(np.uint32)
@@ -240,7 +240,7 @@ def _as_array(piece: Tensor) -> npt.NDArray[Any]:
     piece = piece.resolve_neg()
     if piece.dtype in (torch.float32, torch.float64):
         return piece.numpy()
-    wide = torch.empty(piece.shape, dtype=torch.float32)
+    wide = torch.empty(piece.shape, dtype=torch.float32, device="cpu")
     for into, values in zip(wide.split(CHUNK), piece.split(CHUNK), strict=True):
         into.copy_(values)
     return wide.numpy()

@@ -152,7 +152,7 @@ def _copy(value: Any, where: Where, spare: Any) -> Any:
     if is_sharded(value):
         raise InputError("where is 'host', which does not hold sharded tensors; expected 'device'")
     if not _holds(spare, value, torch.device("cpu")):
-        spare = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.device.type == "cuda")
+        spare = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=value.device.type == "cuda")
     return spare.copy_(value.detach(), non_blocking=True)
 
 

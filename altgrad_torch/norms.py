@@ -224,7 +224,8 @@ def _sums_of_squares(parts: Sequence[Tensor]) -> list[Tensor]:
     plain = [part for part in parts if is_plain(part)]
     on_cpu = iter(sums_of_squares(plain))
     return [
-        torch.tensor(next(on_cpu), dtype=torch.float64) if is_plain(part) else _sum_of_squares(part) for part in parts
+        torch.tensor(next(on_cpu), dtype=torch.float64, device="cpu") if is_plain(part) else _sum_of_squares(part)
+        for part in parts
     ]
 
 

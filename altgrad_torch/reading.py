@@ -44,7 +44,7 @@ def _sent(scalars: list[Tensor]) -> tuple[Tensor, torch.cuda.Event | None]:
     stacked = torch.stack([each.to(device, non_blocking=True) for each in scalars])
     if device.type != "cuda":
         return stacked, None
-    copies = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+    copies = torch.empty(stacked.shape, dtype=stacked.dtype, device="cpu", pin_memory=True)
     copies.copy_(stacked, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(device))

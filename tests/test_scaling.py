@@ -1,6 +1,7 @@
 """Scales: amax and its history, powers of two and ratios, how a tensor is scaled, and who shares a scale."""
 
 import math
+import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -332,6 +333,7 @@ def test_one_device_or_eight() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SHARDED],
         cwd=Path(__file__).parents[1],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,
