@@ -292,8 +292,8 @@ def _tally(magnitude: jax.Array, scaled: jax.Array, limits: Edges) -> jax.Array:
         seen = _counts_and_max(_marked(magnitude, scaled, limits))
     else:
         whole = magnitude.size // (_STREAMS * _ROWS) * (_STREAMS * _ROWS)
-        apart = [each[:whole].reshape(_STREAMS, _ROWS, -1) for each in (magnitude, scaled)]
-        marked = [_marked(*parts, limits) for parts in zip(*apart, strict=True)]
+        apart, scaled_apart = (each[:whole].reshape(_STREAMS, _ROWS, -1) for each in (magnitude, scaled))
+        marked = [_marked(apart[k], scaled_apart[k], limits) for k in range(_STREAMS)]
         rows = _counts_and_max(functools.reduce(_both, marked))
         rest = _counts_and_max(_marked(magnitude[whole:], scaled[whole:], limits))
         seen = _counts_and_max(tuple(jnp.append(*parts) for parts in zip(rows, rest, strict=True)))
