@@ -38,7 +38,7 @@ class Policy:
 
     Attributes:
         rule: the policy, by name or as a function of :data:`~altgrad_core.remedies.Rule`'s kind.
-        window: finite steps in a window.
+        window: steps in a window; see :class:`~altgrad_core.evidence.Evidence` for which enter it.
         warmup: steps before the first decision on a rate.
         cooldown: steps after a decision in which no rate is judged.
         moving_share: ``relative_stall`` shifts where the share of updates that move is below this much of the
