@@ -452,7 +452,7 @@ def test_a_return_needs_a_format_that_may_change() -> None:
 
 def test_a_policy_by_name() -> None:
     assert Controller("E4M3", policy="by_cause").policy == Policy("by_cause")
-    assert Controller("E4M3").policy.rule == "relative_stall"
+    assert Controller("E4M3").policy == Policy() == Policy("by_cause")
     with pytest.raises(InputError, match="did you mean fallback_chain"):
         Controller("E4M3", policy="fallback_chian")  # type: ignore[arg-type]
 

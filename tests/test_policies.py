@@ -309,7 +309,7 @@ def test_recover_needs_steps_to_wait(after: Any) -> None:
     ("settings", "expected"),
     [
         ({"rule": "by_case"}, "policy is 'by_case'; did you mean by_cause"),
-        ({"rule": 3}, "policy is 3; Known: relative_stall"),
+        ({"rule": 3}, "policy is 3; Known: by_cause, relative_stall"),
         ({"window": 0}, "window is 0; expected an integer of at least 1"),
         ({"cooldown": -1}, "cooldown is -1"),
         ({"warmup": 1.5}, "warmup is 1.5"),
@@ -331,7 +331,7 @@ def test_names() -> None:
         fallback_chain,
         off,
     ]
-    assert rule_of(Policy(by_cause)) is by_cause
+    assert rule_of(Policy()) is rule_of(Policy("by_cause")) is rule_of(Policy(by_cause)) is by_cause
     assert replace(Policy("fallback_chain"), window=3).rule == "fallback_chain"
 
 
