@@ -1,0 +1,140 @@
+"""Exact products in JAX: in transforms, of any axes, on eight devices, and what they refuse.
+
+Run as a module it is the process with eight devices; the tests look at what it wrote.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from altgrad_core.errors import InputError
+from altgrad_jax import exact_dot_general, exact_matmul
+from tests.exact_sums import Single, mixed, product_of, same_bits
+from tests.processes import results_of, write_result
+
+FORMATS = {"one dot": "E4M3", "two": "E5M2", "many": "E7M0"}
+SHAPE = (4, 40, 3)
+
+
+def operands(way: str) -> tuple[Single, Single]:
+    """Of one dot, of two, or of many: one operand is always in E4M3."""
+    a, b = mixed(FORMATS[way], SHAPE, 0)
+    return (a, b) if way == "many" else (a, mixed("E4M3", SHAPE, 1)[1])
+
+
+@pytest.fixture(scope="module")
+def wanted() -> dict[str, Single]:
+    return {way: product_of(*operands(way)) for way in FORMATS}
+
+
+def test_one_program_for_all_formats(wanted: dict[str, Single]) -> None:
+    chex.clear_trace_counter()
+    product = jax.jit(chex.assert_max_traces(exact_matmul, n=1))
+    for way in FORMATS:
+        same_bits(product(*operands(way)), wanted[way])
+    assert not jax.config.jax_enable_x64
+
+
+def test_under_vmap_each_goes_its_own_way(wanted: dict[str, Single]) -> None:
+    a, b = (np.stack(each) for each in zip(*map(operands, FORMATS), strict=True))
+    same_bits(jax.vmap(exact_matmul)(a, b), np.stack([wanted[way] for way in FORMATS]))
+
+
+def test_batched_operands_are_one_product_with_one_span(wanted: dict[str, Single]) -> None:
+    a, b = (np.stack(each) for each in zip(*map(operands, FORMATS), strict=True))
+    same_bits(exact_matmul(a, b), np.stack([wanted[way] for way in FORMATS]))
+    axes = (((1,), (2,)), ((2,), (0,)))
+    turned = exact_dot_general(np.moveaxis(a, 0, 2), np.swapaxes(b, 1, 2), axes)
+    same_bits(turned, np.stack([wanted[way] for way in FORMATS]))
+
+
+def test_contracted_axes_are_one() -> None:
+    a, b = mixed("E7M0", (4, 12, 3), 3)
+    axes = (((0, 2), (1, 0)), ((), ()))
+    got = exact_dot_general(np.moveaxis(a.reshape(4, 3, 4), 1, 0), np.swapaxes(b.reshape(3, 4, 3), 0, 1), axes)
+    same_bits(got, product_of(a, b))
+
+
+def test_vectors() -> None:
+    a, b = mixed("E7M0", (4, 12, 3), 3)
+    same_bits(exact_matmul(a, b[:, 2]), product_of(a, b)[:, 2])
+    same_bits(exact_matmul(a[3], np.stack([b, b])), np.stack([product_of(a, b)[3]] * 2))
+
+
+def test_in_a_custom_vjp_under_scan(wanted: dict[str, Single]) -> None:
+    """The caller says what the gradient is; here the exact products, too."""
+
+    @jax.custom_vjp
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return exact_matmul(a, b)
+
+    product.defvjp(
+        lambda a, b: (exact_matmul(a, b), (a, b)),
+        lambda saved, g: (exact_matmul(g, saved[1].T), exact_matmul(saved[0].T, g)),
+    )
+    a, b = operands("two")
+
+    def total(a: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda carry, b: (carry + product(a, b).sum(), None), jnp.float32(0), b[None])[0]
+
+    same_bits(jax.jit(jax.grad(total))(a), product_of(np.ones((4, 3), np.float32), b.T))
+
+
+def test_there_is_no_gradient_rule() -> None:
+    with pytest.raises(TypeError, match="have no gradient rule"):
+        jax.grad(lambda a: exact_matmul(a, a).sum())(jnp.ones((2, 2)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float8_e4m3fn, jnp.complex64, bool])
+def test_refuses_other_dtypes(dtype: type) -> None:
+    with pytest.raises(TypeError, match=f"takes float32, bfloat16 and float16, .* got {jnp.dtype(dtype).name}"):
+        exact_matmul(jnp.ones((2, 2)), jnp.ones((2, 2), dtype))
+
+
+def test_refuses_float64() -> None:
+    with jax.enable_x64(True), pytest.raises(TypeError, match=r"exact_dot_general takes .* got float64"):
+        exact_dot_general(jnp.ones((2, 2), jnp.float64), jnp.ones((2, 2)), (((1,), (0,)), ((), ())))
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (2, 3)), ((), (2,)), ((3,), (2, 3))], ids=str)
+def test_refuses_shapes_that_do_not_match(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    with pytest.raises(InputError, match=re.escape(f"shapes {shapes[0]} and {shapes[1]}; expected")):
+        exact_matmul(*map(jnp.ones, shapes))
+
+
+def test_refuses_axes_that_do_not_match() -> None:
+    with pytest.raises(InputError, match=r"expected axes \(1,\) of one to be as long as axes \(0,\) of the other"):
+        exact_dot_general(jnp.ones((2, 3)), jnp.ones((2, 3)), (((1,), (0,)), ((), ())))
+
+
+def main(path: str) -> None:
+    """What eight devices compute of operands that are split along the axis of the sum."""
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    product = jax.jit(exact_matmul, out_shardings=NamedSharding(mesh, P()))
+    found = {}
+    for way in FORMATS:
+        specs = P(None, "data"), P("data")
+        split = (jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(operands(way), specs, strict=True))
+        found[way] = np.asarray(product(*split)).view(np.uint32).tolist()
+    write_result(path, {"devices": jax.device_count(), "found": found})
+
+
+def test_eight_devices_have_the_bits_of_one(wanted: dict[str, Single]) -> None:
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    (result,) = results_of("tests.test_exact_jax", environment=environment)
+    assert result["devices"] == 8
+    for way in FORMATS:
+        same_bits(np.array(result["found"][way], np.uint32).view(np.float32), wanted[way])
+
+
+if __name__ == "__main__":
+    main(sys.argv[-1])
