@@ -259,14 +259,14 @@ class _Sum(NamedTuple):
     Attributes:
         rest: the digits so far, as one integer; once a midpoint is chosen, by how much they lie above that.
         midpoint: half way between the two float32 around the sum, or zero as long as that is not settled.
-        next: what is known of the digit that comes next.
-        after_next: what is known of the one after that.
+        last: the sum of the dots of the last place.
+        before_last: that of the place before it.
     """
 
     rest: jax.Array
     midpoint: jax.Array
-    next: jax.Array
-    after_next: jax.Array
+    last: jax.Array
+    before_last: jax.Array
 
 
 def _sum_of_many(dot: _Dot, left: _Sliced, right: _Sliced) -> jax.Array:
@@ -307,9 +307,9 @@ def _dots_of_place(dot: _Dot, left: _Sliced, right: _Sliced, place: jax.Array) -
 
 
 def _with_digit(total: _Sum, dots: jax.Array, worth: jax.Array, slice_bits: jax.Array) -> _Sum:
-    """A sum with the next digit, worth so much; below the digit that is complete, two are known in part."""
+    """A sum with the next digit, worth so much: what the dots of three places leave in that one."""
     mask, settled = (1 << slice_bits) - 1, 1 << bits_until_rounded(slice_bits)
-    digit = total.next + (dots >> (2 * slice_bits))
+    digit = (dots >> (2 * slice_bits)) + ((total.last >> slice_bits) & mask) + (total.before_last & mask)
     # Beyond that the sign is settled, and all that is asked of the rest.
     rest = (jnp.clip(total.rest, -settled, settled) << slice_bits) + digit
     choose = (total.midpoint == 0) & (jnp.abs(rest) >= settled)
@@ -320,8 +320,8 @@ def _with_digit(total: _Sum, dots: jax.Array, worth: jax.Array, slice_bits: jax.
     return _Sum(
         jnp.where(choose, rest - lax.convert_element_type(midpoint, jnp.int64), rest),
         jnp.where(choose, midpoint * worth, total.midpoint),
-        total.after_next + ((dots >> slice_bits) & mask),
-        dots & mask,
+        dots,
+        total.last,
     )
 
 

@@ -69,7 +69,7 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     length = a.shape[-1]
     left, right = _span(a), _span(b)
     if left.bits + right.bits <= bits_of_spans(length):
-        return _rounded(torch.matmul(_wide(a, left), _wide(b, right)))
+        return _rounded(torch.matmul(_wide(a, left), _wide(b, right)), left, right)
     return _by_slices(length, a, b, left, right)
 
 
@@ -87,20 +87,22 @@ class _Span(NamedTuple):
     Attributes:
         exponent: every finite element is a multiple of two to this.
         bits: how many bits there are from there to the highest; none if all elements are zero.
+        is_finite: whether all elements are.
     """
 
     exponent: int
     bits: int
+    is_finite: bool = True
 
 
 def _span(x: Tensor) -> _Span:
     if not x.numel():
         return _Span(0, 0)
-    pieces = x.reshape(-1).view(torch.int32).split(CHUNK_OF_ONE_THREAD)
+    pieces = x.reshape(-1).view(torch.int32).split(CHUNK_OF_ONE_THREAD if x.device.type == "cpu" else x.numel())
     lowest, highest = torch.stack([_ends(piece) for piece in pieces]).amin(0).tolist()
     largest = -highest - 1
     if largest >= _INF + _SIGN:
-        return _span(torch.where(x.isfinite(), x, 0.0))
+        return _span(torch.where(x.isfinite(), x, 0.0))._replace(is_finite=False)
     exponent = ((lowest - _SIGN) >> 23) - 127 - 150
     return _Span(exponent, max(((largest - _SIGN) >> 23) - 126 - exponent, 0))
 
@@ -130,11 +132,13 @@ def _wide(x: Tensor, span: _Span) -> Tensor:
     return torch.where(magnitude < _IMPLICIT_ONE, subnormal, x.to(torch.float64))
 
 
-def _rounded(total: Tensor) -> Tensor:
+def _rounded(total: Tensor, left: _Span, right: _Span) -> Tensor:
     """float64 rounded to float32 by the library's rules: no subnormals, one NaN, no negative zero but from those."""
-    single, vanishes = total.to(torch.float32), ~(total.abs() >= ROUNDS_TO_NORMAL)
-    if not vanishes.any():
+    single = total.to(torch.float32).add_(0.0)
+    # What is not zero is no less than the lowest bits' product, so that mostly nobody has to look.
+    if left.exponent + right.exponent >= _MIN_EXPONENT and left.is_finite and right.is_finite:
         return single
+    vanishes = total.abs() < ROUNDS_TO_NORMAL
     single = single.masked_fill(vanishes, 0.0).masked_fill(vanishes & (total < 0), -0.0)
     return single.masked_fill(total.isnan(), math.nan)
 
@@ -150,13 +154,13 @@ def _by_slices(length: int, a: Tensor, b: Tensor, left: _Span, right: _Span) -> 
         _Sliced(_finite(a, left), left.exponent, cut.left, cut.bits),
         _Sliced(_finite(b, right), right.exponent, cut.right, cut.bits),
     )
-    if not (a.isfinite().all() and b.isfinite().all()):
+    if not (left.is_finite and right.is_finite):
         total = _with_specials(total, _wide(a, left), _wide(b, right))
-    return _rounded(total)
+    return _rounded(total, left, right)
 
 
 def _finite(x: Tensor, span: _Span) -> Tensor:
-    return torch.where(x.isfinite(), _wide(x, span), 0.0)
+    return _wide(x, span) if span.is_finite else torch.where(x.isfinite(), _wide(x, span), 0.0)
 
 
 def _with_specials(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -192,15 +196,14 @@ class _Sliced(NamedTuple):
 def _sum_of_two(left: _Sliced, right: _Sliced) -> Tensor:
     """The sum where one operand is whole and the other in two, rounded to odd: it rounds on as the exact one would."""
     exponent = left.exponent + right.exponent
-    high = torch.matmul(left.slice(left.count - 1), right.slice(right.count - 1)) * 2.0 ** (exponent + left.bits)
-    low = torch.matmul(left.slice(0), right.slice(0)) * 2.0**exponent
+    high = torch.matmul(left.slice(left.count - 1), right.slice(right.count - 1)).mul_(2.0 ** (exponent + left.bits))
+    low = torch.matmul(left.slice(0), right.slice(0)).mul_(2.0**exponent)
     # Knuth's sum: what the float64 sum lacks, exact itself.
     total = high + low
     of_low = total - high
-    error = (high - (total - of_low)) + (low - of_low)
-    bits = total.view(torch.int64)
-    is_beyond = ((error < 0) != (total < 0)).to(torch.int64)
-    return torch.where(error == 0, total, ((bits - is_beyond) | 1).view(torch.float64))
+    error = (low - of_low).add_(high.sub_(total - of_low))
+    odd = total.view(torch.int64) - ((error < 0) != (total < 0)).to(torch.int64) | 1
+    return torch.where(error == 0, total, odd.view(torch.float64))
 
 
 class _Sum(NamedTuple):
@@ -209,14 +212,14 @@ class _Sum(NamedTuple):
     Attributes:
         rest: the digits so far, as one integer; once a midpoint is chosen, by how much they lie above that.
         midpoint: half way between the two float32 around the sum, or zero as long as that is not settled.
-        next: what is known of the digit that comes next.
-        after_next: what is known of the one after that.
+        last: the sum of the products of the last place.
+        before_last: that of the place before it.
     """
 
     rest: Tensor
     midpoint: Tensor
-    next: Tensor
-    after_next: Tensor
+    last: Tensor
+    before_last: Tensor
 
 
 def _sum_of_many(left: _Sliced, right: _Sliced) -> Tensor:
@@ -246,9 +249,9 @@ def _products_of_place(left: _Sliced, right: _Sliced, place: int, nothing: Tenso
 
 
 def _with_digit(total: _Sum, products: Tensor, worth: float, slice_bits: int) -> _Sum:
-    """A sum with the next digit, worth so much; below the digit that is complete, two are known in part."""
+    """A sum with the next digit, worth so much: what the products of three places leave in that one."""
     mask, settled = (1 << slice_bits) - 1, 1 << bits_until_rounded(slice_bits)
-    digit = total.next + (products >> (2 * slice_bits))
+    digit = (products >> (2 * slice_bits)) + ((total.last >> slice_bits) & mask) + (total.before_last & mask)
     # Beyond that the sign is settled, and all that is asked of the rest.
     rest = (total.rest.clamp(-settled, settled) << slice_bits) + digit
     choose = (total.midpoint == 0) & (rest.abs() >= settled)
@@ -258,6 +261,6 @@ def _with_digit(total: _Sum, products: Tensor, worth: float, slice_bits: int) ->
     return _Sum(
         torch.where(choose, rest - midpoint.to(torch.int64), rest),
         torch.where(choose, midpoint * worth, total.midpoint),
-        total.after_next + ((products >> slice_bits) & mask),
-        products & mask,
+        products,
+        total.last,
     )

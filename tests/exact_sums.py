@@ -12,7 +12,7 @@ from altgrad_core.formats import EIGHT, parse
 
 Single = npt.NDArray[np.float32]
 
-N, K, M = 20, 37, 2
+N, K, M = 20, 40, 2
 """Most cases have this shape, of a and b alike: JAX compiles each shape."""
 
 _TOO_LARGE = Fraction(2**128 - 2**103)
