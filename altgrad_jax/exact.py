@@ -284,25 +284,25 @@ def _sum_of_many(dot: _Dot, left: _Sliced, right: _Sliced) -> jax.Array:
         place, total = state
         # The dots of a place reach into the two above it, so that the digit two places above is now known.
         worth = _power_of_two(exponent + slice_bits * (place + 2))
-        return place - 1, _with_digit(total, _dots_of_place(dot, left, right, place), worth, slice_bits)
+        return place - 1, _with_digit(total, _dots_of_place(dot, left, right, place, nothing), worth, slice_bits)
 
-    nothing = jnp.zeros(has_terms.shape, jnp.int64)
-    start = left.count + right.count - 2, _Sum(nothing, jnp.zeros(has_terms.shape, jnp.float64), nothing, nothing)
+    # Zeros that vary over the axes of shard_map over which the dots do, as a loop wants them.
+    nothing = has_terms.astype(jnp.int64) & 0
+    start = left.count + right.count - 2, _Sum(nothing, nothing.astype(jnp.float64), nothing, nothing)
     _, total = lax.while_loop(is_undecided, add, start)
     whole = lax.convert_element_type(total.rest, jnp.float64) * _power_of_two(exponent)
     nudged = total.midpoint + jnp.sign(total.rest) * jnp.abs(total.midpoint) * 2.0**-40
     return jnp.where(total.midpoint == 0, whole, nudged)
 
 
-def _dots_of_place(dot: _Dot, left: _Sliced, right: _Sliced, place: jax.Array) -> jax.Array:
+def _dots_of_place(dot: _Dot, left: _Sliced, right: _Sliced, place: jax.Array, nothing: jax.Array) -> jax.Array:
     """The sum of the dots of all pairs of slices whose numbers add up to a place; int64."""
 
     def add(k: jax.Array, total: jax.Array) -> jax.Array:
         return total + dot(left.slice(k), right.slice(place - k))
 
-    shape = jax.eval_shape(dot, left.values, right.values)
     first, last = jnp.maximum(place - right.count + 1, 0), jnp.minimum(place, left.count - 1)
-    total = lax.fori_loop(first, last + 1, add, jnp.zeros(shape.shape, jnp.float64))
+    total = lax.fori_loop(first, last + 1, add, nothing.astype(jnp.float64))
     return lax.convert_element_type(total, jnp.int64)
 
 

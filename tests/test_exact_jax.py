@@ -129,10 +129,13 @@ def test_refuses_axes_that_do_not_match() -> None:
 
 
 def main(path: str) -> None:
-    """What eight devices compute of operands that are split along the axis of the sum."""
+    """What eight devices compute of operands that are split along the axis of the sum, and inside shard_map of rows."""
     mesh = Mesh(np.array(jax.devices()), ("data",))
     product = jax.jit(exact_matmul, out_shardings=NamedSharding(mesh, P()))
     found = {}
+    a, b = operands("many")
+    rows = jax.shard_map(exact_matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+    found["rows"] = np.asarray(jax.jit(rows)(np.concatenate([a, a]), b)).view(np.uint32).tolist()
     for way in FORMATS:
         specs = P(None, "data"), P("data")
         split = (jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(operands(way), specs, strict=True))
@@ -144,8 +147,10 @@ def test_eight_devices_have_the_bits_of_one(wanted: dict[str, Single]) -> None:
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     (result,) = results_of("tests.test_exact_jax", environment=environment)
     assert result["devices"] == 8
+    found = {way: np.array(bits, np.uint32).view(np.float32) for way, bits in result["found"].items()}
     for way in FORMATS:
-        same_bits(np.array(result["found"][way], np.uint32).view(np.float32), wanted[way])
+        same_bits(found[way], wanted[way])
+    same_bits(found["rows"], np.concatenate([wanted["many"]] * 2))
 
 
 if __name__ == "__main__":
