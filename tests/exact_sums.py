@@ -98,6 +98,18 @@ def ties() -> tuple[Single, Single]:
     )
 
 
+def ties_in_two() -> tuple[Single, Single]:
+    """Sums next to a tie by less than float64 can tell, of operands of which one is cut in two."""
+    tie, last = {0: 2.0**30, 1: 2.0**6}, K - 1
+    rows = [
+        {**line, last: rest * 2.0**-20}
+        for line in (tie, {**tie, 2: 2.0**7}, {0: 2.0**30, 1: -(2.0**5)}, {k: -x for k, x in tie.items()})
+        for rest in (1, -1, 0)
+    ]
+    ones = dict.fromkeys(range(last), 1.0)
+    return in_place(rows, [{**ones, last: 2.0**-18}, {**ones, last: -(2.0**-18)}])
+
+
 def ends() -> tuple[Single, Single]:
     """Sums at the edge of overflow and of 2^-126, and next to it, of both signs."""
     rows = [
@@ -133,6 +145,7 @@ def hard_cases() -> Iterator[tuple[str, Single, Single]]:
         a, b = mixed("E4M3", (N, K, M), seed)[0], mixed(name, (N, K, M), seed)[1]
         yield f"E4M3 with {name}", a, b * np.float32(2.0**-40)
     yield "ties", *ties()
+    yield "ties in two", *ties_in_two()
     yield "ends", *ends()
     yield "no terms", np.ones((2, 0), np.float32), np.ones((0, 2), np.float32)
     yield "any float32", *any_finite(0)
