@@ -26,6 +26,7 @@ from altgrad_core.exact import (
     largest_rest,
 )
 from altgrad_core.norms import ROUNDS_TO_NORMAL
+from altgrad_jax.axes import AxisName, places
 from altgrad_jax.casting import widened
 
 DotDimensionNumbers: TypeAlias = tuple[
@@ -45,7 +46,7 @@ _BELOW_FLOAT32 = 29
 """Bits of a float64 significand that float32 does not have."""
 
 
-def exact_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+def exact_matmul(a: jax.Array, b: jax.Array, *, axis_name: AxisName | None = None) -> jax.Array:
     """The matrix product, each element the exact sum rounded once to float32, to nearest, ties to even.
 
     It depends neither on the order of the sum nor on devices, and has the bits of :func:`altgrad_torch.exact_matmul`.
@@ -60,6 +61,8 @@ def exact_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     Args:
         a: float32, bfloat16 or float16, of any values, subnormals included; of a shape that ``jnp.matmul`` takes.
         b: likewise.
+        axis_name: inside ``shard_map`` or ``vmap``, axes over which both operands are parts along the contracted one.
+            The sum is over all parts, and rounded once; under ``jit`` it is without this, however operands are split.
 
     Returns:
         float32, of the shape of ``a @ b``.
@@ -76,22 +79,29 @@ def exact_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     if a.ndim == 0 or b.ndim == 0 or a.shape[-1] != b.shape[0 if b.ndim == 1 else -2]:
         raise InputError(f"the operands have shapes {a.shape} and {b.shape}; expected (..., n, k) and (..., k, m)")
     if b.ndim <= 2:
-        return exact_dot_general(a, b, (((a.ndim - 1,), (0,)), ((), ())))
+        return exact_dot_general(a, b, (((a.ndim - 1,), (0,)), ((), ())), axis_name=axis_name)
     rows = a[None] if a.ndim == 1 else a
     batch = jnp.broadcast_shapes(rows.shape[:-2], b.shape[:-2])
     rows, b = (jnp.broadcast_to(x, (*batch, *x.shape[-2:])) for x in (rows, b))
     axes = tuple(range(len(batch)))
-    product = exact_dot_general(rows, b, (((len(batch) + 1,), (len(batch),)), (axes, axes)))
+    product = exact_dot_general(rows, b, (((len(batch) + 1,), (len(batch),)), (axes, axes)), axis_name=axis_name)
     return product[..., 0, :] if a.ndim == 1 else product
 
 
-def exact_dot_general(lhs: jax.Array, rhs: jax.Array, dimension_numbers: DotDimensionNumbers) -> jax.Array:
+def exact_dot_general(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: DotDimensionNumbers,
+    *,
+    axis_name: AxisName | None = None,
+) -> jax.Array:
     """:func:`exact_matmul` of any axes: ``lax.dot_general`` that rounds once.
 
     Args:
         lhs: float32, bfloat16 or float16, of any values.
         rhs: likewise.
         dimension_numbers: as of ``lax.dot_general``.
+        axis_name: as of :func:`exact_matmul`.
 
     Returns:
         float32: batch axes, then the other ones of ``lhs``, then of ``rhs``.
@@ -113,7 +123,8 @@ def exact_dot_general(lhs: jax.Array, rhs: jax.Array, dimension_numbers: DotDime
                 f"the operands have shapes {lhs.shape} and {rhs.shape}; expected axes {left} of one to be as long as"
                 f" axes {right} of the other"
             )
-    return _in_one_program(axes, math.prod(lhs.shape[axis] for axis in lhs_contracted), lhs, rhs)
+    length = math.prod(lhs.shape[axis] for axis in lhs_contracted) * places(axis_name)
+    return _in_one_program(axes, length, axis_name, lhs, rhs)
 
 
 def _operand(x: jax.Array, taker: str) -> jax.Array:
@@ -123,14 +134,17 @@ def _operand(x: jax.Array, taker: str) -> jax.Array:
     return widened(x)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _product(axes: _Axes, length: int, a: jax.Array, b: jax.Array) -> jax.Array:
-    # Without a dtype asked for: vmap, which happens later, where x64 is off, would make float32 of float64.
-    dot = partial(lax.dot_general, dimension_numbers=axes)
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _product(axes: _Axes, length: int, axis_name: AxisName | None, a: jax.Array, b: jax.Array) -> jax.Array:
+    def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+        # Without a dtype asked for: vmap, which happens later, where x64 is off, would make float32 of float64.
+        part = lax.dot_general(a, b, axes)
+        return part if axis_name is None else lax.psum(part, axis_name)
+
     # Of transposed constants XLA reads the bits in another order than the values, where it computes while compiling.
     a, b = lax.optimization_barrier((a, b))
     with jax.enable_x64(True):
-        spans = _span(a), _span(b)
+        spans = _span(a, axis_name), _span(b, axis_name)
         return lax.cond(
             spans[0].bits + spans[1].bits <= bits_of_spans(length),
             lambda operands, spans: _rounded(dot(*map(_wide, operands))),
@@ -141,11 +155,13 @@ def _product(axes: _Axes, length: int, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @_product.defjvp
-def _no_gradient(axes: _Axes, length: int, primals: object, tangents: object) -> tuple[jax.Array, jax.Array]:
+def _no_gradient(
+    axes: _Axes, length: int, axis_name: AxisName | None, primals: object, tangents: object
+) -> tuple[jax.Array, jax.Array]:
     raise TypeError("exact products have no gradient rule; expected to be called in a jax.custom_vjp, which is one")
 
 
-_in_one_program = jax.jit(_product, static_argnums=(0, 1), inline=True)  # outside of jit, too
+_in_one_program = jax.jit(_product, static_argnums=(0, 1, 2), inline=True)  # outside of jit, too
 
 
 class _Span(NamedTuple):
@@ -154,15 +170,18 @@ class _Span(NamedTuple):
     Attributes:
         exponent: int32 scalar: the lowest bit set in any finite element is worth two to this.
         bits: int32 scalar: how many bits there are from it to the highest; none if all elements are zero.
+        is_finite: bool scalar: whether all elements are.
     """
 
     exponent: jax.Array
     bits: jax.Array
+    is_finite: jax.Array
 
 
-def _span(x: jax.Array) -> _Span:
+def _span(x: jax.Array, axis_name: AxisName | None = None) -> _Span:
     magnitude = lax.bitcast_convert_type(x, jnp.int32) & _MAGNITUDE
-    counts = (magnitude != 0) & (magnitude < _INF)
+    is_finite = magnitude < _INF
+    counts = (magnitude != 0) & is_finite
     place = jnp.maximum(magnitude >> 23, 1) - 1
     # The bit above a fraction is always set, so that an integer conversion finds the lowest.
     significand = magnitude | _IMPLICIT_ONE
@@ -170,7 +189,9 @@ def _span(x: jax.Array) -> _Span:
     trailing = (lax.bitcast_convert_type(lowest_bit, jnp.int32) >> 23) - 127
     lowest = jnp.min(jnp.where(counts, place + trailing, _NO_PLACE), initial=_NO_PLACE)
     highest = jnp.max(jnp.where(counts, place + SIGNIFICAND_BITS, 0), initial=0)
-    return _Span(lowest + LOWEST_EXPONENT, jnp.maximum(highest - lowest, 0))
+    ends = jnp.stack([-lowest, highest, jnp.any(~is_finite).astype(jnp.int32)])
+    ends = ends if axis_name is None else lax.pmax(ends, axis_name)
+    return _Span(LOWEST_EXPONENT - ends[0], jnp.maximum(ends[1] + ends[0], 0), ends[2] == 0)
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -202,8 +223,8 @@ def _by_slices(dot: _Dot, length: int, operands: tuple[jax.Array, jax.Array], sp
     )
     are_two = left.count * right.count == 2
     total = lax.cond(are_two, partial(_sum_of_two, dot), partial(_sum_of_many, dot), left, right)
-    is_special = jnp.any(~jnp.isfinite(operands[0])) | jnp.any(~jnp.isfinite(operands[1]))
-    return _rounded(lax.cond(is_special, partial(_with_specials, dot), lambda total, *_: total, total, *operands))
+    are_finite = spans[0].is_finite & spans[1].is_finite
+    return _rounded(lax.cond(are_finite, lambda total, *_: total, partial(_with_specials, dot), total, *operands))
 
 
 def _with_specials(dot: _Dot, total: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

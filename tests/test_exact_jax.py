@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 
 import chex
 import jax
@@ -128,29 +129,38 @@ def test_refuses_axes_that_do_not_match() -> None:
         exact_dot_general(jnp.ones((2, 3)), jnp.ones((2, 3)), (((1,), (0,)), ((), ())))
 
 
+def with_specials() -> tuple[Single, Single]:
+    """Infinities and NaN in some of the parts."""
+    a, b = operands("many")
+    a[2, 7], a[3, -1] = np.inf, np.nan
+    return a, b
+
+
 def main(path: str) -> None:
     """What eight devices compute of operands that are split along the axis of the sum, and inside shard_map of rows."""
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    product = jax.jit(exact_matmul, out_shardings=NamedSharding(mesh, P()))
-    found = {}
-    a, b = operands("many")
+    specs = P(None, "data"), P("data")
+    whole = jax.jit(exact_matmul, out_shardings=NamedSharding(mesh, P()))
+    parts = jax.shard_map(partial(exact_matmul, axis_name="data"), mesh=mesh, in_specs=specs, out_specs=P())
     rows = jax.shard_map(exact_matmul, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
-    found["rows"] = np.asarray(jax.jit(rows)(np.concatenate([a, a]), b)).view(np.uint32).tolist()
-    for way in FORMATS:
-        specs = P(None, "data"), P("data")
-        split = (jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(operands(way), specs, strict=True))
-        found[way] = np.asarray(product(*split)).view(np.uint32).tolist()
-    write_result(path, {"devices": jax.device_count(), "found": found})
+    a, b = operands("many")
+    found = {"rows": jax.jit(rows)(np.concatenate([a, a]), b)}
+    for name, pair in {**{way: operands(way) for way in FORMATS}, "specials": with_specials()}.items():
+        split = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(pair, specs, strict=True)]
+        found[name], found[f"{name} in parts"] = whole(*split), jax.jit(parts)(*split)
+    bits = {name: np.asarray(x).view(np.uint32).tolist() for name, x in found.items()}
+    write_result(path, {"devices": jax.device_count(), "bits": bits})
 
 
 def test_eight_devices_have_the_bits_of_one(wanted: dict[str, Single]) -> None:
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     (result,) = results_of("tests.test_exact_jax", environment=environment)
     assert result["devices"] == 8
-    found = {way: np.array(bits, np.uint32).view(np.float32) for way, bits in result["found"].items()}
-    for way in FORMATS:
-        same_bits(found[way], wanted[way])
+    found = {name: np.array(bits, np.uint32).view(np.float32) for name, bits in result["bits"].items()}
     same_bits(found["rows"], np.concatenate([wanted["many"]] * 2))
+    for name, expected in {**wanted, "specials": np.asarray(exact_matmul(*with_specials()))}.items():
+        same_bits(found[name], expected)
+        same_bits(found[f"{name} in parts"], expected)
 
 
 if __name__ == "__main__":
