@@ -29,6 +29,8 @@ from altgrad_jax.control import Observation as Observation
 from altgrad_jax.control import Policy as Policy
 from altgrad_jax.control import get_format as get_format
 from altgrad_jax.control import set_format as set_format
+from altgrad_jax.exact import exact_dot_general as exact_dot_general
+from altgrad_jax.exact import exact_matmul as exact_matmul
 from altgrad_jax.granularity import amaxes as amaxes
 from altgrad_jax.granularity import spread as spread
 from altgrad_jax.hashing import hash_bits as hash_bits

@@ -25,6 +25,7 @@ from altgrad_torch.control import FormatController as FormatController
 from altgrad_torch.control import Observation as Observation
 from altgrad_torch.control import Policy as Policy
 from altgrad_torch.control import set_format as set_format
+from altgrad_torch.exact import exact_matmul as exact_matmul
 from altgrad_torch.granularity import amaxes as amaxes
 from altgrad_torch.granularity import spread as spread
 from altgrad_torch.hashing import hash_bits as hash_bits
