@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from altgrad.parity import Cause, Leaf, compare, made_by, named_tensors, recognise
+from altgrad.parity.casts import cast_ways
 from altgrad.parity.exact import fused, rounded, sum_rounded
+from altgrad.parity.operation import OperationName
+from altgrad.parity.ways import same_values
 from altgrad_core.errors import InputError
 from altgrad_core.formats import EIGHT, parse
-from altgrad_core.reference import quantize_reference
+from altgrad_core.reference import quantize_reference, round_to_format
 from altgrad_jax import quantize as jax_quantize
 from altgrad_torch import quantize as torch_quantize
 
@@ -311,6 +316,12 @@ def test_unrelated_differences_of_sums_are_unknown() -> None:
     assert cause_of(made_by(np.array(4096, BFLOAT16), "sum", x=long), np.array(256, BFLOAT16)).name == "unknown"
 
 
+def test_an_axis_that_is_not_there_is_named() -> None:
+    x = normal(4, 5)
+    with pytest.raises(InputError, match=r"the axis 2 of a tensor \[4, 5\]"):
+        compare(made_by(x.sum(1), "sum", x=x, axis=2), moved(x.sum(1), 1))
+
+
 @pytest.mark.parametrize("name", EIGHT)
 def test_unrelated_differences_of_casts_are_unknown(name: str) -> None:
     x = normal(500)
@@ -334,6 +345,26 @@ def test_unrelated_differences_of_clips_are_unknown() -> None:
 def test_two_tensors_alone_show_little(seed: int, ulps: int) -> None:
     x = np.random.default_rng(seed).normal(size=100).astype(np.float32)
     assert recognise(Leaf(x), Leaf(moved(x, ulps, seed))).name == "unknown"
+
+
+@given(
+    st.sampled_from(get_args(OperationName)),
+    st.sampled_from([np.dtype(np.float64), np.dtype(np.float32), BFLOAT16, np.dtype(ml_dtypes.float8_e5m2)]),
+    st.binary(min_size=320, max_size=320),
+    st.floats(0.0, width=32),
+)
+def test_any_bits_at_all(name: OperationName, dtype: np.dtype, drawn: bytes, max_norm: float) -> None:
+    """Whatever the bits, NaN and subnormals among them: a cause comes out, without an error or a warning."""
+    a, b, *given = np.frombuffer(drawn, dtype).reshape(5, -1)[:, :8]
+    names = {"clip": ("x", "norm"), "clip_coefficient": ("norm",), "multiply_add": ("x", "y", "z")}
+    names |= dict.fromkeys(("add", "multiply", "divide", "dot"), ("x", "y"))
+    inputs = dict(zip(names.get(name, ("x",)), given, strict=False))
+    options = {"max_norm": max_norm} if "clip" in name else {"format": "E5M2"} if name == "cast" else {}
+    value = a[0] if name in ("sum", "dot") else a
+    made = made_by(value, name, **inputs, **options)
+    found = compare(made, b[0] if name in ("sum", "dot") else b)
+    assert found.identical == (found.cause is None)
+    assert found.cause is None or json.dumps(found.as_dict(), allow_nan=False)
 
 
 def test_saturation_alone_needs_a_maximum() -> None:
@@ -389,6 +420,21 @@ def test_bad_operations_are_named(name: str, given: dict[str, object], expected:
 # The exact results that sides are held against
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_ways_of_a_cast_are_those_of_the_reference(name: str) -> None:
+    """Every way that the exact reference knows, on all values and midpoints, their neighbours and the specials."""
+    known = parse(name)
+    grid = known.code_book()[: known.max_code + 1][-300:]
+    points = np.concatenate([grid, (grid[1:] + grid[:-1]) / 2, [1.1 * grid[-1], 1e38, np.inf, np.nan]])
+    points = np.concatenate([points, np.nextafter(points, 0), np.nextafter(points, np.inf)])
+    x = np.concatenate([points, -points])
+    ways = list(cast_ways(x, known, np.dtype(np.float64)))
+    for rounding in ("nearest_even", "nearest_away", "toward_zero"):
+        for overflow in ("native", "saturate", "saturate_finite"):
+            wanted = [round_to_format(each, known, rounding=rounding, overflow=overflow) for each in x.tolist()]
+            assert any(same_values(np.array(wanted), way.value) for way in ways), (rounding, overflow)
+
+
 @given(*[st.floats(allow_nan=False, allow_infinity=False, width=32)] * 3)
 def test_fused_is_rounded_once(x: float, y: float, z: float) -> None:
     exact = Fraction(x) * Fraction(y) + Fraction(z)
@@ -420,7 +466,8 @@ def assert_nearest(got: np.float32, exact: Fraction) -> None:
     if np.isinf(got):
         assert abs(exact) >= Fraction(2) ** 128 - Fraction(2) ** 103
         return
-    near = [np.nextafter(got, np.float32(way)) for way in (-np.inf, np.inf)]
+    with np.errstate(over="ignore"):
+        near = [np.nextafter(got, np.float32(way)) for way in (-np.inf, np.inf)]
     off = abs(Fraction(float(got)) - exact)
     for other in near:
         if np.isfinite(other):

@@ -78,6 +78,8 @@ def test_a_pair_that_stays_together(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     near = ("--jax", "a_pair:jax_side", "--torch", "a_pair:torch_side")
     assert run(monkeypatch, *near, "--steps", "9", "--tolerance-ulps", "99", "--repeat-steps", "0") == 0
     assert capsys.readouterr().out.startswith("jax and torch are within tolerance in 9 steps, ")
+    assert run(monkeypatch, *near, "--steps", "9", "--tolerances", "w", "99", "--repeat-steps", "0") == 0
+    capsys.readouterr()
     assert run(monkeypatch, *sides, "--steps", "2", "--ignore", "nan payload", "signed zero") == 0
     assert "identical in 2 steps, but for nan payload and signed zero" in capsys.readouterr().out
 
@@ -92,6 +94,7 @@ def test_a_pair_that_stays_together(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["--jax", "a_pair.x:x", "--torch", "a_pair:x"], "there is no module 'a_pair.x'"),
         (["--jax", "a_pair:jax_sid", "--torch", "a_pair:x"], "no function 'jax_sid'; did you mean 'jax_side'?"),
         (["--jax", "a_pair:jax_side", "--torch", "a_pair:torch_side", "--steps", "0"], "steps is 0"),
+        (["--jax", "a_pair:jax_side", "--torch", "a_pair:torch_side", "--tolerances", "ww", "1"], "the nearest is 'w'"),
         (["--jax", "a:b", "--torch", "a:b", "--json", "no/such/file"], "expected a file in a folder that exists"),
         (["--jax", "a_pair:start", "--torch", "a_pair:x"], "has no function 'start'"),
     ],

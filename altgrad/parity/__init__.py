@@ -6,10 +6,7 @@ from altgrad.parity.compare import compare as compare
 from altgrad.parity.environment import Environment as Environment
 from altgrad.parity.leaves import Leaf as Leaf
 from altgrad.parity.leaves import named_tensors as named_tensors
-from altgrad.parity.lockstep import Difference as Difference
-from altgrad.parity.lockstep import Lockstep as Lockstep
 from altgrad.parity.lockstep import Make as Make
-from altgrad.parity.lockstep import Run as Run
 from altgrad.parity.lockstep import Step as Step
 from altgrad.parity.lockstep import lockstep as lockstep
 from altgrad.parity.operation import Operation as Operation
@@ -17,5 +14,8 @@ from altgrad.parity.operation import made_by as made_by
 from altgrad.parity.records import Comparison as Comparison
 from altgrad.parity.records import Element as Element
 from altgrad.parity.records import TensorRecord as TensorRecord
+from altgrad.parity.runs import Difference as Difference
+from altgrad.parity.runs import Lockstep as Lockstep
+from altgrad.parity.runs import Run as Run
 from altgrad.parity.testing import assert_identical as assert_identical
 from altgrad.parity.testing import assert_in_lockstep as assert_in_lockstep

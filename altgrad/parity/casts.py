@@ -56,7 +56,7 @@ def cast_ways(x: Float64, format: Format, dtype: np.dtype) -> Iterator[Way]:
 def _roundings(magnitude: Float64, format: Format) -> list[tuple[str, str, npt.NDArray[np.intp]]]:
     """How to round, where ties go, and which place on the grid each element comes to; max_code + 1 is beyond it."""
     grid = np.append(format.code_book()[: format.max_code + 1], beyond_max(format))
-    finite = np.where(np.isnan(magnitude), 0.0, magnitude)
+    finite = np.minimum(np.where(np.isnan(magnitude), 0.0, magnitude), grid[-1])  # all from there on overflow
     below = np.minimum(np.searchsorted(grid, finite, "right") - 1, format.max_code + 1)
     above = np.minimum(below + 1, format.max_code + 1)
     between = grid[below] + grid[above]
@@ -70,8 +70,7 @@ def _roundings(magnitude: Float64, format: Format) -> list[tuple[str, str, npt.N
         "sent ties to the odd code": ~is_odd,
     }
     found = [("to nearest", tie, np.where(is_tie, np.where(up, above, below), nearest)) for tie, up in ties.items()]
-    truncated = np.where(np.isinf(finite), format.max_code + 1, np.minimum(below, format.max_code))
-    return [*found, ("toward zero", "sent ties toward zero", truncated)]
+    return [*found, ("toward zero", "sent ties toward zero", below)]
 
 
 def _overflows(x: Float64, format: Format) -> list[tuple[str, Float64]]:

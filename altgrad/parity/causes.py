@@ -95,7 +95,7 @@ def _by_operation(a: Array, b: Array, operation: Operation, places: np.ndarray) 
     if not all(is_float(given.dtype) for given in inputs.values()):
         return None
     if operation.name in ("sum", "dot"):
-        terms = _terms(operation, inputs, places)
+        terms = _terms(operation, inputs, a.size, places)
         if terms is None:
             return None
         places = places[: len(terms)]
@@ -117,10 +117,10 @@ def _by_operation(a: Array, b: Array, operation: Operation, places: np.ndarray) 
     return cause_in_arithmetic(operation.name, a, b, given)
 
 
-def _terms(operation: Operation, inputs: Mapping[str, Array], places: np.ndarray) -> Float64 | None:
+def _terms(operation: Operation, inputs: Mapping[str, Array], size: int, places: np.ndarray) -> Float64 | None:
     if operation.name == "sum":
-        return terms_of_sum(inputs["x"], operation.axis, places)
-    return terms_of_dot(inputs["x"], inputs["y"], places)
+        return terms_of_sum(inputs["x"], operation.axis, size, places)
+    return terms_of_dot(inputs["x"], inputs["y"], size, places)
 
 
 def _at(inputs: Mapping[str, Array], shape: tuple[int, ...], places: np.ndarray) -> dict[str, Array] | None:

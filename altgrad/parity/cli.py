@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +33,8 @@ class ParityConfig:
     """How many steps each side runs against itself; as many as --steps unless given, 0 for none."""
     tolerance_ulps: int = 0
     """How many representable steps floats may be apart."""
+    tolerances: dict[str, int] = field(default_factory=dict)
+    """The same for tensors by name, pairs of a regular expression and a number: 'mu\\..*' 2 loss 1."""
     ignore: tuple[Kind, ...] = ()
     """Kinds of differences that do not count: nan payload, signed zero, ..."""
     json: Path | None = None
@@ -65,7 +67,9 @@ def parity(config: ParityConfig, console: Console | None = None) -> bool:
         _make(str(config.jax), "--jax"),
         _make(str(config.torch), "--torch"),
         steps=config.steps,
-        tolerance_ulps=config.tolerance_ulps,
+        tolerance_ulps={**config.tolerances, ".*": config.tolerance_ulps}
+        if config.tolerances
+        else config.tolerance_ulps,
         ignore=config.ignore,
         labels=("jax", "torch"),
         repeat_steps=config.repeat_steps,

@@ -28,7 +28,7 @@ def cause_in_clip(a: Array, b: Array, x: Array, norm: Array, max_norm: float) ->
 
 def coefficient_ways(norm: Array, max_norm: float) -> Iterator[Way]:
     """The ways of the coefficient, each a float32 array of the norm's shape."""
-    single, limit = norm.astype(np.float32), np.float32(max_norm)
+    single, limit = (rounded(each, _FLOAT32).astype(np.float32) for each in (widened(norm), np.array(max_norm)))
     for eps in (_EPS, 0.0):
         rule = f"divided by norm + {eps:g}" if eps else "divided by the norm"
         with np.errstate(all="ignore"):
@@ -53,7 +53,7 @@ def _clip_ways(x: Array, norm: Array, max_norm: float) -> Iterator[Way]:
             value = rounded(widened(x) * widened(way.value), x.dtype)
         yield Way({**way.aspects, "order of operations": "scaled by the coefficient"}, value)
     with np.errstate(all="ignore"):
-        shrunk = rounded(widened(x) / widened(norm.astype(x.dtype)), x.dtype)
+        shrunk = rounded(widened(x) / widened(rounded(widened(norm), x.dtype)), x.dtype)
         value = np.where(widened(norm) < max_norm, x, rounded(widened(shrunk) * max_norm, x.dtype))
     aspects: dict[CauseName, str] = {
         "eps of the clip": "divided by the norm",

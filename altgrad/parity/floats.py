@@ -141,10 +141,18 @@ def widened(x: Array) -> npt.NDArray[np.float64]:
 
 
 def spelled(value: float | int | bool) -> str:
-    """A number as people read it: the shortest decimal that tells floats apart, NaN and -0 by name."""
-    if isinstance(value, float):
-        return "NaN" if math.isnan(value) else f"{value:.9g}"
-    return str(value)
+    """A number as people read it: nine digits if they tell float32 values apart, else as many as float64 takes.
+
+    >>> spelled(float(np.float32(0.1))), spelled(0.1), spelled(-0.0)
+    ('0.100000001', '0.1', '-0')
+    """
+    if not isinstance(value, float):
+        return str(value)
+    if math.isnan(value):
+        return "NaN"
+    short = f"{value:.9g}"
+    with np.errstate(over="ignore"):
+        return short if value in (float(short), float(np.float32(short))) else repr(value)
 
 
 def _sign_bit(dtype: np.dtype) -> int:

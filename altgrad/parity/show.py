@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from altgrad.parity.environment import Environment
-from altgrad.parity.lockstep import Difference, Lockstep, Run
 from altgrad.parity.records import Comparison, TensorRecord
+from altgrad.parity.runs import Difference, Lockstep, Run
 
 _MOST_ROWS = 40
 

@@ -11,6 +11,7 @@ import numpy as np
 from altgrad.parity.cause import Cause
 from altgrad.parity.exact import Float64
 from altgrad.parity.floats import Array, widened
+from altgrad_core.errors import InputError
 
 _MOST_RESULTS = 256
 """Results that are summed exactly; more say nothing new."""
@@ -45,21 +46,27 @@ def cause_in_sum(a: Array, b: Array, terms: Float64) -> Cause | None:
     return Cause(("dtype promotion",), sides, a.size, ("reduction order",))
 
 
-def terms_of_sum(x: Array, axis: int | Sequence[int] | None, places: np.ndarray) -> Float64 | None:
-    """What was summed for the results at some places, ``[places, n]``; None where axis and places do not fit."""
-    axes = tuple(range(x.ndim)) if axis is None else tuple(np.atleast_1d(np.asarray(axis, int)).tolist())
-    axes = tuple(each % x.ndim for each in axes) if x.ndim else ()
+def terms_of_sum(x: Array, axis: int | Sequence[int] | None, size: int, places: np.ndarray) -> Float64 | None:
+    """What was summed for the results at some places, ``[places, n]``; None if there would not be ``size`` results.
+
+    Raises:
+        InputError: for an axis that x does not have.
+    """
+    try:
+        axes = tuple(range(x.ndim)) if axis is None else np.lib.array_utils.normalize_axis_tuple(axis, x.ndim)
+    except np.exceptions.AxisError as error:
+        raise InputError(f"a sum is said to go over the axis {axis} of a tensor {list(x.shape)}: {error}") from None
     kept = [each for each in range(x.ndim) if each not in axes]
     rows = x.transpose(*kept, *axes).reshape(math.prod(x.shape[each] for each in kept), -1)
-    return widened(rows[places[:_MOST_RESULTS]]) if places.size and places.max() < len(rows) else None
+    return widened(rows[places[:_MOST_RESULTS]]) if len(rows) == size else None
 
 
-def terms_of_dot(x: Array, y: Array, places: np.ndarray) -> Float64 | None:
+def terms_of_dot(x: Array, y: Array, size: int, places: np.ndarray) -> Float64 | None:
     """The products that were summed for the elements of ``x @ y`` at some places, exact for 32 bits and less."""
     if not x.ndim or y.ndim not in (1, 2) or x.shape[-1] != y.shape[0] or x.dtype.itemsize > 4 or y.dtype.itemsize > 4:
         return None
     left, right = x.reshape(-1, x.shape[-1]), y.reshape(y.shape[0], -1)
-    if not places.size or places.max() >= len(left) * right.shape[1]:
+    if len(left) * right.shape[1] != size:
         return None
     row, column = np.divmod(places[:_MOST_RESULTS], right.shape[1])
     return widened(left[row]) * widened(right[:, column].T)
