@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from altgrad.parity import Cause, Leaf, compare, made_by, named_tensors, recognise
 from altgrad.parity.casts import cast_ways
 from altgrad.parity.exact import fused, rounded, sum_rounded
+from altgrad.parity.floats import widened
 from altgrad.parity.operation import OperationName
 from altgrad.parity.ways import same_values
 from altgrad_core.errors import InputError
@@ -454,6 +455,38 @@ def test_rounded_is_rounded_once(x: float, name: str) -> None:
     wanted = quantize_reference(np.array([x]), parse("bf16" if name == "bfloat16" else name), overflow="native")
     got = rounded(np.array([x]), dtype).astype(np.float64)
     assert np.array_equal(got, wanted, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e5m2", "float8_e4m3fn", "float8_e4m3b11fnuz"])
+def test_a_hair_beside_a_midpoint_decides(name: str) -> None:
+    """All midpoints of a dtype and what lies beside them by less than float32 can tell."""
+    dtype = np.dtype(getattr(ml_dtypes, name))
+    codes = np.arange(2 ** (8 * dtype.itemsize - 1), dtype=f"u{dtype.itemsize}").view(dtype)
+    values = widened(codes)
+    below, above = values[:-1], values[1:]
+    finite = np.isfinite(below) & np.isfinite(above)
+    below, above = below[finite], above[finite]
+    middle = (below + above) / 2
+    assert np.array_equal(rounded(middle * (1 - 2.0**-40), dtype).astype(np.float64), below)
+    assert np.array_equal(rounded(middle * (1 + 2.0**-40), dtype).astype(np.float64), above)
+    assert np.array_equal(rounded(-middle * (1 + 2.0**-40), dtype).astype(np.float64), -above)
+    is_even = np.arange(codes.size - 1)[finite] % 2 == 0
+    assert np.array_equal(rounded(middle, dtype).astype(np.float64), np.where(is_even, below, above))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("odd", [1, 3])
+def test_what_a_sum_lost_decides_a_tie(sign: float, odd: int) -> None:
+    """A midpoint of float32 and a hair that float64 cannot hold beside it: exact arithmetic knows the side."""
+    middle, float32 = 1 + odd * 2.0**-24, np.dtype(np.float32)
+    for hair in (2.0**-80, -(2.0**-80), 0.0):
+        got = sum_rounded(np.array([sign * middle]), np.array([sign * hair]), float32)[0]
+        assert_nearest(got, Fraction(sign * middle) + Fraction(sign * hair))
+    x = np.float32([sign * (1 + 2.0**-12)])  # x * y = 1 + 2^-11 + 2^-24, which is one
+    y = np.float32([1 + 2.0**-12])
+    for hair in (2.0**-80, -(2.0**-80), 0.0):
+        got = fused(x, y, np.float32([sign * hair]))[0]
+        assert_nearest(got, Fraction(float(x[0])) * Fraction(float(y[0])) + Fraction(sign * hair))
 
 
 @given(*[st.floats(-1e30, 1e30)] * 2)
