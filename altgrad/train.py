@@ -56,7 +56,7 @@ class TrainConfig:
     clip: bool = False
     """Partition-relative clipping: clip when the overflow rate of the gradient casts reaches --overflow-threshold."""
     shift: bool = False
-    """Emergency mantissa shift: move to a format that can carry the run after NaN batches or on a real stall."""
+    """Emergency mantissa shift: move to a format that can carry the run after NaN batches, and as --policy says."""
     recover: bool = True
     """Skip steps that are not finite, keep spikes out of the amax history, go back to a snapshot when poisoned."""
     inject: tuple[str, ...] = ()
@@ -91,13 +91,12 @@ class TrainConfig:
     nan_patience: int = 3
     """NaN batches in a row before a shift."""
     stall_threshold: float = 0.5
-    """Windowed stall rate above which a shift is considered."""
-    policy: PolicyName = "relative_stall"
-    """What else a shift may answer. relative_stall: stalls of committed weights, by stochastic rounding at
-    once, then by a shift where they grew on a plateau.
-    fallback_chain: any stall above the threshold. by_cause: overflow, underflow and stalls of committed weights, each
-    with what is missing: scales that follow, exponent bits, mantissa bits, stochastic rounding. off: nothing, NaN
-    batches alone shift."""
+    """Windowed stall rate above which --policy answers it."""
+    policy: PolicyName = "by_cause"
+    """What --shift answers beside NaN batches. by_cause: overflow, underflow and stalls of committed weights, each
+    with what is missing: scales that follow, exponent bits, stochastic rounding, mantissa bits. relative_stall: stalls
+    of committed weights, by stochastic rounding at once, then by a shift where they grew on a plateau.
+    fallback_chain: any stall above the threshold. off: nothing, NaN batches alone shift."""
     per_layer: bool = False
     """Judge each matrix product by its own rates, and shift it alone."""
     recover_after: int | None = None
@@ -146,7 +145,7 @@ class TrainConfig:
         self._refuse_without(self.clip_rule != "ungated", "a gated --clip-rule", ("overflow_threshold",))
         self._refuse_without(self.scaling == "delayed", "--scaling delayed", ("calibrate",))
         follows = self.scaling == "delayed" or (self.shift and self.policy == "by_cause")
-        self._refuse_without(follows, "--scaling delayed (or --policy by_cause)", ("refuse_spikes",))
+        self._refuse_without(follows, "--scaling delayed (or --shift and --policy by_cause)", ("refuse_spikes",))
         self._refuse_without(self.shift, "--shift", ("nan_patience", "stall_threshold", "policy", "recover_after"))
         self._refuse_without(
             self.recover, "--recover", ("refuse_spikes", "snapshot_every", "snapshots_kept", "rollback_moments")

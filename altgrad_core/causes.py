@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from altgrad_core.evidence import Evidence, RateName, Reading
+from altgrad_core.formats import parse
 from altgrad_core.ladder import with_more_precision, with_more_range
 from altgrad_core.remedies import Remedy, shift_by_table, stall_threshold
 from altgrad_core.scaling import ScaleRule
@@ -34,8 +35,9 @@ def by_cause(evidence: Evidence, policy: Policy, shifter: EmergencyMantissaShift
     repaired ones. Then overflow, underflow, and committed weights that stall at ±max, ask for exponent bits; where no
     format has more, overflow halves the learning rate, down to ``policy.smallest_learning_rate``. A precision stall of
     committed weights asks for stochastic rounding, and then for mantissa bits. The format is the nearest of the eight
-    with more of what is missing, but neither the one just left nor one that the fallback table does not have. NaN
-    batches name no cause: they shift by that table.
+    with more of what is missing, or for a stall that of the fallback table if it has more mantissa bits still, but
+    neither the one just left nor one that the table does not have. Of several causes what overflows or saturates comes
+    first, and what costs no bit; then shifts for the others. NaN batches name no cause: they shift by that table.
 
     >>> hot = Evidence(9, "E4M3", window=Reading(1.0, overflow=0.02))
     >>> [(call.cause, call.format) for call in by_cause(hot, Policy("by_cause"), EmergencyMantissaShift())]
@@ -46,7 +48,14 @@ def by_cause(evidence: Evidence, policy: Policy, shifter: EmergencyMantissaShift
         return emergency
     found = _causes(evidence.window, evidence.committed, policy, stall_threshold(shifter))
     remedies = (_remedy(cause, evidence, policy, shifter) for cause in found)
-    return [remedy for remedy in remedies if remedy is not None]
+    return sorted((remedy for remedy in remedies if remedy is not None), key=_rank)
+
+
+def _rank(remedy: Remedy) -> int:
+    """First what is wrong, and what costs no bit; then the shifts for what is missing; last that nothing is left."""
+    if remedy.kinds == ("exhausted",):
+        return 2
+    return 1 if remedy.cause in ("stall", "underflow") and remedy.format is not None else 0
 
 
 def _causes(window: Reading, committed: bool, policy: Policy, stall_limit: float) -> Iterator[_Cause]:
@@ -78,13 +87,27 @@ def _remedy(cause: _Cause, evidence: Evidence, policy: Policy, shifter: Emergenc
         return Remedy(cause.name, scales=scales, numbers=numbers)  # for good, so that it cannot be called for again
     if shifter is None:
         return None
-    target = (with_more_range if cause.missing == "range" else with_more_precision)(evidence.format)
-    if target is not None and target != evidence.left_format and shifter.knows(target):
+    target = _target(cause, evidence, shifter)
+    if target is not None:
         return Remedy(cause.name, format=target, numbers=numbers, limits=cause.limits)
     lower = None if evidence.learning_rate is None else evidence.learning_rate * _STEP_DOWN
     if cause.name == "overflow" and lower is not None and lower >= policy.smallest_learning_rate:
         return Remedy(cause.name, learning_rate=lower, numbers=numbers, limits=cause.limits)
     return Remedy(cause.name, numbers=numbers, limits=cause.limits)
+
+
+def _target(cause: _Cause, evidence: Evidence, shifter: EmergencyMantissaShift) -> str | None:
+    def allowed(name: str) -> bool:
+        return name != evidence.left_format and shifter.knows(name)
+
+    nearest = (with_more_range if cause.missing == "range" else with_more_precision)(evidence.format)
+    if nearest is None or not allowed(nearest):
+        return None
+    # From E7M0 one bit is too little, and hysteresis lets no second shift follow until the rate has fallen.
+    further = shifter.fallback(evidence.format) if cause.missing == "precision" else None
+    if further is not None and allowed(further) and parse(further).mantissa_bits > parse(nearest).mantissa_bits:
+        return further
+    return nearest
 
 
 def _better_scales(cause: _Cause, scales: ScaleRule | None) -> ScaleRule | None:

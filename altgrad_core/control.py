@@ -159,7 +159,9 @@ class Controller:
         back = self._health.judge(seen)
         events = (back,) if back is not None and self.can_roll_back else ()
         decision = Decision(rollback=bool(events), events=events)
-        called = [(part, remedy) for part in watching if (remedy := self._called(part, seen)) is not None]
+        # What lasts and cannot be gone back from is for the policy to judge.
+        doubted = not self._health.calm and (self.can_roll_back or back is None)
+        called = [(part, remedy) for part in watching if (remedy := self._called(part, seen, doubted)) is not None]
         for part, remedy in called:
             decision = self._joined(decision, part, remedy, seen)
         if decision.events:
@@ -226,10 +228,10 @@ class Controller:
                 f"can_roll_back is {self.can_roll_back} but roll_back is {roll_back!r}; give both or neither"
             )
 
-    def _called(self, part: Part, seen: Observation) -> Remedy | None:
+    def _called(self, part: Part, seen: Observation, doubted: bool) -> Remedy | None:
         """What the policy calls for on what a step shows of a part, unless hysteresis holds it back."""
         shown = part.shown_in(seen)
-        evidence = part.watch.take(shown, part.format, self.rounding, self.learning_rate, self.scales)
+        evidence = part.watch.take(shown, part.format, self.rounding, self.learning_rate, self.scales, doubted=doubted)
         remedy = part.watch.admitted(self._rule(evidence, self.policy, self.shifter))
         if remedy is not None:
             self._check_can_be_done(remedy)

@@ -179,8 +179,9 @@ class Evidence:
         scales: where scales come from; None where that cannot be changed.
         finite: whether the step was.
         consecutive_nans: steps in a row that were not finite, up to this one and since the last decision on such steps.
-        window: means over the last window of finite steps. None while the step is not finite, the window is not full,
-            or warm-up or a cooldown lasts: then no rate is to be judged.
+        window: means over the last window of finite steps, less those with a spike of the norm or a loss that runs
+            away, which may pass. None at such a step and at one that is not finite, while the window is not full, and
+            while warm-up or a cooldown lasts: then no rate is to be judged.
         whole: whether windows that do not overlap end here, so that ``previous`` and ``baseline`` compare with it.
         previous: the whole window before this one; None before there is one.
         baseline: the first whole window since the last decision: what is usual in this format.

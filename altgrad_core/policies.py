@@ -98,7 +98,7 @@ def recover(rule: Rule, after: int) -> Rule:
 
 
 RULES: Mapping[PolicyName, Rule] = MappingProxyType(
-    {"relative_stall": relative_stall, "fallback_chain": fallback_chain, "by_cause": by_cause, "off": off}
+    {"by_cause": by_cause, "relative_stall": relative_stall, "fallback_chain": fallback_chain, "off": off}
 )
 """The policies by their names."""
 

@@ -13,7 +13,7 @@ from altgrad_core.stability import check_rate
 if TYPE_CHECKING:
     from altgrad_core.remedies import Rule
 
-PolicyName = Literal["relative_stall", "fallback_chain", "by_cause", "off"]
+PolicyName = Literal["by_cause", "relative_stall", "fallback_chain", "off"]
 """The policies that have a name; :mod:`altgrad_core.policies` says what each of them does."""
 
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
@@ -38,7 +38,7 @@ class Policy:
 
     Attributes:
         rule: the policy, by name or as a function of :data:`~altgrad_core.remedies.Rule`'s kind.
-        window: finite steps in a window.
+        window: steps in a window; see :class:`~altgrad_core.evidence.Evidence` for which enter it.
         warmup: steps before the first decision on a rate.
         cooldown: steps after a decision in which no rate is judged.
         moving_share: ``relative_stall`` shifts where the share of updates that move is below this much of the
@@ -62,10 +62,10 @@ class Policy:
         InputError: for an unknown name and for values out of range.
 
     >>> Policy().rule, Policy("by_cause", window=10).cooldown
-    ('relative_stall', 50)
+    ('by_cause', 50)
     """
 
-    rule: PolicyName | Rule = "relative_stall"
+    rule: PolicyName | Rule = "by_cause"
     window: int = 20
     warmup: int = 20
     cooldown: int = 50

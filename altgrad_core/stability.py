@@ -131,7 +131,7 @@ class EmergencyMantissaShift:
         Raises:
             ValueError: for a format without an entry in the fallback table, and for a stall rate outside [0, 1].
         """
-        fallback = self._fallback(current_format)
+        fallback = self.fallback(current_format)
         check_rate("stall_rate", stall_rate)
         self.consecutive_nans = self.consecutive_nans + 1 if has_nan else 0
         if self.consecutive_nans < self.nan_patience and not stall_rate > self.stall_threshold:
@@ -145,7 +145,7 @@ class EmergencyMantissaShift:
         Raises:
             ValueError: for a format without an entry in the fallback table.
         """
-        return self._fallback(current_format) is None
+        return self.fallback(current_format) is None
 
     def knows(self, format: str | Format) -> bool:
         """Whether the format is in the fallback table, by any of its names.
@@ -155,18 +155,25 @@ class EmergencyMantissaShift:
         """
         return self._entry(format) is not None
 
+    def fallback(self, format: str | Format) -> str | None:
+        """Where the fallback table leads from a format, by any of its names; None where it ends.
+
+        Raises:
+            ValueError: for a format without an entry in the table.
+
+        >>> [EmergencyMantissaShift().fallback(name) for name in ("E7M0", "E5M2")]
+        ['E5M2', None]
+        """
+        entry = self._entry(format)
+        if entry is None:
+            raise InputError(
+                f"no fallback is known for format {str(format)!r}; the known ones are {', '.join(self.FORMAT_FALLBACK)}"
+            )
+        return self.FORMAT_FALLBACK[entry]
+
     def reset(self) -> None:
         """Forget the NaN batches seen so far."""
         self.consecutive_nans = 0
-
-    def _fallback(self, current_format: str | Format) -> str | None:
-        entry = self._entry(current_format)
-        if entry is None:
-            raise InputError(
-                f"no fallback is known for format {str(current_format)!r}; the known ones are "
-                f"{', '.join(self.FORMAT_FALLBACK)}"
-            )
-        return self.FORMAT_FALLBACK[entry]
 
     def _entry(self, format: str | Format) -> str | None:
         """The name under which the table has the format."""

@@ -58,6 +58,8 @@ class Watch:
         rounding: Rounding | None,
         learning_rate: float | None,
         scales: ScaleRule | None,
+        *,
+        doubted: bool = False,
     ) -> Evidence:
         """Take one observation.
 
@@ -67,6 +69,9 @@ class Watch:
             rounding: of committed weights; None for float32 masters.
             learning_rate: the factor in force; None where it cannot be changed.
             scales: where scales come from; None where that cannot be changed.
+            doubted: whether the step may be a fault that passes. Its rates then stay out of windows, as those of a step
+                that is not finite do: one spike overflows enough to move a window's mean beyond any limit, and what is
+                changed on a rate is changed for good.
 
         Returns:
             What a policy may judge.
@@ -74,7 +79,7 @@ class Watch:
         memory = self._memory
         memory.nans = 0 if seen.finite else memory.nans + 1
         memory.quiet = memory.quiet + 1 if seen.finite else 0
-        mean = self._mean_with(seen) if seen.finite else None
+        mean = self._mean_with(seen) if seen.finite and not doubted else None
         whole = mean is not None and memory.count % self._policy.window == 0
         evidence = Evidence(
             seen.step,

@@ -6,6 +6,7 @@ not wrap at 2^31. Rates are quotients of counts, formed in float64 and rounded o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +30,9 @@ _LIMB_MASK = (1 << _LIMB_BITS) - 1
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INF = np.int32(0x7F800000)
 _MOST_AT_ONCE = 2**30
-_ROWS = 8
+_STREAMS, _ROWS = 4, 16
+"""A large array is read in so many places at once, which a processor's memory serves faster than one after the other,
+and in each of them in so many rows, which XLA's CPU backend spreads over its threads."""
 _WORTH_SPREADING = 2**19
 
 
@@ -195,7 +198,9 @@ def observe(
 @partial(jax.jit, inline=True)  # one program also outside of jit
 def _observed(x: jax.Array, params: FormatParams, scale: jax.Array | None) -> tuple[CastCounts, jax.Array]:
     limits, flat, scaled = edges(params), x.reshape(-1), None
-    if scale is not None:
+    if scale is not None and scale.size == 1:
+        limits = _limits_under(limits, scale.reshape(()).astype(jnp.float32))
+    elif scale is not None:
         scaled = divide_by_scale(x.astype(jnp.float32), scale.astype(jnp.float32)).reshape(-1)
     counts, amax_bits = CastCounts.zeros(), jnp.int32(0)
     for start in range(0, flat.size, _MOST_AT_ONCE):
@@ -204,6 +209,21 @@ def _observed(x: jax.Array, params: FormatParams, scale: jax.Array | None) -> tu
         seen = _tally(_bits(chunk) & _MAGNITUDE, _bits(quotient) & _MAGNITUDE, limits)
         counts, amax_bits = counts + CastCounts.of_tallies(seen), jnp.maximum(amax_bits, seen[-1])
     return counts, _float(amax_bits)
+
+
+def _limits_under(limits: Edges, scale: jax.Array) -> Edges:
+    """Limits for the magnitudes of ``x`` itself, so that to count ``x / scale`` takes no more than to count ``x``."""
+    return Edges(_first_to_reach(limits.overflows_from, scale), _first_to_reach(limits.vanishes_to + 1, scale) - 1)
+
+
+def _first_to_reach(limit: jax.Array, scale: jax.Array) -> jax.Array:
+    """The smallest magnitude whose quotient is at a limit of at least 1, as bits; quotients do not fall as it grows."""
+    last_below = jnp.zeros_like(limit)
+    for shift, count in ((20, 1 << 11), (10, 1 << 10), (0, 1 << 10)):
+        candidates = last_below + (jnp.arange(count, dtype=jnp.int32) << shift)
+        is_below = (_bits(divide_by_scale(_float(candidates), scale)) & _MAGNITUDE) < limit
+        last_below = last_below + ((jnp.sum(is_below, dtype=jnp.int32) - 1) << shift)
+    return last_below + 1
 
 
 def _part(flat: jax.Array, start: int) -> jax.Array:
@@ -267,23 +287,30 @@ def amax_of_tallies(tallies: jax.Array) -> jax.Array:
 
 
 def _tally(magnitude: jax.Array, scaled: jax.Array, limits: Edges) -> jax.Array:
-    """Counts of flat magnitudes. Large arrays go in rows, which XLA's CPU backend spreads over its threads."""
+    """Counts of flat magnitudes."""
     if magnitude.size < _WORTH_SPREADING:
-        seen = _seen(magnitude, scaled, limits)
+        seen = _counts_and_max(_marked(magnitude, scaled, limits))
     else:
-        whole = magnitude.size // _ROWS * _ROWS
-        rows = _seen(magnitude[:whole].reshape(_ROWS, -1), scaled[:whole].reshape(_ROWS, -1), limits)
-        rest = _seen(magnitude[whole:], scaled[whole:], limits)
+        whole = magnitude.size // (_STREAMS * _ROWS) * (_STREAMS * _ROWS)
+        apart, scaled_apart = (each[:whole].reshape(_STREAMS, _ROWS, -1) for each in (magnitude, scaled))
+        marked = [_marked(apart[k], scaled_apart[k], limits) for k in range(_STREAMS)]
+        rows = _counts_and_max(functools.reduce(_both, marked))
+        rest = _counts_and_max(_marked(magnitude[whole:], scaled[whole:], limits))
         seen = _counts_and_max(tuple(jnp.append(*parts) for parts in zip(rows, rest, strict=True)))
     nan, overflow_or_nan, zero, vanishing, amax = seen
     size = jnp.full_like(nan, magnitude.size)
     return jnp.stack([size, overflow_or_nan - nan, size - zero - nan, vanishing - zero, nan, amax])
 
 
-def _seen(magnitude: jax.Array, scaled: jax.Array, limits: Edges) -> tuple[jax.Array, ...]:
-    """Over the last axis: NaN, overflow or NaN, zero, what becomes zero, amax; each a single comparison."""
+def _marked(magnitude: jax.Array, scaled: jax.Array, limits: Edges) -> tuple[jax.Array, ...]:
+    """1 for NaN, overflow or NaN, zero, and what becomes zero, each by a single comparison; and the magnitude."""
     flags = (magnitude > _INF, scaled >= limits.overflows_from, magnitude == 0, scaled <= limits.vanishes_to)
-    return _counts_and_max((*(flag.astype(jnp.int32) for flag in flags), magnitude))
+    return (*(flag.astype(jnp.int32) for flag in flags), magnitude)
+
+
+def _both(left: tuple[jax.Array, ...], right: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Counts and largest magnitude of two parts together."""
+    return (*_add_each(left[:-1], right[:-1]), lax.max(left[-1], right[-1]))
 
 
 def _counts_and_max(parts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -291,7 +318,7 @@ def _counts_and_max(parts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return lax.reduce(
         parts,
         (jnp.int32(0),) * len(parts),
-        lambda left, right: (*_add_each(left[:-1], right[:-1]), lax.max(left[-1], right[-1])),
+        _both,
         (parts[0].ndim - 1,),
     )
 

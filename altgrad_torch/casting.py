@@ -18,6 +18,7 @@ from torch import Tensor
 from altgrad_core.errors import InputError
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import check_modes, check_stochastic_bits
+from altgrad_torch.cpu import under_transforms
 from altgrad_torch.kernels import Beyond, Draw, beyond_max, round_float64_to_grid, round_to_grid
 from altgrad_torch.params import FormatParams
 
@@ -311,7 +312,8 @@ def in_chunks(
 def in_one_go(grid: Format | FormatParams, x: Tensor) -> bool:
     """Whether :func:`in_chunks` takes all of ``x`` at once."""
     fused = isinstance(grid, FormatParams) or torch.compiler.is_compiling() or x.device.type != "cpu"
-    return fused or x.numel() <= _CHUNK
+    # Under vmap what is beside x may be of more dimensions than x shows, and would not fit what x has room for.
+    return fused or x.numel() <= _CHUNK or under_transforms()
 
 
 def fill_by_chunks(

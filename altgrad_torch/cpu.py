@@ -53,14 +53,19 @@ def is_plain(tensor: Tensor, kind: str = "cpu") -> bool:
     return type(tensor) in types and tensor.device.type == kind and tensor.layout == torch.strided and _nobody_watches()
 
 
-def _nobody_watches() -> bool:
-    """Whether what is done to a tensor is done to its memory and to nothing else.
+def under_transforms() -> bool:
+    """Whether a transform of ``torch.func`` is on, under which a tensor may have more dimensions than it shows.
 
-    torch tells so in private alone. A version that does not tell is taken for one that watches: slower, not wrong.
+    torch tells so in private alone. A version that does not tell is taken for one in which it is: slower, not wrong.
     """
-    transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: "unknown")
+    innermost = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: "unknown")
+    return innermost() is not None
+
+
+def _nobody_watches() -> bool:
+    """Whether what is done to a tensor is done to its memory and to nothing else; told in private alone, too."""
     modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: -1)
-    return transforms() is None and modes() == 0
+    return not under_transforms() and modes() == 0
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from altgrad_core.formats import Format, Overflow, Rounding
+from altgrad_torch.cpu import under_transforms
 from altgrad_torch.params import FormatParams
 
 _SIGN = -(2**31)
@@ -87,7 +88,8 @@ def round_to_grid(
     """
     if isinstance(format, FormatParams):
         return _round_compiled(x, format, rounding, beyond, draw)
-    if torch.compiler.is_compiling() or not format.is_signed:
+    # Under vmap random bits may be of more dimensions than x shows, and what is made of x would have no room for them.
+    if torch.compiler.is_compiling() or not format.is_signed or under_transforms():
         return _round_compiled(x, FormatParams.from_format(format, device=x.device), rounding, beyond, draw)
     if format.cast_path == "fast" and rounding == "nearest_even":
         return _finish_in_place(_nearest_in_place(x, format), x, format, beyond)

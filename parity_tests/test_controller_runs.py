@@ -27,7 +27,7 @@ _EAGER = {"window": 2, "warmup": 0, "cooldown": 4}
 POLICIES = {
     "off": Policy("off"),
     "literal": Policy("fallback_chain", **_EAGER),
-    "relative": Policy(**_EAGER),
+    "relative": Policy("relative_stall", **_EAGER),
     "by cause": Policy("by_cause", **_EAGER, recover_after=6),
 }
 

@@ -72,6 +72,11 @@ def _fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         ),
         (["--no-recover", "--no-refuse-spikes"], "--no-refuse-spikes has no effect without --recover"),
         (["--scaling", "static", "--no-calibrate"], "--no-calibrate has no effect without --scaling delayed"),
+        (["--scaling", "static", "--no-refuse-spikes"], "without --scaling delayed (or --shift and --policy by_cause)"),
+        (
+            ["--scaling", "static", "--no-refuse-spikes", "--shift", "--policy", "relative_stall"],
+            "--no-refuse-spikes has no effect without --scaling delayed (or --shift and --policy by_cause)",
+        ),
         (["--format", "float32", "--repair-scales"], "--repair-scales has no effect"),
         (["--inject", "nan@3"], "would never happen: the run has steps 0 to 2"),
         (["--steps", "0"], "--steps is 0; expected at least 1"),
@@ -89,9 +94,14 @@ def _fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], 
         (["--context", "0"], "--context is 0; expected at least 1"),
         (["--checkpoint-every", "0"], "--checkpoint-every is 0; expected at least 1"),
         (["--policy", "fallback_chain"], "--policy has no effect without --shift"),
+        (["--policy", "relative_stall"], "--policy has no effect without --shift"),
         (["--policy", "by_case"], "by_cause"),
         (["--per-layer"], "--per-layer has no effect without --shift and a --policy that judges rates"),
-        (["--shift", "--per-layer"], "--per-layer has no effect without --shift and a --policy that judges rates"),
+        (
+            ["--shift", "--per-layer", "--policy", "relative_stall"],
+            "--per-layer has no effect without --shift and a --policy that judges rates",
+        ),
+        (["--shift", "--per-layer", "--policy", "off"], "--per-layer has no effect without --shift and a --policy"),
         (["--recover-after", "50"], "--recover-after has no effect without --shift"),
         (["--shift", "--recover-after", "0"], "--recover-after is 0; expected an integer of at least 1"),
         (["--shift", "--recover-after", "3"], "--recover-after 3 would never happen: the run has 3 steps"),
@@ -164,6 +174,21 @@ def test_study_and_report(monkeypatch, capsys, tmp_path, arguments, expected):
 
 def test_a_study_takes_other_names_of_the_formats_that_shift():
     assert StudyConfig(formats=("float32", "float8_e4m3fn"), scenes=("stress",)).formats[1] == "float8_e4m3fn"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_layer": True},
+        {"scaling": "static", "refuse_spikes": False},
+        {"storage": "committed", "stall_threshold": 0.6},
+        {"policy": "relative_stall"},
+        {"policy": "fallback_chain", "per_layer": True},
+    ],
+    ids=str,
+)
+def test_options_that_have_an_effect_in_a_run_that_shifts(options):
+    assert TrainConfig(shift=True, **options).plan().controller()
 
 
 def test_help_lists_every_option_with_its_text():

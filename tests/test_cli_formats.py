@@ -211,6 +211,14 @@ def test_imports_no_framework(arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "altgrad", "formats", "E7M0"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "E7M0" in done.stdout
+
+
 def test_the_overview_names_every_command(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["altgrad", "--help"])
     with pytest.raises(SystemExit) as stopped:

@@ -89,6 +89,29 @@ def test_steps_that_are_not_finite_are_in_no_window() -> None:
     assert log(controller) == [(4, "shift", "overflow")]
 
 
+SPIKED = replace(HOT, norm=11.0)
+RUNNING_AWAY = replace(HOT, loss=1.5)
+
+
+@pytest.mark.parametrize("fault", [SPIKED, RUNNING_AWAY])
+@pytest.mark.parametrize("can_roll_back", [False, True])
+def test_a_fault_that_passes_is_in_no_window(fault: Observation, can_roll_back: bool) -> None:
+    """One step of 50% in a window of 20 is 2.5%: no reason to leave a format for good."""
+    usual = replace(CALM, norm=1.0)
+    controller = shifting("E4M3", by_cause(window=20), can_roll_back=can_roll_back)
+    feed(controller, [*[usual] * 20, fault, fault, *[usual] * 30, fault, *[usual] * 30])
+    assert not controller.events
+
+
+@pytest.mark.parametrize("fault", [SPIKED, RUNNING_AWAY])
+def test_a_fault_that_stays_is_judged_where_nothing_goes_back(fault: Observation) -> None:
+    usual = replace(CALM, norm=1.0)
+    for can_roll_back, expected in ((False, "shift"), (True, "rollback")):
+        controller = shifting("E4M3", by_cause(window=4), can_roll_back=can_roll_back)
+        feed(controller, [*[usual] * 20, *[fault] * 3])
+        assert [(event.step, event.kind) for event in controller.events] == [(22, expected)]
+
+
 @pytest.mark.parametrize("warmup", [0, 7])
 def test_warm_up(warmup: int) -> None:
     controller = shifting("E4M3", by_cause(warmup=warmup))
@@ -429,7 +452,7 @@ def test_a_return_needs_a_format_that_may_change() -> None:
 
 def test_a_policy_by_name() -> None:
     assert Controller("E4M3", policy="by_cause").policy == Policy("by_cause")
-    assert Controller("E4M3").policy.rule == "relative_stall"
+    assert Controller("E4M3").policy == Policy() == Policy("by_cause")
     with pytest.raises(InputError, match="did you mean fallback_chain"):
         Controller("E4M3", policy="fallback_chian")  # type: ignore[arg-type]
 

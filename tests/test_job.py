@@ -39,7 +39,7 @@ SITES = tuple(site_names(1))
 MARGIN = 0.1
 """Nats between a healed run and an undisturbed one; an untrained model is at 4.2, these end near 3.0."""
 
-EAGER = Policy(window=4, warmup=0, cooldown=20, moving_share=2.0, plateau=10.0)
+EAGER = Policy("relative_stall", window=4, warmup=0, cooldown=20, moving_share=2.0, plateau=10.0)
 """Judges every second window of a committed run."""
 LITERAL = Policy("fallback_chain", window=4, warmup=0, cooldown=20)
 ALWAYS_OVERFLOWING = Policy("by_cause", window=4, warmup=0, overflow_limit=0.0)

@@ -270,6 +270,7 @@ def test_byte_order_and_strides_do_not_matter() -> None:
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
     assert compare(x.astype(">f4"), x).identical
     assert compare(x.T, torch.from_numpy(x).T).identical
+    assert compare(x.T.astype(ml_dtypes.bfloat16), torch.from_numpy(x).bfloat16().T).identical
     assert compare(x[::2, ::-1], np.ascontiguousarray(x[::2, ::-1])).identical
     assert np.array_equal(bits_of(x.T), bits_of(x).T)
 

@@ -192,6 +192,16 @@ def test_by_cause_tells_a_precision_stall_from_one_at_the_maximum() -> None:
     assert told(by_cause(judged(rounding="stochastic", saturation=0.2), POLICY, SHIFTER)) == [("saturation", "E5M2")]
 
 
+def test_by_cause_follows_the_table_where_it_leads_a_stall_further() -> None:
+    stalled = judged("E7M0", rounding="stochastic", stall=0.9)
+    assert told(by_cause(stalled, POLICY, SHIFTER)) == [("stall", "E5M2")]
+    assert told(by_cause(replace(stalled, left_format="E5M2"), POLICY, SHIFTER)) == [("stall", "E6M1")]
+    (call,) = by_cause(replace(stalled, left_format="E6M1"), POLICY, SHIFTER)
+    assert call.kinds == ("exhausted",)
+    others = {name: by_cause(replace(stalled, format=name), POLICY, SHIFTER)[0].format for name in EIGHT}
+    assert others == {name: "E5M2" if name == "E7M0" else with_more_precision(name) for name in EIGHT}
+
+
 def test_by_cause_without_a_shifter_only_rounds() -> None:
     evidence = judged(rounding="nearest_even", overflow=1.0, underflow=1.0, stall=1.0)
     assert told(by_cause(evidence, POLICY, None)) == [("stall", "stochastic")]
@@ -201,6 +211,14 @@ def test_by_cause_without_a_shifter_only_rounds() -> None:
 def test_by_cause_puts_the_gravest_first() -> None:
     evidence = judged(rounding="nearest_even", overflow=1.0, underflow=1.0, stall=1.0)
     assert [call.cause for call in by_cause(evidence, POLICY, SHIFTER)] == ["overflow", "stall", "underflow"]
+
+
+def test_by_cause_takes_what_costs_no_bit_before_a_shift_and_what_acts_before_what_does_not() -> None:
+    both = replace(judged(rounding="stochastic", stall=0.9, underflow=0.5), scales="static")
+    assert told(by_cause(both, POLICY, SHIFTER)) == [("underflow", "delayed"), ("stall", "E3M4")]
+    at_the_end = judged("E7M0", rounding="nearest_even", stall=0.9, saturation=0.3)
+    calls = by_cause(at_the_end, POLICY, SHIFTER)
+    assert [(call.cause, call.kinds) for call in calls] == [("stall", ("rounding",)), ("saturation", ("exhausted",))]
 
 
 def test_by_cause_does_not_go_straight_back() -> None:
@@ -291,7 +309,7 @@ def test_recover_needs_steps_to_wait(after: Any) -> None:
     ("settings", "expected"),
     [
         ({"rule": "by_case"}, "policy is 'by_case'; did you mean by_cause"),
-        ({"rule": 3}, "policy is 3; Known: relative_stall"),
+        ({"rule": 3}, "policy is 3; Known: by_cause, relative_stall"),
         ({"window": 0}, "window is 0; expected an integer of at least 1"),
         ({"cooldown": -1}, "cooldown is -1"),
         ({"warmup": 1.5}, "warmup is 1.5"),
@@ -313,7 +331,7 @@ def test_names() -> None:
         fallback_chain,
         off,
     ]
-    assert rule_of(Policy(by_cause)) is by_cause
+    assert rule_of(Policy()) is rule_of(Policy("by_cause")) is rule_of(Policy(by_cause)) is by_cause
     assert replace(Policy("fallback_chain"), window=3).rule == "fallback_chain"
 
 

@@ -32,7 +32,6 @@ _RUN = {
     "format": "E2M5",
     "storage": "committed",
     "shift": True,
-    "policy": "by_cause",
     "recover_after": 12,
     "inject": ("nan@82:3", "weight@110:nan", "nan@120:7"),
 }
@@ -117,6 +116,7 @@ def _command(monkeypatch, capsys, *arguments: str) -> tuple[object, str]:
 
 
 def test_every_decision_follows_from_the_log(finished, monkeypatch, capsys):
+    assert json.loads((finished / "config.json").read_text())["policy"] == "by_cause", "the default"
     found = replay_run(finished)
     assert found.difference is None
     assert found.steps == _STEPS

@@ -377,3 +377,18 @@ def test_monitor_follows_set_format_and_needs_params() -> None:
     assert rates == [0.0, 1.0]
     with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(update, state)
+
+
+@pytest.mark.parametrize("scale", [0.3, 7.7, 1.0, 2.0**-100, 2.0**100, 1e-30, 3e30])
+@pytest.mark.parametrize("name", ["E7M0", "E4M3", "E0M7", "bf16", "float32", "float8_e8m0fnu"])
+def test_one_scale_for_all_counts_like_one_for_each(name: str, scale: float) -> None:
+    """The first moves the limits, the second divides: on the magnitudes where the limits come to lie, and around."""
+    bits = np.random.default_rng(7).integers(0, 2**31, 2**12, dtype=np.uint32)
+    limits = [0, 1, 2, 0x7F_FFFF, 0x80_0000, 0x7F7F_FFFF, 0x7F80_0000, 0x7FC0_0000]
+    maximum = float(np.float32(parse(name).max_representable_value)) * scale
+    near = np.float32(min(maximum, 3e38)).view(np.uint32) + np.arange(-(2**9), 2**9)
+    x = jnp.asarray(np.concatenate([bits, np.array(limits), near]).astype(np.uint32).view(np.float32))
+    each = jnp.full(x.shape, np.float32(scale))
+    together = cast_counts(x, name, scale=scale).as_integers()
+    assert together == cast_counts(x, name, scale=each).as_integers()
+    assert together["overflow"] > 0

@@ -619,6 +619,22 @@ def test_what_skipping_alone_cannot_do_is_said(on: list[float], said: str) -> No
     assert said in answers(small("E5M2", change=ending(losses)))["Interventions"]
 
 
+def test_a_shift_that_no_fault_called_for_is_said() -> None:
+    def change(run: RunResult, series: dict[str, np.ndarray]) -> RunResult:
+        step = {"E1M6": SPIKE - 1, "E7M0": SPIKE}.get(run.format)
+        if not run.interventions or step is None:
+            return run
+        shift = Event(step, "shift", "underflow", {"from": run.format, "to": "E2M5"})
+        return dataclasses.replace(run, events=(shift, *run.events))
+
+    study = made_up_study(change=change)
+    early = {effect.format: effect.early_shifts for effect in analysis.effects(study) if effect.early_shifts}
+    assert early == {"E1M6": ("underflow",)}
+    said = "E1M6 shifts before the first fault (underflow): what that changes is in these numbers, too."
+    assert said in answers(study)["Interventions"]
+    assert "before the first fault" not in answers(made_up_study())["Interventions"]
+
+
 def test_a_gate_that_opens_for_nothing_is_said() -> None:
     def change(run: RunResult, series: dict[str, np.ndarray]) -> RunResult:
         gates = [Event(step, "gate", "overflow", {"norm": 50.0}) for step in (3, 6)]

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,16 @@ def test_vmap(format: str, rounding: Rounding, axis: int) -> None:
     batched = torch.func.vmap(one, in_dims=(axis, 0, None if rounding != "stochastic" else axis), out_dims=axis)
     expected = ag.quantize(x, format, scale=scale.unsqueeze(1 - axis), **modes)
     assert same(batched(x, scale, modes.get("random_bits")), expected)
+
+
+@one_of_each_path
+def test_vmap_over_random_bits_alone(format: str) -> None:
+    """More of what is beside x than x has room for, in fewer elements than a chunk and in more."""
+    for size in (33, 2**17 + 5):
+        x, bits = torch.randn(size), torch.randint(0, 2**24, (2, size), dtype=torch.int32)
+        one = partial(ag.quantize, x, format, rounding="stochastic")
+        batched = torch.func.vmap(lambda bits, one=one: one(random_bits=bits))(bits)
+        assert same(batched, torch.stack([one(random_bits=each) for each in bits]))
 
 
 # Formats as data

@@ -165,7 +165,7 @@ def _is_torch_tensor(node: object) -> bool:
 def _from_torch(tensor: torch.Tensor) -> Array:
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor: all shards
     torch = sys.modules["torch"]
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = tensor.detach().cpu()
     name = str(tensor.dtype).removeprefix("torch.")
     if not hasattr(ml_dtypes, name):
         return tensor.numpy()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from scipy import special
 
 from altgrad.study.results import RunResult, Scene, StorageRounding, Study
-from altgrad_core.events import EVENT_KINDS
+from altgrad_core.events import EVENT_KINDS, Event
 from altgrad_core.formats import UnknownFormatError
 from altgrad_core.stability import clip_threshold
 
@@ -170,6 +170,7 @@ class Effect:
         idle_gates: open gates behind which nothing was clipped, the norm being below the format's threshold; 0 if the
             study's config does not tell ``base_clip``.
         final_formats: the formats that the runs with interventions ended in, with how many did.
+        early_shifts: why formats shifted before the first fault, in the seeds where they did.
     """
 
     format: str
@@ -182,6 +183,7 @@ class Effect:
     acted: Mapping[str, int]
     idle_gates: int
     final_formats: Mapping[str, int]
+    early_shifts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -429,7 +431,15 @@ def _effect(study: Study, format: str) -> Effect | None:
         acted={kind: counts[kind] for kind in EVENT_KINDS if counts[kind] and kind != "fault"},
         idle_gates=sum(_idle_gates(study, on[seed]) for seed in seeds),
         final_formats=Counter(study.runs[on[seed]].final_format for seed in seeds),
+        early_shifts=tuple(
+            dict.fromkeys(cause for seed in seeds for cause in _early_shifts(study.runs[on[seed]].events))
+        ),
     )
+
+
+def _early_shifts(events: Sequence[Event]) -> Iterator[str]:
+    first = min((event.step for event in events if event.kind == "fault"), default=math.inf)
+    return (event.cause for event in events if event.kind == "shift" and event.step < first)
 
 
 def _idle_gates(study: Study, row: int) -> int:

@@ -389,7 +389,15 @@ def _shifted(group: Sequence[Effect]) -> list[str]:
                 some = "" if count == len(effect.seeds) else f" (in {count} of {len(effect.seeds)} runs)"
                 moved.setdefault(name, []).append(effect.format + some)
     ended = "; ".join(f"{listing(whence)} as {name}" for name, whence in moved.items())
-    return [f"Some end in another format: {ended}."] if ended else []
+    sentences = [f"Some end in another format: {ended}."] if ended else []
+    early = [effect for effect in group if effect.early_shifts]
+    if early:
+        names, ending = listing(effect.format for effect in early), "s" if len(early) == 1 else ""
+        causes = listing(dict.fromkeys(cause for effect in early for cause in effect.early_shifts))
+        sentences.append(
+            f"{names} shift{ending} before the first fault ({causes}): what that changes is in these numbers, too."
+        )
+    return sentences
 
 
 def _clipper(group: Sequence[Effect]) -> list[str]:

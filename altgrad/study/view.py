@@ -89,8 +89,9 @@ _CAVEATS = (
         "stochastically, small updates still move weights on average."
     ),
     (
-        "Interventions come as one: clipping, skipping with rollback, and shifting for the 8-bit formats; skipping "
-        "with rollback for the controls. Which of them did it cannot be told, beyond what the counts show."
+        "Interventions come as one: skipping with rollback, and for the 8-bit formats clipping and a controller that "
+        "may change the format, where scales come from and the learning rate, whether a fault or the format itself "
+        "calls for it. Which of them did it cannot be told, beyond what the counts show."
     ),
     "Decisions are made on the host from metrics that are read while the next step runs, so they land one step late.",
     "Where a format fails is read off rates and costs; it is not an ablation.",

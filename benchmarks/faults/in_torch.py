@@ -179,6 +179,7 @@ def train(case: Case, corpus: Corpus, size: Size) -> Outcome:
             "norm": float(norm),
             "stall_rate": detector.stall_rate,
             "saturation_rate": float(detector.counts.saturation_rate),
+            "overflow_rate": float(rate),
         }
         if case.on:
             carry_out(controller.observe_late(step, lambda seen=seen: seen))
