@@ -14,11 +14,12 @@ _INTERRUPTED = 130
 _USAGE = 2
 _DIFFERS = 1
 _MOST_DEVICES = 16
-_TRAIN, _REPORT, _CLI = "train", "report", "cli"
+_TRAIN, _REPORT, _CLI, _TORCH = "train", "report", "cli", "torch"
 _EXTRAS = (
     dict.fromkeys(("flax", "orbax", "tensorstore", "jax", "optax"), _TRAIN)
     | dict.fromkeys(("plotly", "jinja2", "scipy"), _REPORT)
     | dict.fromkeys(("tyro", "rich", "ml_dtypes"), _CLI)
+    | {"torch": _TORCH}
 )
 _TRAINING = ("train", "replay", "study", "report")
 _DESCRIPTION = "Train in any 8-bit floating-point format, and see why a format fails."
@@ -39,6 +40,7 @@ _COMMANDS = {
     "replay": _Command("altgrad.replay", "ReplayConfig", "replay", "decide again from a run's log, and compare"),
     "study": _Command("altgrad.study.cli", "StudyConfig", "study", "train in many formats and write a report"),
     "report": _Command("altgrad.study.cli", "ReportConfig", "report", "write a study's report again"),
+    "parity": _Command("altgrad.parity.cli", "ParityConfig", "parity", "run two trainings side by side, bit for bit"),
     "formats": _Command("altgrad.show.cli", "FormatsConfig", "formats", "list the formats, or tell all about one"),
     "explain": _Command("altgrad.show.cli", "ExplainConfig", "explain", "show what a cast makes of a value, and why"),
     "vectors": _Command("altgrad.show.cli", "VectorsConfig", "vectors", "write golden vectors to test any cast with"),
@@ -95,6 +97,8 @@ def _overview() -> str:
 
 def _share_out_the_cores() -> None:
     """Make a CPU look like one device per core, so that a fleet's runs go side by side. Before jax is imported."""
+    if sys.argv[1:2] == ["parity"]:
+        return  # the user's own runs, on the devices that they have elsewhere
     flag = "--xla_force_host_platform_device_count"
     flags = os.environ.get("XLA_FLAGS", "")
     if flag not in flags:

@@ -1,0 +1,137 @@
+"""Comparisons and lockstep runs, printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from altgrad.parity.environment import Environment
+from altgrad.parity.records import Comparison, TensorRecord
+from altgrad.parity.runs import Difference, Lockstep, Run
+
+_MOST_ROWS = 40
+
+
+def comparison_table(found: Comparison) -> RenderableType:
+    """A row for each tensor, those that differ first if there are too many for all."""
+    shown = _most_telling(found.tensors)
+    table = _table("tensor", "dtype", "shape", "differing", "ulps", "first difference")
+    for tensor in shown:
+        table.add_row(*_cells(tensor, found.labels), style="" if tensor.identical else "bold")
+    parts: list[RenderableType] = [table]
+    if len(shown) < len(found.tensors):
+        parts.append(Text(f"and {len(found.tensors) - len(shown)} more", style="dim"))
+    if found.cause is not None:
+        parts.append(Text(f"cause: {found.cause.told(found.labels)}"))
+    return Group(*parts)
+
+
+def lockstep_report(found: Lockstep) -> RenderableType:
+    """The verdict first, then every run, the first difference, and where it ran."""
+    style = "bold green" if found.passed else "bold red"
+    parts: list[RenderableType] = [Text(_verdict(found), style=style), Text(), _runs(found)]
+    if found.first_difference is not None:
+        parts += [_titled("First difference"), _difference(found.first_difference, found.decisive.labels)]
+    return Group(*parts, _titled("Environment"), _environment(found.environment))
+
+
+def print_lockstep(found: Lockstep, console: Console) -> None:
+    """Print a lockstep's report."""
+    console.print(lockstep_report(found), highlight=False)
+
+
+def _verdict(found: Lockstep) -> str:
+    one, other = found.decisive.labels
+    first = found.first_difference
+    if found.run is None:
+        return f"{one} does not repeat itself, so nothing was compared: does its make build everything anew?"
+    if first is not None:
+        return f"{one} and {other} part at step {first.step}, in {first.tensor.name}: {first.cause.name}"
+    if found.identical_steps == found.steps:
+        but_for = f"but for {' and '.join(found.run.ignored)}" if found.run.ignored else "every bit"
+        return f"{one} and {other} are identical in {_steps(found.steps)}, {but_for}"
+    return f"{one} and {other} are within tolerance in {_steps(found.steps)}, {found.identical_steps} of them identical"
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count != 1)}"
+
+
+def _runs(found: Lockstep) -> Table:
+    table = _table("run", "steps", "identical", "most ulps", "")
+    for run in (*found.repeats, *([found.run] if found.run else [])):
+        counts = (f"{run.steps:,}", f"{run.identical_steps:,}", f"{run.largest_ulps:,}")
+        table.add_row(" against ".join(run.labels), *counts, _mark(run))
+    return table
+
+
+def _mark(run: Run) -> Text:
+    if not run.passed:
+        return Text("differs", style="bold red")
+    return Text("identical" if run.identical_steps == run.steps else "within tolerance", style="green")
+
+
+def _difference(first: Difference, labels: tuple[str, str]) -> Table:
+    tensor = first.tensor
+    grid = _grid()
+    grid.add_row("where", f"step {first.step}, {tensor.name}")
+    if tensor.first is None:
+        grid.add_row("what", tensor.told(labels))
+    else:
+        ulps = "" if tensor.largest_ulps is None else f", by up to {tensor.largest_ulps:,} ulps"
+        grid.add_row("what", f"{tensor.differing:,} of {tensor.elements:,} {tensor.dtypes[0]} elements{ulps}")
+        kinds = ", ".join(f"{count:,} by {kind}" for kind, count in tensor.kinds.items())
+        grid.add_row("kinds", kinds)
+        grid.add_row("first", str(tensor.first))
+    grid.add_row("cause", first.cause.told(labels))
+    return grid
+
+
+def _environment(here: Environment) -> Table:
+    grid = _grid()
+    grid.add_row("versions", ", ".join([f"Python {here.python}", *(" ".join(pair) for pair in here.versions.items())]))
+    grid.add_row("machine", f"{here.system}, {here.processor}, {here.cores} cores")
+    grid.add_row("instructions", ", ".join(here.instruction_sets) or "unknown")
+    grid.add_row("threads", ", ".join(f"{name} {count}" for name, count in here.threads.items()) or "unknown")
+    grid.add_row("settings", ", ".join(f"{name}={value}" for name, value in here.settings.items()) or "none")
+    return grid
+
+
+def _most_telling(tensors: Sequence[TensorRecord]) -> Sequence[TensorRecord]:
+    if len(tensors) <= _MOST_ROWS:
+        return tensors
+    return sorted(tensors, key=lambda tensor: tensor.identical)[:_MOST_ROWS]
+
+
+def _cells(tensor: TensorRecord, labels: tuple[str, str]) -> tuple[str, ...]:
+    name = tensor.name or "(the tensor)"
+    dtype = " / ".join(dict.fromkeys(each or "-" for each in tensor.dtypes))
+    shape = " / ".join(dict.fromkeys("-" if each is None else str(list(each)) for each in tensor.shapes))
+    if tensor.problem is not None:
+        return name, dtype, shape, "", "", tensor.told(labels)
+    ulps = "" if tensor.largest_ulps is None else f"{tensor.largest_ulps:,}"
+    first = "" if tensor.first is None else str(tensor.first)
+    return name, dtype, shape, f"{tensor.differing:,} of {tensor.elements:,}", ulps, first
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+    for name in columns:
+        is_number = name in ("differing", "ulps", "steps", "identical", "most ulps")
+        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+    return table
+
+
+def _grid() -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    return grid
+
+
+def _titled(title: str) -> Text:
+    return Text(f"\n{title}", style="bold")

@@ -1,0 +1,150 @@
+"""``altgrad parity`` and what is printed: the verdict, the exit code, the file, and what a user gets wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from altgrad.cli import main
+from altgrad.parity import compare, lockstep
+from altgrad.parity.show import comparison_table, lockstep_report
+
+ROOT = Path(__file__).resolve().parents[1]
+PAIR = """
+import jax, jax.numpy as jnp, numpy as np, torch
+from altgrad.parity import made_by
+
+start, rate = np.random.default_rng(0).normal(size=64).astype(np.float32), np.float32(-0.1)
+
+def jax_side():
+    update = jax.jit(lambda w: w + w * rate)
+    return jnp.asarray(start), lambda w, k: (update(w), {"w": made_by(update(w), "multiply_add", x=w, y=rate, z=w)})
+
+def torch_side():
+    return torch.from_numpy(start), lambda w, k: (w + w * -0.1, {"w": w + w * -0.1})
+
+def torch_fused():
+    rates = torch.full((64,), -0.1)
+    step = lambda w: torch.addcmul(w, w, rates)
+    return torch.from_numpy(start), lambda w, k: (step(w), {"w": step(w)})
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a user's pair lies."""
+    (tmp_path / "a_pair.py").write_text(PAIR)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.setenv("COLUMNS", "160")
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    """The command's exit code, or what it says instead."""
+    monkeypatch.setattr(sys, "argv", ["altgrad", "parity", *arguments])
+    try:
+        main()
+    except SystemExit as stopped:
+        return stopped.code
+    finally:
+        sys.modules.pop("a_pair", None)
+    return 0
+
+
+def test_a_pair_that_parts(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sides = ("--jax", "a_pair:jax_side", "--torch", "a_pair:torch_side")
+    assert run(monkeypatch, *sides, "--steps", "9", "--json", "found.json") == 1
+    said = capsys.readouterr().out
+    assert said.startswith("jax and torch part at step 0, in w: fused multiply-add")
+    assert "jax rounded once; torch rounded twice" in said
+    assert "jax against jax again" in said
+    found = json.loads((folder / "found.json").read_text())
+    assert (found["steps"], found["identical_steps"], found["passed"]) == (1, 0, False)
+    assert found["first_difference"]["cause"] == "fused multiply-add"
+
+
+def test_a_pair_that_stays_together(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sides = ("--jax", "a_pair:jax_side", "--torch", "a_pair:torch_fused")
+    assert run(monkeypatch, *sides, "--steps", "9") == 0
+    assert capsys.readouterr().out.startswith("jax and torch are identical in 9 steps, every bit")
+    near = ("--jax", "a_pair:jax_side", "--torch", "a_pair:torch_side")
+    assert run(monkeypatch, *near, "--steps", "9", "--tolerance-ulps", "99", "--repeat-steps", "0") == 0
+    assert capsys.readouterr().out.startswith("jax and torch are within tolerance in 9 steps, ")
+    assert run(monkeypatch, *near, "--steps", "9", "--tolerances", "w", "99", "--repeat-steps", "0") == 0
+    capsys.readouterr()
+    assert run(monkeypatch, *sides, "--steps", "2", "--ignore", "nan payload", "signed zero") == 0
+    assert "identical in 2 steps, but for nan payload and signed zero" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "--jax is missing; expected both sides, --jax package.module:make --torch package.module:make"),
+        (["--jax", "a_pair:jax_side"], "--torch is missing; expected both sides"),
+        (["--jax", "a_pair", "--torch", "a_pair:x"], "--jax is 'a_pair'; expected a module and a function of it"),
+        (["--jax", "a_pear:x", "--torch", "a_pair:x"], "there is no module 'a_pear'"),
+        (["--jax", "a_pair.x:x", "--torch", "a_pair:x"], "there is no module 'a_pair.x'"),
+        (["--jax", "a_pair:jax_sid", "--torch", "a_pair:x"], "no function 'jax_sid'; did you mean 'jax_side'?"),
+        (["--jax", "a_pair:jax_side", "--torch", "a_pair:torch_side", "--steps", "0"], "steps is 0"),
+        (["--jax", "a_pair:jax_side", "--torch", "a_pair:torch_side", "--tolerances", "ww", "1"], "the nearest is 'w'"),
+        (["--jax", "a:b", "--torch", "a:b", "--json", "no/such/file"], "expected a file in a folder that exists"),
+        (["--jax", "a_pair:start", "--torch", "a_pair:x"], "has no function 'start'"),
+    ],
+)
+def test_bad_input_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    code = run(monkeypatch, *arguments)
+    assert code not in (0, None)
+    said = capsys.readouterr()
+    message = f"{code} {said.out} {said.err}"
+    assert "Traceback" not in message
+    assert expected in " ".join(message.replace("│", " ").split())
+
+
+def test_a_missing_framework_is_named(folder: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; from altgrad.cli import main;"
+        "sys.argv = ['altgrad', 'parity', '--jax', 'a_pair:jax_side', '--torch', 'a_pair:torch_side']; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"],
+        cwd=folder, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "torch is not installed; this command needs the extra altgrad[torch]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def printed(part: object) -> str:
+    console = Console(width=160, file=StringIO())
+    console.print(part)
+    return console.file.getvalue()
+
+
+def test_the_table_of_a_comparison() -> None:
+    a = {"same": np.ones(2), "w": np.float32([[1, 2]]), "gone": np.ones(1), "half": np.ones(2, np.float16)}
+    b = {"same": np.ones(2), "w": np.float32([[1, -2]]), "half": np.ones(2, np.float32)}
+    said = printed(comparison_table(compare(a, b, labels=("jax", "torch"))))
+    assert "at [0, 1] 2 (0x40000000) against -2 (0xc0000000)" in said
+    assert "is missing in torch" in said
+    assert "float16 / float32" in said
+    assert "cause: unknown" in said
+    many = {f"w{k}": np.float32(k) for k in range(100)}
+    said = printed(comparison_table(compare(many, many | {"w99": np.float32(0)})))
+    assert "w99" in said  # those that differ come first
+    assert "and 60 more" in said
+
+
+def test_the_report_of_a_side_that_does_not_repeat_itself() -> None:
+    count = iter(range(99))
+    found = lockstep(*[lambda: (0, lambda state, k: (0, {"w": next(count)}))] * 2, steps=2, labels=("jax", "torch"))
+    assert "jax does not repeat itself, so nothing was compared" in printed(lockstep_report(found))
