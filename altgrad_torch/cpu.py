@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 15
-"""Elements that are brought to float64 at a time: 256 KiB of it. torch, too, shares nothing out up to this size."""
+"""Elements that are widened at a time, and more than squares are added up in a row before a tensor's pieces are. torch,
+too, shares nothing out up to this size."""
 
 CHUNK_OF_ONE_THREAD = 1 << 17
 """Elements that torch's own operations are best given at a time, one operation after another, if none is shared out."""
@@ -32,9 +33,9 @@ _ROW = 1 << 12
 _PIECE = 1 << 20
 """Elements that a thread takes at a time, of contiguous tensors. Less than two of them are not worth a thread."""
 
-_COUNTED = 1 << 17
-"""Elements that are counted at a time where they lie: 1.2 MB with what is made of them. Fewer would fit a nearer cache,
-but after each operation a thread has to get Python's lock back from the others."""
+_COUNTED, _SQUARED = 1 << 17, 1 << 18
+"""Elements that are counted at a time where they lie, or brought to float64: 1.2 and 2 MB with what is made of them.
+Fewer would fit a nearer cache, but after each operation a thread has to get Python's lock back from the others."""
 
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _INF = np.uint32(0x7F800000)
@@ -194,15 +195,16 @@ def _numbered_sum_of_squares(numbered: tuple[int, Tensor]) -> tuple[int, float]:
 
 def _sum_of_squares(piece: Tensor) -> float:
     array = _as_array(piece)
-    chunk = np.empty((CHUNK // _ROW, _ROW))
-    line, whole = chunk.reshape(-1), array.size // CHUNK
+    size = min(_SQUARED, max(1, -(-array.size // _ROW)) * _ROW)
+    chunk = np.empty((size // _ROW, _ROW))
+    line, whole = chunk.reshape(-1), array.size // size
     sums = np.zeros((whole + 1, len(chunk)))
-    for values, into in zip(array[: whole * CHUNK].reshape(whole, CHUNK), sums, strict=False):
+    for values, into in zip(array[: whole * size].reshape(whole, size), sums, strict=False):
         np.copyto(line, values)
         np.vecdot(chunk, chunk, into)
-    rest = array.size - whole * CHUNK
+    rest = array.size - whole * size
     rows = -(-rest // _ROW)
-    line[:rest], line[rest : rows * _ROW] = array[whole * CHUNK :], 0
+    line[:rest], line[rest : rows * _ROW] = array[whole * size :], 0
     np.vecdot(chunk[:rows], chunk[:rows], sums[whole, :rows])
     return float(sums.sum())
 
