@@ -17,13 +17,13 @@ from torch import Tensor
 
 import altgrad_torch
 from altgrad_core.formats import EIGHT
-from altgrad_jax import CodeParams, FormatParams, decode, encode, hash_bits, observe, quantize, quantize_blocks
-from altgrad_jax.casting import cast
+from altgrad_jax import CodeParams, FormatParams, decode, encode, observe
 from altgrad_jax.clipping import partition_relative_clip
 from altgrad_jax.norms import global_norm
+from benchmarks.casting import cast_contestants
 from benchmarks.clipping import Stepped, gpt2_shapes
 from benchmarks.page import write_page
-from benchmarks.timing import Comparison, Donated, side_by_side
+from benchmarks.timing import Comparison, side_by_side
 
 _SIZE, _LABEL = 2**28, "2^28 elements"
 _ROUNDS = 15
@@ -57,20 +57,7 @@ def comparisons() -> Iterator[Comparison]:
 
 
 def _casts() -> Comparison:
-    x = jax.random.normal(jax.random.key(0), (_SIZE,))
-    contestants: dict[str, Callable[[], object]] = {"x * c": Donated(lambda x, c: x * c, x, jnp.float32(1))}
-    for name in EIGHT:
-        contestants[name] = Donated(cast, x, FormatParams.from_format(name, overflow="saturate"))
-    contestants["bf16, wide path"] = Donated(cast, x, FormatParams.from_format("bf16"))
-    contestants["E5M2, integer path"] = Donated(cast, x, FormatParams.from_format("E5M2", path="integer"))
-    contestants["E4M3, stochastic by hash"] = Donated(
-        lambda x, params, step: quantize(x, params, random_bits=hash_bits(x.shape, 0, step)),
-        x,
-        FormatParams.from_format("E4M3", rounding="stochastic"),
-        jnp.uint32(1),
-    )
-    contestants["E4M3 in blocks of 32"] = Donated(lambda x: quantize_blocks(x, "E4M3"), x)
-    contestants["astype(float8_e5m2)"] = Donated(lambda x: x.astype(jnp.float8_e5m2).astype(jnp.float32), x)
+    contestants = cast_contestants(jax.random.normal(jax.random.key(0), (_SIZE,)))
     ours = [name for name in contestants if name not in ("x * c", "astype(float8_e5m2)")]
     wanted = dict.fromkeys(ours, _COPY)
     return Comparison(f"JAX: casts, {_LABEL}, donated", "x * c", side_by_side(contestants, _ROUNDS), wanted)
