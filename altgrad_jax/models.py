@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from altgrad_core.errors import InputError
-from altgrad_jax.nn import LHS, RHS, Grid, Record, dot_general_on
+from altgrad_jax.nn.products import LHS, RHS, Grid, Record, dot_general_on
 
 SITES_PER_BLOCK = 6
 _NORM_EPSILON = 1e-5

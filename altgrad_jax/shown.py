@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from altgrad_jax.nn import GRADIENT
+from altgrad_jax.nn.products import GRADIENT
 
 _WORST = {"worst_overflow": "overflow_rate", "worst_underflow": "underflow_rate", "worst_stall": "stall_rate"}
 

@@ -24,7 +24,7 @@ from altgrad_core.settings import SPIKE_FACTOR
 from altgrad_jax.clipping import clip_by_global_norm, partition_relative_clip
 from altgrad_jax.control import set_format
 from altgrad_jax.models import GPT, Casts, GPTConfig, next_token_loss
-from altgrad_jax.nn import GRADIENT, RHS, Grid, Record, empty_record, read_record
+from altgrad_jax.nn.products import GRADIENT, RHS, Grid, Record, empty_record, read_record
 from altgrad_jax.norms import global_norm
 from altgrad_jax.params import FormatParams
 from altgrad_jax.recovery import all_finite, commit, reset_moments, select_if_finite

@@ -19,7 +19,7 @@ import optax
 from altgrad_jax import SnapshotKeeper
 from altgrad_jax.data import load_corpus
 from altgrad_jax.models import GPTConfig
-from altgrad_jax.nn import GRADIENT, empty_record, read_record
+from altgrad_jax.nn.products import GRADIENT, empty_record, read_record
 from altgrad_jax.scaling import push_amax
 from altgrad_jax.schedules import Schedule
 from altgrad_jax.state import Fault, Params, RunSpec, StepMetrics, TrainState

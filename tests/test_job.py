@@ -26,7 +26,7 @@ from altgrad_jax.faults import check_faults
 from altgrad_jax.fleet import Fleet
 from altgrad_jax.job import Job, RunPlan, StepReport
 from altgrad_jax.models import GPTConfig, site_names
-from altgrad_jax.nn import GRADIENT
+from altgrad_jax.nn.products import GRADIENT
 from altgrad_jax.schedules import Schedule
 from altgrad_jax.shown import Shown
 from altgrad_jax.state import RunSpec, TrainState

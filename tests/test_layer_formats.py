@@ -23,7 +23,7 @@ from altgrad_jax import (
     set_format,
     stall_monitor,
 )
-from altgrad_jax.nn import Grid
+from altgrad_jax.nn.products import Grid
 
 FORMATS = ("E0M7", "E4M3", "E5M2", "E7M0")
 WEIGHTS = {f"w{k}": jnp.asarray(np.random.default_rng(k).standard_normal(40) * 10.0**k, jnp.float32) for k in range(4)}

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from altgrad_jax import FormatParams, quantize
-from altgrad_jax.nn import GRADIENT, LHS, RHS, empty_record, quantized_dot_general, read_record
+from altgrad_jax.nn.products import GRADIENT, LHS, RHS, empty_record, quantized_dot_general, read_record
 from altgrad_jax.statistics import CastCounts, amax_of_tallies
 
 _MATMUL = (((1,), (0,)), ((), ()))

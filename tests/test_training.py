@@ -20,7 +20,7 @@ from altgrad_jax.control import get_format
 from altgrad_jax.data import load_corpus
 from altgrad_jax.mapped import RUNS, steps_of
 from altgrad_jax.models import GPTConfig
-from altgrad_jax.nn import GRADIENT, LHS, RHS
+from altgrad_jax.nn.products import GRADIENT, LHS, RHS
 from altgrad_jax.schedules import Schedule
 from altgrad_jax.state import Fault, Recoverable, RunSpec, StepMetrics, TrainState
 from altgrad_jax.training import OptimizerConfig, Program

@@ -1,0 +1,3 @@
+"""Products of Flax layers with their operands, and the gradients that flow back, cast to a format."""
+
+from altgrad_jax.nn.products import quantized_dot_general as quantized_dot_general
