@@ -21,7 +21,7 @@ def group_by_pattern(paths: Sequence[str], patterns: Sequence[str]) -> Mapping[s
     >>> dict(group_by_pattern(["attn/q", "mlp/up"], ["attn/.*", ".*"]))
     {'attn/.*': (0,), '.*': (1,)}
     """
-    compiled = {pattern: _compiled(pattern) for pattern in patterns}
+    compiled = {pattern: compiled_pattern(pattern) for pattern in patterns}
     groups: dict[str, list[int]] = {pattern: [] for pattern in patterns}
     for position, path in enumerate(paths):
         first = next((pattern for pattern, found in compiled.items() if found.fullmatch(path)), None)
@@ -34,7 +34,12 @@ def group_by_pattern(paths: Sequence[str], patterns: Sequence[str]) -> Mapping[s
     return {pattern: tuple(positions) for pattern, positions in groups.items()}
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def compiled_pattern(pattern: str) -> re.Pattern[str]:
+    """A pattern, compiled (``re`` keeps it).
+
+    Raises:
+        InputError: for one that is no regular expression.
+    """
     try:
         return re.compile(pattern)
     except (re.error, TypeError) as error:

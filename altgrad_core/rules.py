@@ -1,0 +1,268 @@
+"""Which layers of a model compute in which formats: rules by path, in both frameworks; the first full match counts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Final, Generic, Literal, TypeVar
+
+from altgrad_core.errors import InputError, check_choice
+from altgrad_core.formats import OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding, parse
+from altgrad_core.patterns import compiled_pattern
+from altgrad_core.scaling import Granularity, PerBlock, parse_granularity
+
+Operand = Literal["activations", "weights", "gradients"]
+"""What a layer casts: what comes in, what it holds, and what flows back into its output."""
+
+OPERANDS: tuple[Operand, ...] = ("activations", "weights", "gradients")
+
+Accumulate = Literal["native", "exact"]
+"""How products are summed: as the framework does it, or exactly and rounded once, see :mod:`altgrad_core.exact`."""
+
+ACCUMULATES: tuple[Accumulate, ...] = ("native", "exact")
+
+DEFAULT_WINDOW = 16
+"""Steps of amax history by which a layer scales unless asked otherwise."""
+
+Option = TypeVar("Option")
+
+
+class _Same(Enum):
+    SAME = "same"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+SAME: Final = _Same.SAME
+"""In the place of a format: that of the operand before."""
+
+
+@dataclass(frozen=True)
+class Each(Generic[Option]):
+    """An option with a value for each operand, where a plain value would stand for all three.
+
+    >>> Rule(".*", "E4M3", rounding=Each("nearest_even", "nearest_even", "stochastic")).spec.gradients.rounding
+    'stochastic'
+    """
+
+    activations: Option
+    weights: Option
+    gradients: Option
+
+
+@dataclass(frozen=True)
+class CastSpec:
+    """How one operand of a layer is cast.
+
+    Attributes:
+        format: the format.
+        scaling: where its scales come from, an object of the framework's ``scaling`` module; None for delayed scales,
+            or, of blocks, the current ones.
+        granularity: which elements share a scale; ``channel`` is still a name here, since which axis that is depends
+            on operand and layer.
+        rounding: how it rounds.
+        overflow: what overflow becomes.
+    """
+
+    format: Format
+    scaling: object | None
+    granularity: Granularity | Literal["channel"]
+    rounding: Rounding
+    overflow: Overflow
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How a layer computes: a cast for each operand, None for those that are left as they are.
+
+    Attributes:
+        activations: the cast of what comes in.
+        weights: the cast of what the layer holds.
+        gradients: the cast of what flows back into the layer's output, before it meets the other two.
+        accumulate: how products are summed.
+    """
+
+    activations: CastSpec | None
+    weights: CastSpec | None
+    gradients: CastSpec | None
+    accumulate: Accumulate
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the layers compute whose whole path matches a pattern.
+
+    ``Rule("lm_head", None)`` leaves a layer as it is. What no rule matches is left as it is, too.
+
+    Args:
+        layers: a regular expression for the path of a layer, such as ``blocks/.*/attn``. Paths of torch, which have
+            dots, are also tried with slashes instead, so that one list of rules serves both frameworks.
+        weights: format of the weights; None leaves them as they are.
+        activations: format of what comes in; that of the weights unless given.
+        gradients: format of what flows back; that of the activations unless given.
+        scaling: where scales come from: ``Static``, ``Current`` or ``Delayed`` of the framework; by default delayed by
+            an amax history of 16 steps, for blocks current.
+        granularity: which elements share a scale: ``tensor``, ``channel`` (outputs of weights, features of the
+            others), ``block32`` and the like (along the axis that is summed over).
+        rounding: see :data:`altgrad_core.formats.Rounding`.
+        overflow: see :data:`altgrad_core.formats.Overflow`; by default finite values saturate and infinities stay.
+        accumulate: see :data:`Accumulate`.
+
+    The four options before the last take an :class:`Each`, too, with a value for each operand.
+
+    Raises:
+        InputError: for a pattern that is none, an unknown format, granularity or mode.
+
+    >>> rule = Rule("attn/.*", weights="E4M3", gradients="E5M2")
+    >>> [str(getattr(rule.spec, operand).format) for operand in OPERANDS]
+    ['E4M3', 'E4M3', 'E5M2']
+    >>> Rule("lm_head", None).spec is None
+    True
+    """
+
+    layers: str
+    weights: str | Format | None
+    activations: str | Format | Literal[_Same.SAME] | None = SAME
+    gradients: str | Format | Literal[_Same.SAME] | None = SAME
+    scaling: object | Each[object] | None = None
+    granularity: str | Granularity | Each[str | Granularity] = "tensor"
+    rounding: Rounding | Each[Rounding] = "nearest_even"
+    overflow: Overflow | Each[Overflow] = "saturate_finite"
+    accumulate: Accumulate = "native"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        compiled_pattern(self.layers)
+        check_choice("way to accumulate", self.accumulate, ACCUMULATES)
+        if self.spec is None:
+            changed = [each.name for each in fields(self)[4:] if getattr(self, each.name) != each.default]
+            if changed:
+                raise InputError(
+                    f"the rule {self.layers!r} casts nothing, so {changed[0]}={getattr(self, changed[0])!r} would have "
+                    "no effect; expected a format, or none of the options"
+                )
+
+    @property
+    def spec(self) -> LayerSpec | None:
+        """How the layers of this rule compute; None if as they did."""
+        weights = None if self.weights is None else parse(self.weights)
+        activations = weights if self.activations is SAME else _parsed(self.activations)
+        gradients = activations if self.gradients is SAME else _parsed(self.gradients)
+        if weights is None and activations is None and gradients is None:
+            return None
+        return LayerSpec(
+            activations=self._cast("activations", activations),
+            weights=self._cast("weights", weights),
+            gradients=self._cast("gradients", gradients),
+            accumulate=self.accumulate,
+        )
+
+    def _cast(self, operand: Operand, format: Format | None) -> CastSpec | None:
+        if format is None:
+            return None
+        rounding, overflow = _of(self.rounding, operand), _of(self.overflow, operand)
+        check_choice("rounding", rounding, ROUNDINGS)
+        check_choice("overflow policy", overflow, OVERFLOWS)
+        granularity = _of(self.granularity, operand)
+        resolved = "channel" if granularity == "channel" else parse_granularity(granularity)
+        return CastSpec(format, _of(self.scaling, operand), resolved, rounding, overflow)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What a list of rules means for the layers of a model.
+
+    Attributes:
+        rules: the rule of each layer's path; None where none matched.
+        unused: rules that decide about no layer.
+    """
+
+    rules: Mapping[str, Rule | None]
+    unused: tuple[Rule, ...]
+
+    def spec(self, path: str) -> LayerSpec | None:
+        """How the layer at a path computes; None if as it did."""
+        rule = self.rules[path]
+        return None if rule is None else rule.spec
+
+
+def match_rules(paths: Sequence[str], rules: Sequence[Rule]) -> Matches:
+    """The rule of each layer: the first whose pattern matches its whole path.
+
+    Args:
+        paths: of the layers that can be cast, such as ``blocks/0/attn`` or ``blocks.0.attn``.
+        rules: in their order.
+
+    Raises:
+        InputError: for something that is no rule.
+
+    >>> found = match_rules(["attn/q", "lm_head"], [Rule("lm_head", None), Rule(".*", "E4M3"), Rule("mlp", "E5M2")])
+    >>> found.spec("lm_head"), str(found.spec("attn/q").weights.format), [rule.layers for rule in found.unused]
+    (None, 'E4M3', ['mlp'])
+    """
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise InputError(f"{rule!r} is no rule; expected a Rule, such as Rule('.*', weights='E4M3')")
+    chosen = {path: next((rule for rule in rules if _decides(rule, path)), None) for path in paths}
+    used = {id(rule) for rule in chosen.values()}
+    return Matches(chosen, tuple(rule for rule in rules if id(rule) not in used))
+
+
+def describe_unused(matches: Matches, others: Mapping[str, str]) -> list[str]:
+    """For each rule that decides about no layer, why: what a report or a warning says of it.
+
+    Args:
+        matches: from :func:`match_rules`.
+        others: paths of parts of the model that cannot be cast, with what they are.
+
+    >>> found = match_rules(["attn"], [Rule("norm", "E4M3"), Rule("atn", "E4M3"), Rule(".*", None), Rule("attn", None)])
+    >>> for line in describe_unused(found, {"norm": "LayerNorm"}):
+    ...     print(line)
+    the rule 'norm' matches norm, a LayerNorm, which has nothing to cast
+    the rule 'atn' matches no layer; the layers are attn
+    the rule 'attn' matches only layers that earlier rules decide about: attn
+    """
+    return [_why_unused(rule, matches, others) for rule in matches.unused]
+
+
+def _why_unused(rule: Rule, matches: Matches, others: Mapping[str, str]) -> str:
+    taken = [path for path in matches.rules if _decides(rule, path)]
+    if taken:
+        return f"the rule {rule.layers!r} matches only layers that earlier rules decide about: {_listed(taken)}"
+    other = next((path for path in others if _decides(rule, path)), None)
+    if other is not None:
+        return f"the rule {rule.layers!r} matches {other}, a {others[other]}, which has nothing to cast"
+    return f"the rule {rule.layers!r} matches no layer; the layers are {_listed(list(matches.rules)) or 'none'}"
+
+
+def _decides(rule: Rule, path: str) -> bool:
+    pattern: re.Pattern[str] = compiled_pattern(rule.layers)
+    return any(pattern.fullmatch(each) for each in (path, path.replace(".", "/")))
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(paths[:6]) + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
+
+
+def _parsed(format: str | Format | None) -> Format | None:
+    return None if format is None else parse(format)
+
+
+def _of(option: Option | Each[Option], operand: Operand) -> Option:
+    return getattr(option, operand) if isinstance(option, Each) else option
+
+
+def check_block_scaling(spec: CastSpec, is_current: bool) -> None:
+    """Refuse scales of blocks that come from anything but the tensor itself: a history would have one for each block.
+
+    Raises:
+        InputError: naming the granularity.
+    """
+    if isinstance(spec.granularity, PerBlock) and spec.scaling is not None and not is_current:
+        raise InputError(
+            f"scaling={spec.scaling!r} cannot serve blocks of {spec.granularity.size}: there would be a history for "
+            "each; expected Current(), or none"
+        )
