@@ -104,3 +104,22 @@ def test_shapes_that_do_not_match_are_named() -> None:
         altgrad_torch.nn.exact_product(torch.ones(2, 3, 4), torch.ones(3, 4, 5))
     with pytest.raises(ValueError, match="the operands have shapes"):
         altgrad_jax.nn.exact_product(jnp.ones((2, 3)), jnp.ones((4, 2)), MATMUL)
+
+
+def test_gradients_of_gradients() -> None:
+    """Of the sum of squares of a product, which no float64 dot of these operands holds."""
+    a, b = mixed("E7M0", (6, 8, 4), 5)
+    a, b = a * np.float32(2.0**-40), b * np.float32(2.0**-40)
+
+    def of_jax(a: jax.Array) -> jax.Array:
+        product, pull = jax.vjp(lambda a: altgrad_jax.nn.exact_product(a, jnp.asarray(b), MATMUL), a)
+        return pull(product)[0]
+
+    _, pull = jax.vjp(of_jax, jnp.asarray(a))
+    x = torch.tensor(a, requires_grad=True)
+    product = altgrad_torch.nn.exact_product(x, torch.tensor(b))
+    (first,) = torch.autograd.grad(product, x, product, create_graph=True)
+    (second,) = torch.autograd.grad(first, x, torch.ones_like(first))
+    inner = product_of(np.ones_like(a), b)
+    same_bits(pull(jnp.ones_like(a))[0], product_of(inner, b.T))
+    same_bits(second, product_of(inner, b.T))

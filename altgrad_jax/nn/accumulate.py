@@ -28,9 +28,8 @@ def exact_product(
 ) -> jax.Array:
     """A stand-in for ``lax.dot_general`` whose product and both gradients are exact sums, rounded once to float32.
 
-    See :func:`altgrad_jax.exact_dot_general`. Reverse mode only, once: a gradient's gradient would need a rule of its
-    own. Of bfloat16 and float16 the float32 is rounded again to the dtype that is asked for, and a gradient to that of
-    its operand.
+    See :func:`altgrad_jax.exact_dot_general`. In reverse mode, of any order. Of bfloat16 and float16 the float32 is
+    rounded again to the dtype that is asked for, and a gradient to that of its operand.
 
     Args:
         lhs: float32, bfloat16 or float16, of any values.
@@ -63,7 +62,7 @@ def _product(axes: _Dimensions, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
 
 
 def _forward(axes: _Dimensions, lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return exact_dot_general(lhs, rhs, axes), (lhs, rhs)
+    return _product(axes, lhs, rhs), (lhs, rhs)
 
 
 def _backward(
@@ -87,9 +86,9 @@ def _gradient_of(
     """The gradient of one operand: that of the product, summed over the axes that the other gave to it."""
     (contracted, other_contracted), (batch, other_batch) = axes
     other_free = _rest(other, (*other_contracted, *other_batch))
-    product = exact_dot_general(
-        gradient, other, ((of_other, other_free), (tuple(range(len(batch))), other_batch))
-    )  # batch axes, those that the operand gave, and the contracted ones in the order in which the other has them
+    along = (of_other, other_free), (tuple(range(len(batch))), other_batch)
+    product = _product(along, gradient, other)
+    # It has batch axes, those that the operand gave, and the contracted ones in the order in which the other has them.
     pairs = sorted(zip(other_contracted, contracted, strict=True))
     found = (*batch, *_rest(operand, (*contracted, *batch)), *(mine for _, mine in pairs))
     return jnp.transpose(product, sorted(range(operand.ndim), key=found.__getitem__)).astype(operand.dtype)

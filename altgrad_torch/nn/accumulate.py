@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from altgrad_core.errors import InputError
 from altgrad_torch.exact import exact_matmul
@@ -18,8 +17,8 @@ from altgrad_torch.exact import exact_matmul
 def exact_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` whose elements, and those of both gradients, are exact sums rounded once to float32.
 
-    See :func:`altgrad_torch.exact_matmul`. Reverse mode only, once. A gradient has the dtype of its operand, to which
-    the float32 is rounded again if that is bfloat16 or float16.
+    See :func:`altgrad_torch.exact_matmul`. In reverse mode, of any order. A gradient has the dtype of its operand, to
+    which the float32 is rounded again if that is bfloat16 or float16.
 
     Args:
         a: float32, bfloat16 or float16 of shape ``(..., n, k)``, of any values.
@@ -54,12 +53,11 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (a, b), (gradient,) = ctx.saved_tensors, grad_outputs
-        of_a = exact_matmul(gradient, b.mT).to(a.dtype) if ctx.needs_input_grad[0] else None
+        of_a = _Product.apply(gradient, b.mT).to(a.dtype) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return of_a, None
         if b.ndim == 2:
             a, gradient = a.reshape(-1, a.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-        return of_a, exact_matmul(a.mT, gradient).to(b.dtype)
+        return of_a, _Product.apply(a.mT, gradient).to(b.dtype)
