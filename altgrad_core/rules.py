@@ -29,6 +29,10 @@ DEFAULT_WINDOW = 16
 Option = TypeVar("Option")
 
 
+class UnusedRuleWarning(UserWarning):
+    """A rule decides about no layer of the model."""
+
+
 class _Same(Enum):
     SAME = "same"
 
@@ -163,12 +167,12 @@ class Rule:
     def _cast(self, operand: Operand, format: Format | None) -> CastSpec | None:
         if format is None:
             return None
-        rounding, overflow = _of(self.rounding, operand), _of(self.overflow, operand)
+        rounding, overflow = option(self.rounding, operand), option(self.overflow, operand)
         check_choice("rounding", rounding, ROUNDINGS)
         check_choice("overflow policy", overflow, OVERFLOWS)
-        granularity = _of(self.granularity, operand)
+        granularity = option(self.granularity, operand)
         resolved = "channel" if granularity == "channel" else parse_granularity(granularity)
-        return CastSpec(format, _of(self.scaling, operand), resolved, rounding, overflow)
+        return CastSpec(format, option(self.scaling, operand), resolved, rounding, overflow)
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,30 @@ def describe_unused(matches: Matches, others: Mapping[str, str]) -> list[str]:
     return [_why_unused(rule, matches, others) for rule in matches.unused]
 
 
+Formats = Mapping[str, "str | Format | Each[str | Format]"]
+"""Formats by pattern of the layer's path, the same for all operands of the layer or of each its own."""
+
+
+def choose_formats(paths: Sequence[str], formats: Formats) -> dict[str, str | Format | Each[str | Format]]:
+    """The formats of the layers that a mapping speaks of, each under the first pattern that matches all of its path.
+
+    Raises:
+        InputError: for a pattern that matches no layer, or only such as an earlier one matches.
+
+    >>> choose_formats(["blocks/0/up", "blocks/1/up", "logits"], {"blocks/0/.*": "E5M2", "logits": "E3M4"})
+    {'blocks/0/up': 'E5M2', 'logits': 'E3M4'}
+    """
+    patterns = {pattern: compiled_pattern(pattern) for pattern in formats}
+    firsts = {path: next((name for name, each in patterns.items() if _matches(each, path)), None) for path in paths}
+    for pattern in patterns:
+        if pattern not in firsts.values():
+            raise InputError(
+                f"{pattern!r} matches no layer that is cast and that no earlier pattern matches; the layers are "
+                f"{_listed(paths) or 'none'}"
+            )
+    return {path: formats[pattern] for path, pattern in firsts.items() if pattern is not None}
+
+
 def _why_unused(rule: Rule, matches: Matches, others: Mapping[str, str]) -> str:
     taken = [path for path in matches.rules if _decides(rule, path)]
     if taken:
@@ -239,7 +267,10 @@ def _why_unused(rule: Rule, matches: Matches, others: Mapping[str, str]) -> str:
 
 
 def _decides(rule: Rule, path: str) -> bool:
-    pattern: re.Pattern[str] = compiled_pattern(rule.layers)
+    return _matches(compiled_pattern(rule.layers), path)
+
+
+def _matches(pattern: re.Pattern[str], path: str) -> bool:
     return any(pattern.fullmatch(each) for each in (path, path.replace(".", "/")))
 
 
@@ -251,8 +282,9 @@ def _parsed(format: str | Format | None) -> Format | None:
     return None if format is None else parse(format)
 
 
-def _of(option: Option | Each[Option], operand: Operand) -> Option:
-    return getattr(option, operand) if isinstance(option, Each) else option
+def option(value: Option | Each[Option], operand: Operand) -> Option:
+    """The value of an option for an operand."""
+    return getattr(value, operand) if isinstance(value, Each) else value
 
 
 def check_block_scaling(spec: CastSpec, is_current: bool) -> None:

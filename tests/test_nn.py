@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from altgrad_jax import FormatParams, quantize
-from altgrad_jax.nn.products import GRADIENT, LHS, RHS, empty_record, quantized_dot_general, read_record
+from altgrad_jax import FormatParams, Static, quantize
+from altgrad_jax.nn import Each, quantized_dot_general
+from altgrad_jax.nn.products import GRADIENT, LHS, RHS, Grid, dot_general_on, empty_record, read_record
 from altgrad_jax.statistics import CastCounts, amax_of_tallies
 
 _MATMUL = (((1,), (0,)), ((), ()))
@@ -23,8 +24,7 @@ def _operands() -> tuple[jax.Array, jax.Array]:
 
 def test_operands_and_gradient_are_cast_where_they_enter():
     lhs, rhs = _operands()
-    scales = jnp.array([0.25, 2.0, 8.0])
-    dot = quantized_dot_general("E3M4", "E5M2", scales=scales)
+    dot = quantized_dot_general("E3M4", "E5M2", scaling=Each(Static(0.25), Static(2.0), Static(8.0)))
     out, pullback = jax.vjp(lambda a, b: dot(a, b, _MATMUL), lhs, rhs)
     q_lhs, q_rhs = quantize(lhs, "E3M4", scale=0.25), quantize(rhs, "E3M4", scale=2.0)
     np.testing.assert_array_equal(out, q_lhs @ q_rhs)
@@ -38,7 +38,8 @@ def test_operands_and_gradient_are_cast_where_they_enter():
 @jax.jit
 def _recorded(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     record = empty_record(1)
-    dot = quantized_dot_general("E3M4", scales=jnp.array([1.0, 1.0, 1.0]), record=record[0])
+    grids = Grid.of(FormatParams.from_format("E3M4"), jnp.ones(3))
+    dot = dot_general_on((grids.at(LHS), grids.at(RHS), grids.at(GRADIENT)), record[0])
     jax.grad(lambda a: jnp.sum(1000 * dot(a, rhs, _MATMUL)))(lhs)
     return read_record(record)
 
@@ -59,7 +60,7 @@ def test_the_record_holds_what_the_casts_saw():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_dtypes_are_kept(dtype):
     lhs, rhs = (operand.astype(dtype) for operand in _operands())
-    dot = quantized_dot_general("E4M3")
+    dot = quantized_dot_general("E4M3", scaling=Static(1.0))
     out, pullback = jax.vjp(lambda a, b: dot(a, b, _MATMUL), lhs, rhs)
     assert out.dtype == dtype
     assert [each.dtype for each in pullback(out)] == [dtype, dtype]
@@ -68,11 +69,13 @@ def test_dtypes_are_kept(dtype):
 
 def test_it_fits_the_hooks_of_flax():
     x = _operands()[0]
-    dense = nn.Dense(4, use_bias=False, dot_general=quantized_dot_general("E5M2"))
+    dense = nn.Dense(4, use_bias=False, dot_general=quantized_dot_general("E5M2", scaling=Static(1.0)))
     variables = dense.init(jax.random.key(0), x)
     expected = quantize(x, "E5M2") @ quantize(variables["params"]["kernel"], "E5M2")
     np.testing.assert_array_equal(dense.apply(variables, x), expected)
-    linear = nnx.Linear(7, 4, use_bias=False, dot_general=quantized_dot_general("E5M2"), rngs=nnx.Rngs(0))
+    linear = nnx.Linear(
+        7, 4, use_bias=False, dot_general=quantized_dot_general("E5M2", scaling=Static(1.0)), rngs=nnx.Rngs(0)
+    )
     np.testing.assert_array_equal(linear(x), quantize(x, "E5M2") @ quantize(linear.kernel[...], "E5M2"))
 
 
@@ -88,7 +91,7 @@ def test_each_cast_is_compiled_once_on_a_cpu() -> None:
     def both_products(lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.grad(lambda a, b: jnp.sum(jnp.sin(dot(jnp.tanh(a), b, _MATMUL))), (0, 1))(lhs, rhs)
 
-    dot = quantized_dot_general("E3M4")
+    dot = quantized_dot_general("E3M4", scaling=Static(1.0))
     compiled = jax.jit(both_products).lower(jnp.ones((64, 32)), jnp.ones((32, 16))).compile().as_text()
     assert compiled.count(" or(") == 3  # the last operation of a cast brings the sign back
     assert compiled.count(" tanh(") == 1

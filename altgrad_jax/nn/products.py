@@ -6,25 +6,20 @@ backward pass included, so no gradient is bent to carry statistics.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
 
-from altgrad_core.formats import Format
-from altgrad_jax.casting import cast, refuse_missing_random_bits
-from altgrad_jax.params import Edges, FormatParams, as_params, edges
+from altgrad_jax.casting import cast
+from altgrad_jax.nn.border import as_one_value
+from altgrad_jax.params import Edges, FormatParams, edges
 from altgrad_jax.statistics import tally
 
 DotDimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 """``((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))``, as ``lax.dot_general`` takes it."""
-
-Result = TypeVar("Result")
 
 LHS, RHS, GRADIENT = range(3)
 """The three casts of a product: its operands and the gradient that comes back. Columns of amax, scales and counts."""
@@ -98,51 +93,20 @@ class Grid:
         return jax.tree.map(scalar, self.params), jax.tree.map(scalar, self.limits)
 
 
-def quantized_dot_general(
-    forward: str | Format | FormatParams,
-    backward: str | Format | FormatParams | None = None,
-    *,
-    scales: jax.Array | None = None,
-    record: Refs = (None, None, None),
-    operand_dtype: jnp.dtype | None = None,
+def dot_general_on(
+    grids: tuple[Grid, Grid, Grid], record: Refs, operand_dtype: jnp.dtype | None = None
 ) -> Callable[..., jax.Array]:
-    """A stand-in for ``lax.dot_general`` that casts both operands, and the incoming gradient, before it multiplies.
-
-    Each of the two products of the backward pass multiplies the cast gradient by a cast operand.
+    """A stand-in for ``lax.dot_general`` that casts on grids that were worked out before, for many products at once.
 
     Args:
-        forward: format of the operands.
-        backward: format of the gradient; that of the operands by default.
-        scales: float32 of shape ``(3,)``, powers of two for lhs, rhs and gradient; 1 by default.
+        grids: of lhs, rhs and gradient.
         record: where to write what the casts saw; nothing is measured without it.
         operand_dtype: dtype in which the cast operands are handed to the product, which accumulates in float32; to
             be one that holds the format exactly, such as bfloat16 for bf16.
 
     Returns:
-        A function ``(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None)``,
-        as Flax's ``dot_general=`` hooks take it. It accumulates in float32 and keeps the dtype of its operands.
-
-    Raises:
-        UnknownFormatError: for an unknown format.
-        ValueError: for params that round stochastically: no random bits reach a product.
-
-    >>> dot = quantized_dot_general("E5M2")
-    >>> dot(jnp.array([[1.1]]), jnp.array([[2.0]]), (((1,), (0,)), ((), ()))).item()
-    2.0
+        A function of the arguments of ``lax.dot_general``, that keeps the dtype of its operands.
     """
-    forward_params = as_params(forward)
-    backward_params = forward_params if backward is None else as_params(backward)
-    for params in (forward_params, backward_params):
-        refuse_missing_random_bits(params)
-    unit = jnp.ones(3) if scales is None else scales
-    operands, gradients = Grid.of(forward_params, unit), Grid.of(backward_params, unit)
-    return dot_general_on((operands.at(LHS), operands.at(RHS), gradients.at(GRADIENT)), record, operand_dtype)
-
-
-def dot_general_on(
-    grids: tuple[Grid, Grid, Grid], record: Refs, operand_dtype: jnp.dtype | None = None
-) -> Callable[..., jax.Array]:
-    """:func:`quantized_dot_general` on grids that were worked out before, for many products at once."""
 
     def dot_general(
         lhs: jax.Array,
@@ -210,9 +174,10 @@ _cast_gradient.defvjp(_cast_gradient_forward, _cast_gradient_backward)
 
 
 def _cast_and_record(x: jax.Array, grid: Grid, ref: jax.Ref | None) -> jax.Array:
+    grids, index = replace(grid, index=()), jnp.array(grid.index, jnp.int32)
     if ref is None:
-        return _as_one_value(_cast_on, x, grid)
-    quantized, ref[...] = _as_one_value(_cast_and_tally, x, grid)
+        return as_one_value(_cast_on, x, grids, index)
+    quantized, ref[...] = as_one_value(_cast_and_tally, x, grids, index)
     return quantized
 
 
@@ -223,33 +188,6 @@ def _cast_on(x: jax.Array, grids: Grid, index: jax.Array) -> jax.Array:
 def _cast_and_tally(x: jax.Array, grids: Grid, index: jax.Array) -> tuple[jax.Array, jax.Array]:
     params, limits = grids.looked_up(index)
     return cast(x, params), tally(x, limits)
-
-
-def _as_one_value(function: Callable[[jax.Array, Grid, jax.Array], Result], x: jax.Array, grid: Grid) -> Result:
-    """Call a function so that XLA's CPU backend computes its argument and its result once each.
-
-    Left alone it fuses the cast into every consumer and what makes ``x`` into every cast, and so computes both up to
-    three times, behind transposes; optimization barriers are gone before it fuses. A call that must not be inlined is
-    a border that it respects. Other backends get the function as it is.
-    """
-    inside = _traced_once(function)
-
-    def apart(x: jax.Array, grids: Grid, index: jax.Array) -> Result:
-        with set_xla_metadata(inlineable="false"):
-            return inside(x, grids, index)
-
-    grids, index = replace(grid, index=()), jnp.array(grid.index, jnp.int32)
-    return lax.platform_dependent(x, grids, index, cpu=apart, default=inside)
-
-
-@functools.cache
-def _traced_once(function: Callable[[jax.Array, Grid, jax.Array], Result]) -> Callable[..., Result]:
-    def inside(x: jax.Array, grids: Grid, index: jax.Array) -> Result:
-        # Without this every jitted helper of jax.numpy in here would become a border as well.
-        with set_xla_metadata(inlineable=None):
-            return function(x, grids, index)
-
-    return jax.jit(inside)
 
 
 def _nothing_seen() -> jax.Array:

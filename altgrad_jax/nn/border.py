@@ -1,0 +1,49 @@
+"""Borders that XLA's CPU backend does not fuse across."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import jax
+from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
+
+Result = TypeVar("Result")
+
+
+Tree = Any
+"""A pytree of arrays."""
+
+
+def as_one_value(function: Callable[..., Result], *args: Tree, **static: Hashable) -> Result:
+    """Call a function so that XLA's CPU backend computes its argument and its result once each.
+
+    Left alone it fuses a cast into every consumer and what makes its argument into every cast, and so computes both up
+    to three times, behind transposes; optimization barriers are gone before it fuses. A call that must not be inlined
+    is a border that it respects. Other backends get the function as it is.
+
+    Args:
+        function: of pytrees of arrays, static ones by keyword; the same object each time, since what JAX traces of it
+            is kept by it.
+        *args: pytrees of arrays.
+        **static: what is no array.
+    """
+    inside = _traced_once(function, tuple(sorted(static)))
+
+    def apart(*args: Tree) -> Result:
+        with set_xla_metadata(inlineable="false"):
+            return inside(*args, **static)
+
+    return lax.platform_dependent(*args, cpu=apart, default=functools.partial(inside, **static))
+
+
+@functools.cache
+def _traced_once(function: Callable[..., Result], names: tuple[str, ...]) -> Callable[..., Result]:
+    def inside(*args: Tree, **static: Hashable) -> Result:
+        # Without this every jitted helper of jax.numpy in here would become a border as well.
+        with set_xla_metadata(inlineable=None):
+            return function(*args, **static)
+
+    return jax.jit(inside, static_argnames=names)

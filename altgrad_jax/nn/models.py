@@ -1,0 +1,136 @@
+"""Anyone's model in any format: what a user calls, for Flax NNX and Linen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+from flax import nnx
+
+from altgrad_core.errors import InputError
+from altgrad_core.rules import Formats, Rule
+from altgrad_core.summary import Summary
+from altgrad_jax.nn.nnx_models import dequantize_nnx, quantize_nnx, record_nnx, set_nnx_formats, summarize_nnx
+from altgrad_jax.nn.seen import Seen
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def quantize_model(model: Model, rules: Sequence[Rule], *, seed: int | None = None) -> Model:
+    """A model whose layers compute in the formats that rules name.
+
+    What a layer multiplies is cast: its weights where they are used (the parameters stay as they are), what comes in,
+    and the gradient that flows back. Layers that can be cast: Linear, LinearGeneral, Einsum, Conv, ConvTranspose, Embed
+    (its table, and what ``attend`` is given), and the two products of MultiHeadAttention, whose projections are layers
+    of their own (``attn/query``, ...). Layers that are stacked, to be scanned over, each have formats and scales.
+
+    Delayed scales of weights are those of the weights from the first step on; of activations and gradients they are 1
+    until something was recorded: a :func:`recording` around a pass over a batch calibrates them.
+
+    Args:
+        model: of Flax NNX; it stays as it is.
+        rules: the first whose pattern matches the whole path of a layer decides; what none matches stays as it is.
+        seed: of stochastic rounding, where a rule asks for that; 0 by default.
+
+    Returns:
+        A copy of the model, with the same parameters, and with :class:`CastVariable` as further state.
+
+    Raises:
+        InputError: for an option that a layer cannot honour, and for a model that is quantized already.
+
+    Warns:
+        UnusedRuleWarning: for a rule that decides about no layer.
+
+    >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 4, rngs=nnx.Rngs(1)))
+    >>> cast = quantize_model(model, [Rule("layers/0", "E4M3", gradients="E5M2"), Rule(".*", None)])
+    >>> print(summary(cast))
+    layer      kind     parameters   activations   weights   gradients   scaling      products   rule
+    ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    layers/0   Linear          128   E4M3          E4M3      E5M2        delayed 16   native     layers/0
+    layers/2   Linear           64   -             -         -                                   -
+    """
+    _check(model)
+    return quantize_nnx(model, rules, seed=seed)
+
+
+def dequantize_model(model: Model) -> Model:
+    """The plain model again, with the parameters as they are now.
+
+    Args:
+        model: from :func:`quantize_model`; it stays as it is.
+    """
+    _check(model)
+    return dequantize_nnx(model)
+
+
+def recording(model: nnx.Module, *, axis_name: str | tuple[str, ...] = ()) -> AbstractContextManager[Seen]:
+    """Record what the casts of a model see, and bring their scales up to date when it is over.
+
+    Open it inside the jitted step, around the forward and the backward pass, any number of them: counts add up, and of
+    amaxes the largest goes into the histories. An exception leaves the model as it was. Without it nothing is measured
+    and scales stand still: that is how a model is evaluated.
+
+    What is written in a differentiated ``lax.cond`` cannot be recorded (JAX raises a ``KeyError``); ``scan``,
+    ``checkpoint`` and ``jit`` within a step may be used freely. Under ``vmap`` over examples, or in ``shard_map``, name
+    the axes; a ``vmap`` over whole models and their steps needs nothing.
+
+    Args:
+        model: from :func:`quantize_model`.
+        axis_name: mapped axes over which tensors are parts: counts and amaxes are then of all of them.
+
+    Yields:
+        What was seen, to be read when the recording is over.
+
+    Raises:
+        InputError: if nothing in the model is cast, or another recording goes on.
+
+    >>> model = quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [Rule(".*", "E4M3")])
+    >>> import jax.numpy as jnp
+    >>> @nnx.jit
+    ... def step(model, x):
+    ...     with recording(model) as seen:
+    ...         loss, gradients = nnx.value_and_grad(lambda model: model(x).sum())(model)
+    ...     return gradients, seen.gradients.overflow_rate
+    >>> gradients, rate = step(model, jnp.ones((2, 4)))
+    >>> float(rate)
+    0.0
+    """
+    _check(model)
+    return record_nnx(model, axis_name=axis_name)
+
+
+def set_formats(model: nnx.Module, formats: Formats) -> None:
+    """Write other formats into layers. They are data: a jitted step that takes the model compiles nothing again.
+
+    Args:
+        model: from :func:`quantize_model`; changed in place.
+        formats: by pattern of the layer's path (which names no operand), one for all its operands or an
+            :class:`~altgrad_core.rules.Each`. Layers that no pattern matches keep theirs.
+
+    Raises:
+        InputError: for a pattern that matches no layer that is cast.
+        ValueError: for a format that needs another cast path than the layer's, which would have to compile.
+
+    >>> model = quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [Rule(".*", "E4M3")])
+    >>> set_formats(model, {".*": "E5M2"})
+    >>> summary(model).rows[0].formats
+    ('E5M2', 'E5M2', 'E5M2')
+    """
+    _check(model)
+    set_nnx_formats(model, formats)
+
+
+def summary(model: nnx.Module) -> Summary:
+    """Every layer that can be cast, with its formats as they stand: prints as a table.
+
+    Args:
+        model: plain or quantized.
+    """
+    _check(model)
+    return summarize_nnx(model)
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nnx.Module):
+        raise InputError(f"the model is a {type(model).__name__}; expected an nnx.Module")

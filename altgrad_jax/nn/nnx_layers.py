@@ -1,0 +1,213 @@
+"""The layers of Flax NNX that can be cast: what their products are like, and how casts come into them and out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from altgrad_core.errors import InputError
+from altgrad_jax.nn.hooks import ProductCasts
+from altgrad_jax.nn.nnx_products import (
+    Operation,
+    QuantizedAttention,
+    QuantizedConvTranspose,
+    QuantizedEmbed,
+    QuantizedProduct,
+    QuantizedPromotion,
+)
+from altgrad_jax.nn.sites import Site
+
+_SWAPPED: dict[type[nnx.Module], type[nnx.Module]] = {
+    nnx.Embed: QuantizedEmbed,
+    nnx.ConvTranspose: QuantizedConvTranspose,
+}
+"""Layers without a hook for their product, and what they become."""
+
+_HOOKS: dict[type[nnx.Module], tuple[str, Callable[..., Any] | None]] = {
+    nnx.Linear: ("dot_general", jax.lax.dot_general),
+    nnx.LinearGeneral: ("dot_general", None),
+    nnx.Einsum: ("einsum_op", jnp.einsum),
+    nnx.Conv: ("conv_general_dilated", jax.lax.conv_general_dilated),
+    nnx.MultiHeadAttention: ("attention_fn", nnx.dot_product_attention),
+}
+"""The hook of each layer that has one, and what Flax puts there."""
+
+_OPERATIONS: dict[str, Operation] = {
+    "dot_general": "dot_general",
+    "einsum_op": "einsum",
+    "conv_general_dilated": "conv_general_dilated",
+}
+
+HIDDEN = (*(name for name, _ in _HOOKS.values()), "promote_dtype", "product")
+"""Attributes on the way from a layer to its casts, that names of casts leave out."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that can be cast.
+
+    Attributes:
+        path: where it is in the model.
+        module: the layer.
+        kind: what it is.
+        sites: its products.
+    """
+
+    path: str
+    module: nnx.Module
+    kind: str
+    sites: tuple[Site, ...]
+
+    @property
+    def products(self) -> tuple[QuantizedProduct, ...]:
+        """The products that cast; none in a plain layer."""
+        hook = getattr(self.module, _hook(self.module)[0])
+        if isinstance(hook, QuantizedAttention):
+            return hook.scores, hook.mix
+        if isinstance(hook, QuantizedPromotion):
+            return (hook.product,)
+        return (hook,) if isinstance(hook, QuantizedProduct) else ()
+
+    def install(self, casts: Sequence[ProductCasts], rule: str) -> None:
+        """Put casts into a plain layer.
+
+        Raises:
+            InputError: if the layer has a product of its own, or cannot accumulate exactly and should.
+        """
+        name, original = _hook(self.module)
+        held: Any = getattr(self.module, name)
+        if self.products:
+            raise InputError(
+                f"{self.path}, a {self.kind}, is cast already; expected a plain model, see dequantize_model"
+            )
+        own = held is not original and name != "promote_dtype"
+        if own or getattr(self.module, "dot_general_cls", None) is not None:
+            raise InputError(
+                f"{self.path}, a {self.kind}, has a {name} of its own, in whose place casts would be; expected Flax's, "
+                f"or Rule({self.path!r}, None)"
+            )
+        if any(each.accumulate == "exact" for each in casts) and name in ("conv_general_dilated", "promote_dtype"):
+            raise InputError(
+                f"{self.path}, a {self.kind}, cannot accumulate exactly; expected a rule of its own for it, with "
+                "accumulate='native'"
+            )
+        setattr(self.module, name, nnx.data(_product(name, casts, held, rule)))
+        swapped = _SWAPPED.get(type(self.module))
+        if swapped is not None:
+            self.module.__class__ = swapped
+
+    def remove(self) -> None:
+        """Make a plain layer of a cast one."""
+        name, original = _hook(self.module)
+        held = getattr(self.module, name)
+        for plain, swapped in _SWAPPED.items():
+            if type(self.module) is swapped:
+                self.module.__class__ = plain
+                original = held.original
+        setattr(self.module, name, nnx.static(original))
+
+
+def layer_at(path: str, module: nnx.Module) -> Layer | None:
+    """A layer of a model; None for a module that has no product of its own."""
+    if isinstance(module, nnx.MultiHeadAttention):
+        return Layer(path, module, "MultiHeadAttention", _attention_sites(path, module))
+    for kind, site in _SITES.items():
+        if isinstance(module, kind) and (kind not in _SWAPPED or type(module) in (kind, _SWAPPED[kind])):
+            return Layer(path, module, kind.__name__, (site(path, module),))
+    return None
+
+
+def _hook(module: nnx.Module) -> tuple[str, Callable[..., Any] | None]:
+    return next((hook for kind, hook in _HOOKS.items() if isinstance(module, kind)), ("promote_dtype", None))
+
+
+def _product(name: str, casts: Sequence[ProductCasts], original: Any, rule: str) -> nnx.Module:
+    if name == "attention_fn":
+        scores, mix = casts
+        return QuantizedAttention(scores, mix, rule)
+    if name == "promote_dtype":
+        return QuantizedPromotion(casts[0], original, rule)
+    return QuantizedProduct(casts[0], _OPERATIONS[name], rule)
+
+
+def _linear(path: str, module: nnx.Linear) -> Site:
+    kernel = module.kernel[...]
+    return Site(path, "Linear", kernel, kernel.shape[:-2], features=(module.in_features, module.out_features))
+
+
+def _linear_general(path: str, module: nnx.LinearGeneral) -> Site:
+    kernel, inputs, outputs = module.kernel[...], len(module.in_features), len(module.out_features)
+    own = len(module.batch_axis) + inputs + outputs
+    return Site(
+        path,
+        "LinearGeneral",
+        kernel,
+        kernel.shape[: kernel.ndim - own],
+        outputs=tuple(range(own - outputs, own)),
+        summed=own - outputs - 1,
+        features=(module.in_features[-1], module.out_features[-1]),
+    )
+
+
+def _einsum(path: str, module: nnx.Einsum) -> Site:
+    kernel, own = module.kernel[...], len(module.kernel_shape)
+    site = Site(path, "Einsum", kernel, kernel.shape[: kernel.ndim - own], summed=None)
+    if module.einsum_str is None or "." in module.einsum_str:
+        return site
+    operands, _, result = module.einsum_str.replace(" ", "").partition("->")
+    inputs, weights = operands.split(",")
+    sizes = dict(zip(weights, module.kernel_shape, strict=True))
+    outputs = tuple(axis for axis, label in enumerate(weights) if label in result and label not in inputs)
+    summed = [axis for axis, label in enumerate(weights) if label not in result]
+    return Site(
+        path,
+        "Einsum",
+        kernel,
+        site.stack,
+        outputs=outputs,
+        summed=summed[-1] if summed else None,
+        features=(sizes.get(inputs[-1]), sizes.get(result[-1])),
+    )
+
+
+def _conv(path: str, module: nnx.Conv | nnx.ConvTranspose) -> Site:
+    kernel, own = module.kernel[...], len(module.kernel_shape)
+    transposed = isinstance(module, nnx.ConvTranspose) and module.transpose_kernel
+    return Site(
+        path,
+        "ConvTranspose" if isinstance(module, nnx.ConvTranspose) else "Conv",
+        kernel,
+        kernel.shape[: kernel.ndim - own],
+        outputs=(own - 2 if transposed else own - 1,),
+        summed=own - 1 if transposed else own - 2,
+        features=(module.in_features, module.out_features),
+    )
+
+
+def _embed(path: str, module: nnx.Embed) -> Site:
+    table = module.embedding[...]
+    return Site(path, "Embed", table, table.shape[:-2], summed=-1, features=(module.features, None))
+
+
+def _attention_sites(path: str, module: nnx.MultiHeadAttention) -> tuple[Site, Site]:
+    query = module.query.kernel[...]
+    stack = query.shape[: query.ndim - 3]
+    return (
+        Site(path, "MultiHeadAttention", None, stack, features=(module.head_dim, None)),
+        Site(path, "MultiHeadAttention", None, stack, features=(None, module.head_dim)),
+    )
+
+
+_SITES: dict[type[nnx.Module], Callable[[str, Any], Site]] = {
+    nnx.Linear: _linear,
+    nnx.LinearGeneral: _linear_general,
+    nnx.Einsum: _einsum,
+    nnx.Conv: _conv,
+    nnx.ConvTranspose: _conv,
+    nnx.Embed: _embed,
+}

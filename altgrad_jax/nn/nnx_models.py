@@ -1,0 +1,130 @@
+"""Models of Flax NNX whose layers compute in the formats that rules name."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from flax import nnx
+
+from altgrad_core.formats import Format
+from altgrad_core.rules import (
+    OPERANDS,
+    Each,
+    Rule,
+    UnusedRuleWarning,
+    choose_formats,
+    describe_unused,
+    match_rules,
+    option,
+)
+from altgrad_core.summary import LayerRow, Summary
+from altgrad_jax.control import set_format
+from altgrad_jax.nn.describe import format_names, scaling_names
+from altgrad_jax.nn.nnx_layers import HIDDEN, Layer, layer_at
+from altgrad_jax.nn.nnx_products import CastVariable
+from altgrad_jax.nn.seen import Seen, record_casts
+from altgrad_jax.nn.sites import Rows
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def quantize_nnx(model: Model, rules: Sequence[Rule], *, seed: int | None = None) -> Model:
+    """See :func:`altgrad_jax.nn.quantize_model`."""
+    model = nnx.clone(model)
+    layers = _layers(model)
+    matches = match_rules(list(layers), rules)
+    for reason in describe_unused(matches, _others(model, layers)):
+        warnings.warn(reason, UnusedRuleWarning, stacklevel=3)
+    chosen = [
+        (layers[path], rule.spec, rule.layers)
+        for path, rule in matches.rules.items()
+        if rule is not None and rule.spec is not None
+    ]
+    rows = Rows.of([(site, spec) for layer, spec, _ in chosen for site in layer.sites], seed)
+    for layer, spec, pattern in chosen:
+        layer.install([site.casts(spec, rows) for site in layer.sites], pattern)
+    return model
+
+
+def dequantize_nnx(model: Model) -> Model:
+    """See :func:`altgrad_jax.nn.dequantize_model`."""
+    model = nnx.clone(model)
+    for layer in _layers(model).values():
+        if layer.products:
+            layer.remove()
+    return model
+
+
+@contextmanager
+def record_nnx(model: nnx.Module, *, axis_name: str | tuple[str, ...] = ()) -> Iterator[Seen]:
+    """See :func:`altgrad_jax.nn.seen`."""
+    variables = _variables(model)
+    states = {name: variable.get_value() for name, variable in variables.items()}
+    with record_casts(states, axis_name=axis_name) as seen:
+        yield seen
+    for name, state in seen.updated(states).items():
+        variables[name].set_value(state)
+
+
+def set_nnx_formats(model: nnx.Module, formats: Mapping[str, str | Format | Each[str | Format]]) -> None:
+    """See :func:`altgrad_jax.nn.set_formats`."""
+    layers = {path: layer for path, layer in _layers(model).items() if layer.products}
+    written = [
+        (variable, set_format(state, option(chosen, state.operand)))
+        for path, chosen in choose_formats(list(layers), formats).items()
+        for product in layers[path].products
+        for variable in product.variables
+        for state in (variable.get_value(),)
+    ]
+    for variable, state in written:  # all or none: an unknown format above leaves the model as it was
+        variable.set_value(state)
+
+
+def summarize_nnx(model: nnx.Module) -> Summary:
+    """See :func:`altgrad_jax.nn.summary`."""
+    return Summary(tuple(_row(layer) for layer in _layers(model).values()))
+
+
+def _layers(model: nnx.Module) -> dict[str, Layer]:
+    """The layers that can be cast by path, a shared one once."""
+    found = [layer_at(_path(path), module) for path, module in nnx.iter_graph(model) if isinstance(module, nnx.Module)]
+    return {layer.path: layer for layer in found if layer is not None}
+
+
+def _variables(model: nnx.Module) -> dict[str, CastVariable]:
+    """The states of casts by name: the layer's path and the operand, between them which product, if it has several."""
+    found: dict[str, CastVariable] = {}
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, CastVariable):
+            found["/".join(str(part) for part in path if part not in HIDDEN)] = node
+    return found
+
+
+def _others(model: nnx.Module, layers: Mapping[str, Layer]) -> dict[str, str]:
+    modules = {_path(path): node for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)}
+    return {path: type(module).__name__ for path, module in modules.items() if path not in layers}
+
+
+def _path(path: tuple[object, ...]) -> str:
+    return "/".join(map(str, path))
+
+
+def _row(layer: Layer) -> LayerRow:
+    products = layer.products
+    states = [[getattr(each.casts, operand) for each in products] for operand in OPERANDS]
+    activations, weights, gradients = ([state for state in each if state is not None] for each in states)
+    if all(site.weights is None for site in layer.sites):
+        activations, weights = activations + weights, []
+    return LayerRow(
+        path=layer.path,
+        kind=layer.kind,
+        parameters=sum(math.prod(site.weights.shape) for site in layer.sites if site.weights is not None),
+        formats=(format_names(activations), format_names(weights), format_names(gradients)),
+        scaling=scaling_names(activations + weights + gradients),
+        accumulate=products[0].accumulate if products else "",
+        rule=products[0].rule if products else None,
+    )

@@ -1,0 +1,105 @@
+"""Where the casts of a model write what they see, and which recording is going on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from altgrad_core.errors import InputError
+
+COUNTS = 5
+_LIMB_BITS = 30
+COLUMNS = 2 * COUNTS + 1
+"""High limbs of the counts, low limbs, and the bits of amax."""
+
+
+class Sight(NamedTuple):
+    """What a cast saw.
+
+    Attributes:
+        tally: int32 ``(6,)``, see :func:`~altgrad_jax.statistics.tally`.
+        amaxes: float32, of what has scales of its own; None where that is all of the tensor.
+    """
+
+    tally: jax.Array
+    amaxes: jax.Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Record:
+    """Where casts write what they see, inside a jitted function or out.
+
+    Attributes:
+        seen: int32 ``(rows, 11)``: high and low limbs of five counts, and the bits of amax.
+        amaxes: bits of float32, as int32 ``(rows, *amax)``, for each shape of amaxes that casts of channels have.
+        axis_name: mapped axes over which tensors are parts (static).
+    """
+
+    seen: jax.Ref
+    amaxes: dict[tuple[int, ...], jax.Ref]
+    axis_name: tuple[str, ...] = field(metadata={"static": True})
+
+    def write(self, row: jax.Array, sight: Sight) -> None:
+        """Add what a cast saw to what it saw before.
+
+        Args:
+            row: int32, of the cast.
+            sight: what it saw.
+        """
+        seen, amax = sight
+        bits = None if amax is None else lax.bitcast_convert_type(amax, jnp.int32)  # of which a maximum loses no NaN
+        added = jnp.concatenate([seen[:COUNTS] >> _LIMB_BITS, seen[:COUNTS] & ((1 << _LIMB_BITS) - 1), seen[-1:]])
+        if self.axis_name:
+            added = jnp.append(lax.psum(added[:-1], self.axis_name), lax.pmax(added[-1], self.axis_name))
+            row = lax.pmax(row, self.axis_name)  # all the same, which is known now
+            bits = None if bits is None else lax.pmax(bits, self.axis_name)
+        self.seen[row] = _both(self.seen[row], added)
+        if bits is not None:
+            of_shape = self.amaxes[bits.shape]
+            of_shape[row] = jnp.maximum(of_shape[row], bits)
+
+
+def _both(before: jax.Array, added: jax.Array) -> jax.Array:
+    low = before[COUNTS:-1] + added[COUNTS:-1]
+    high = before[:COUNTS] + added[:COUNTS] + (low >> _LIMB_BITS)
+    return jnp.concatenate([high, low & ((1 << _LIMB_BITS) - 1), jnp.maximum(before[-1:], added[-1:])])
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A recording that is going on: one object each, which JAX tells apart.
+
+    Attributes:
+        record: where the casts write.
+        total: how many casts the model has.
+    """
+
+    record: Record
+    total: int
+
+
+OPEN = jax.make_user_context(None)
+"""The :class:`Recording` that is going on, or None. JAX keeps what it traces apart by it, so that no trace writes into
+the record of another."""
+
+
+def current_record(rows: int) -> Record | None:
+    """The record of the recording that goes on, for a model of so many casts; None if none does.
+
+    Raises:
+        InputError: if the recording is of another model.
+    """
+    recording: Recording | None = OPEN.value
+    if recording is None:
+        return None
+    if recording.total != rows:
+        raise InputError(
+            f"a layer of a model with {rows} casts computes while a model with {recording.total} is recorded; expected "
+            "them to be one, quantized together"
+        )
+    return recording.record

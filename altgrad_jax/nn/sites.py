@@ -1,0 +1,146 @@
+"""The casts of a layer, from what a rule says and from the shapes that the layer has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+
+from altgrad_core.errors import InputError
+from altgrad_core.hashing import check_word
+from altgrad_core.rules import CastSpec, LayerSpec, Operand
+from altgrad_core.scaling import Granularity, PerBlock, PerChannel, PerTensor, checked_axes
+from altgrad_jax.nn.casts import CastState, filled, scaling_of
+from altgrad_jax.nn.hooks import ProductCasts
+from altgrad_jax.scaling import Delayed
+
+
+@dataclass(frozen=True)
+class Site:
+    """One product of a layer, as far as casts need to know it.
+
+    Attributes:
+        path: of the layer, for messages.
+        kind: what the layer is, for messages.
+        weights: float array with the axes of a stack before its own; None where both operands are activations.
+        stack: how many layers are stacked in the weights, along their first axes.
+        outputs: axes of one layer's weights along which outputs lie: those of channels.
+        summed: the axis of one layer's weights along which blocks lie; None if it is not known.
+        features: length of the last axis of the activations and of the result; None where it is not fixed.
+        takes: which operands there are; embeddings have no activations to cast.
+    """
+
+    path: str
+    kind: str
+    weights: jax.Array | None
+    stack: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = (-1,)
+    summed: int | None = -2
+    features: tuple[int | None, int | None] = (None, None)
+    takes: tuple[Operand, ...] = ("activations", "weights", "gradients")
+
+    def casts(self, spec: LayerSpec, rows: Rows) -> ProductCasts:
+        """The casts of the product.
+
+        Raises:
+            InputError: for an option that the layer cannot honour.
+        """
+        made = {operand: self._cast(operand, getattr(spec, operand), rows) for operand in self.takes}
+        return ProductCasts(
+            activations=made.get("activations"),
+            weights=made.get("weights"),
+            gradients=made.get("gradients"),
+            accumulate=spec.accumulate,
+        )
+
+    def _cast(self, operand: Operand, spec: CastSpec | None, rows: Rows) -> CastState | None:
+        if spec is None:
+            return None
+        of_weights = operand == "weights" and self.weights is not None
+        granularity = self._granularity(spec, of_weights)
+        shape = self._amax_shape(operand, granularity, of_weights) if _keeps_history(spec) else ()
+        states = [
+            CastState.of(spec, operand, granularity, shape, row=row, rows=rows.total, seed=rows.seed)
+            for row in rows.take(math.prod(self.stack))
+        ]
+        state = jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(*self.stack, *leaves[0].shape), *states)
+        if not (of_weights and self.weights is not None):
+            return state
+        fill = filled
+        for _ in self.stack:
+            fill = jax.vmap(fill)
+        return fill(state, self.weights)
+
+    def _granularity(self, spec: CastSpec, of_weights: bool) -> Granularity:
+        if spec.granularity == "channel":
+            return PerChannel(self.outputs if of_weights else -1)
+        granularity = spec.granularity
+        if of_weights and isinstance(granularity, PerBlock) and granularity.axis == -1:
+            if self.summed is None:
+                raise InputError(
+                    f"{self.path}, a {self.kind}, does not say which axis of its weights is summed over; expected a "
+                    "PerBlock with an axis"
+                )
+            return replace(granularity, axis=self.summed)
+        return granularity
+
+    def _amax_shape(self, operand: Operand, granularity: Granularity, of_weights: bool) -> tuple[int, ...]:
+        """The shape of a row of the history."""
+        if isinstance(granularity, PerTensor):
+            return ()
+        if of_weights and self.weights is not None and isinstance(granularity, PerChannel):
+            shape = self.weights.shape[len(self.stack) :]
+            kept = checked_axes(granularity.axes, len(shape))
+            return tuple(size if axis in kept else 1 for axis, size in enumerate(shape))
+        features = self.features[1 if operand == "gradients" else 0]
+        if granularity != PerChannel(-1) or features is None:
+            raise InputError(
+                f"{self.path}, a {self.kind}, has no fixed number of amaxes for {operand} under {granularity}, so they "
+                "have no history; expected granularity='tensor', or scaling=Current()"
+            )
+        return (features,)
+
+
+@dataclass
+class Rows:
+    """Hands out the rows of a record.
+
+    Attributes:
+        total: how many there will be.
+        seed: of stochastic rounding.
+    """
+
+    total: int
+    seed: int
+    taken: int = 0
+
+    @classmethod
+    def of(cls, products: Sequence[tuple[Site, LayerSpec]], seed: int | None) -> Rows:
+        """The rows that the products of a model need.
+
+        Raises:
+            InputError: for a seed, if nothing rounds stochastically, and for one that is no uint32.
+        """
+        casts = [
+            (site, cast)
+            for site, spec in products
+            for operand in site.takes
+            if (cast := getattr(spec, operand)) is not None
+        ]
+        if seed is not None:
+            check_word("seed", seed)
+            if all(cast.rounding != "stochastic" for _, cast in casts):
+                raise InputError(f"seed={seed} would have no effect: no rule says rounding='stochastic'")
+        return cls(sum(math.prod(site.stack) for site, _ in casts), seed or 0)
+
+    def take(self, count: int) -> range:
+        """The next rows."""
+        first, self.taken = self.taken, self.taken + count
+        return range(first, self.taken)
+
+
+def _keeps_history(spec: CastSpec) -> bool:
+    return isinstance(scaling_of(spec), Delayed)
