@@ -71,13 +71,13 @@ def recording(model: nnx.Module, *, axis_name: str | tuple[str, ...] = ()) -> Ab
     amaxes the largest goes into the histories. An exception leaves the model as it was. Without it nothing is measured
     and scales stand still: that is how a model is evaluated.
 
-    What is written in a differentiated ``lax.cond`` cannot be recorded (JAX raises a ``KeyError``); ``scan``,
-    ``checkpoint`` and ``jit`` within a step may be used freely. Under ``vmap`` over examples, or in ``shard_map``, name
-    the axes; a ``vmap`` over whole models and their steps needs nothing.
+    Within a step ``scan``, ``checkpoint`` and ``jit`` may be used freely, and the step itself under ``vmap`` over whole
+    models. JAX can write to no reference in a differentiated ``lax.cond`` (it raises a ``KeyError``), nor under a
+    ``vmap`` over examples alone (an exception that speaks of an unbatched array reference): there, record elsewhere.
 
     Args:
         model: from :func:`quantize_model`.
-        axis_name: mapped axes over which tensors are parts: counts and amaxes are then of all of them.
+        axis_name: inside ``shard_map``, axes over which tensors are parts: counts and amaxes are then of all of them.
 
     Yields:
         What was seen, to be read when the recording is over.

@@ -99,7 +99,7 @@ class Layer:
         setattr(self.module, name, nnx.data(_product(name, casts, held, rule)))
         swapped = _SWAPPED.get(type(self.module))
         if swapped is not None:
-            self.module.__class__ = swapped
+            _become(self.module, swapped)
 
     def remove(self) -> None:
         """Make a plain layer of a cast one."""
@@ -107,7 +107,7 @@ class Layer:
         held = getattr(self.module, name)
         for plain, swapped in _SWAPPED.items():
             if type(self.module) is swapped:
-                self.module.__class__ = plain
+                _become(self.module, plain)
                 original = held.original
         setattr(self.module, name, nnx.static(original))
 
@@ -120,6 +120,10 @@ def layer_at(path: str, module: nnx.Module) -> Layer | None:
         if isinstance(module, kind) and (kind not in _SWAPPED or type(module) in (kind, _SWAPPED[kind])):
             return Layer(path, module, kind.__name__, (site(path, module),))
     return None
+
+
+def _become(module: nnx.Module, kind: type[nnx.Module]) -> None:
+    object.__setattr__(module, "__class__", kind)  # past NNX, which would take it for an attribute of the layer
 
 
 def _hook(module: nnx.Module) -> tuple[str, Callable[..., Any] | None]:
@@ -156,10 +160,7 @@ def _linear_general(path: str, module: nnx.LinearGeneral) -> Site:
 
 def _einsum(path: str, module: nnx.Einsum) -> Site:
     kernel, own = module.kernel[...], len(module.kernel_shape)
-    site = Site(path, "Einsum", kernel, kernel.shape[: kernel.ndim - own], summed=None)
-    if module.einsum_str is None or "." in module.einsum_str:
-        return site
-    operands, _, result = module.einsum_str.replace(" ", "").partition("->")
+    operands, _, result = module.einsum_str.replace(" ", "").replace("...", "").partition("->")
     inputs, weights = operands.split(",")
     sizes = dict(zip(weights, module.kernel_shape, strict=True))
     outputs = tuple(axis for axis, label in enumerate(weights) if label in result and label not in inputs)
@@ -168,10 +169,10 @@ def _einsum(path: str, module: nnx.Einsum) -> Site:
         path,
         "Einsum",
         kernel,
-        site.stack,
+        kernel.shape[: kernel.ndim - own],
         outputs=outputs,
         summed=summed[-1] if summed else None,
-        features=(sizes.get(inputs[-1]), sizes.get(result[-1])),
+        features=(sizes.get(inputs[-1:]), sizes.get(result[-1:])),
     )
 
 
