@@ -155,7 +155,7 @@ def read_header(path: Path, opened: OpenFile) -> Header:
         header = _header(_parsed(said))
     expected: dict[str, tuple[str, tuple[int, ...], str]] = {}
     for name, entry in header.tensors.items():
-        with naming(f"{path}, tensor {name!r}"):
+        with naming(f"{path}: tensor {name!r}"):
             stored = entry.stored(name)
         expected |= {key: (dtype, shape, name) for key, (dtype, shape) in stored.items()}
     _check_entries(path, opened, expected)
@@ -182,10 +182,17 @@ def replacing(path: Path) -> Iterator[Path]:
     """A file to write beside ``path``, which it replaces when all is written, and not before.
 
     A file that is read through a memory map must not change, and half a file must not be taken for one.
+
+    Raises:
+        OSError: if there can be no such file.
     """
     draft = path.with_name(path.name + ".partial")
+    # Made here, so that it may be read by whom new files may be: safetensors (0.8) makes files for their owner alone.
+    draft.touch()
+    mode = draft.stat().st_mode
     try:
         yield draft
+        draft.chmod(mode)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
@@ -234,8 +241,9 @@ def _parsed(said: str) -> object:
 
 
 def _header(said: object) -> Header:
-    if isinstance(said, dict) and said.get("version") != VERSION:
-        raise InputError(f"the version is {said.get('version')!r}; this AltGrad reads version {VERSION}")
+    version = said.get("version") if isinstance(said, dict) else VERSION
+    if type(version) is not int or version != VERSION:
+        raise InputError(f"the version is {version!r}; this AltGrad reads version {VERSION}")
     fields = _fields(said, "the metadata", ("version", "metadata", "tensors"))
     metadata = _object(fields["metadata"], "metadata")
     if not all(isinstance(value, str) for value in metadata.values()):
@@ -300,12 +308,12 @@ def _check_entries(path: Path, opened: OpenFile, expected: Mapping[str, tuple[st
     for key, (dtype, shape, name) in expected.items():
         what = "scales" if key != name else "codes or values"
         if key not in present:
-            raise InputError(f"{path}, tensor {name!r}: its {what} are missing; expected an entry {key!r}")
+            raise InputError(f"{path}: tensor {name!r}: its {what} are missing; expected an entry {key!r}")
         entry = opened.get_slice(key)
         found = entry.get_dtype(), tuple(entry.get_shape())
         if found != (dtype, shape):
             raise InputError(
-                f"{path}, tensor {name!r}: its {what} are {found[0]} of shape {found[1]}; expected {dtype} of {shape}"
+                f"{path}: tensor {name!r}: its {what} are {found[0]} of shape {found[1]}; expected {dtype} of {shape}"
             )
     unknown = sorted(present - set(expected))
     if unknown:

@@ -112,7 +112,7 @@ def load_packed(path: str | PathLike[str]) -> PackedFile:
         raise unreadable(path, error) from None
     tensors: dict[str, PackedTensor | jax.Array] = {}
     for name, entry in header.tensors.items():
-        with naming(f"{path}, tensor {name!r}"):
+        with naming(f"{path}: tensor {name!r}"):
             tensors[name] = _tensor(entry, stored[name], stored.get(name + SCALES_SUFFIX))
     return PackedFile(tensors, header.metadata)
 

@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from altgrad_core.errors import InputError, naming
-from altgrad_core.formats import Format, Overflow, Rounding
+from altgrad_core.formats import OVERFLOWS, Format, Overflow, Rounding
 from altgrad_core.packing import (
     E8M0,
     PackedLayout,
@@ -29,7 +30,7 @@ from altgrad_core.packing import (
     numpy_dtype,
 )
 from altgrad_core.patterns import group_by_pattern
-from altgrad_core.scaling import BLOCK_RULES, Granularity, PerBlock
+from altgrad_core.scaling import BLOCK_RULES, Granularity, PerBlock, PerTensor
 from altgrad_jax.blocks import encode_blocks
 from altgrad_jax.casting import floating, scaled_down, scaled_up
 from altgrad_jax.codes import CodeParams, decode, encode
@@ -102,26 +103,26 @@ def pack_tensor(
     >>> unpack_tensor(packed).tolist()
     [[0.1015625, 0.203125], [-0.3125, 448.0]]
     """
-    if isinstance(x, jax.core.Tracer):
-        raise InputError("pack_tensor looks at values and x is traced; expected it outside of jit, or encode inside")
+    if isinstance(x, jax.core.Tracer) or isinstance(scale, jax.core.Tracer):
+        raise InputError(
+            "pack_tensor looks at values, which are traced here; expected it outside of jit, or encode inside"
+        )
     x = floating(x, "pack_tensor")
-    name = str(x.dtype)
-    if isinstance(scale, str) and scale in BLOCK_RULES:
-        check_overflow(scale, overflow)
-        return _packed_blocks(x, PackedLayout.of(format, granularity, scale, name), rounding)
     if isinstance(scale, str):
-        layout = PackedLayout.of(format, granularity, scale, name)
-        scales = _scales_by_amax(x, layout)
+        given, kind = None, scale
     else:
-        layout = PackedLayout.of(format, granularity, "ratio", name)
-        scales = _given_scales(scale, x, layout)
-        layout = replace(layout, scale_kind=kind_of(np.asarray(scales)))
-    nans = int(jnp.sum(jnp.isnan(x)))
-    infs = int(jnp.sum(jnp.isinf(x))) if overflow == "saturate_finite" else 0
-    check_representable(layout.format, nans, infs, x.size)
-    params = CodeParams.from_format(layout.format, rounding=rounding, overflow=overflow)
-    codes = _encoded(x, spread(scales, x.shape, layout.granularity), params)
-    return PackedTensor(codes, _to_e8m0(scales) if layout.has_e8m0_scales else scales, layout)
+        given = jnp.asarray(scale, jnp.float32)
+        kind = kind_of(np.asarray(given))
+    check_overflow(kind, overflow)
+    layout = PackedLayout.of(format, granularity, kind, str(x.dtype))
+    scales = None if given is None else _checked_scales(given, layout, x.shape)
+    of_codes = "saturate" if kind in BLOCK_RULES else overflow
+    params = CodeParams.from_format(layout.format, rounding=rounding, overflow=of_codes)
+    packed = _packed(x, scales, params, layout.granularity, layout.scale_kind)
+    if bool(packed.lost):
+        nans, infs = jnp.isnan(x), jnp.isinf(x) & (overflow == "saturate_finite")
+        check_representable(layout.format, _count(nans), _count(infs), x.size)
+    return PackedTensor(packed.codes, packed.scales, layout)
 
 
 def unpack_tensor(packed: PackedTensor) -> jax.Array:
@@ -187,33 +188,46 @@ def check_x64(dtype: str, what: str) -> None:
         raise InputError(f"{what} is {dtype}, which JAX has with jax.enable_x64(True) only; expected it to be on")
 
 
-def _packed_blocks(x: jax.Array, layout: PackedLayout, rounding: Rounding) -> PackedTensor:
-    blocks, rule = layout.granularity, layout.scale_kind
-    assert isinstance(blocks, PerBlock)  # of which the layout made sure
-    assert rule in BLOCK_RULES
-    codes, scales = encode_blocks(x, layout.format, block=blocks.size, axis=blocks.axis, rule=rule, rounding=rounding)
-    return PackedTensor(codes, scales, layout)
+class _Packed(NamedTuple):
+    codes: jax.Array
+    scales: jax.Array
+    lost: jax.Array
+    """Whether there is an element that the format has no code for."""
 
 
-def _scales_by_amax(x: jax.Array, layout: PackedLayout) -> jax.Array:
-    of_amax = power_of_two_scale if layout.scale_kind == "power_of_two" else ratio_scale
-    scales = of_amax(amaxes(x, layout.granularity), layout.format.max_representable_value)
-    return scales.reshape(layout.scales_shape(x.shape))
+# One program: operation by operation would be thirty.
+@partial(jax.jit, static_argnums=(3, 4))
+def _packed(
+    x: jax.Array, scales: jax.Array | None, params: CodeParams, granularity: Granularity, kind: ScaleKind
+) -> _Packed:
+    if isinstance(granularity, PerBlock) and kind in BLOCK_RULES:
+        # A NaN or an infinity makes the scale of its block NaN, so none is lost.
+        codes, exponents = encode_blocks(x, params, block=granularity.size, axis=granularity.axis, rule=kind)
+        return _Packed(codes, exponents, jnp.zeros((), bool))
+    if scales is None:
+        by_amax = power_of_two_scale if kind == "power_of_two" else ratio_scale
+        scales = by_amax(amaxes(x, granularity), params.params.max_value)
+    codes = encode(scaled_down(x, spread(scales, x.shape, granularity)), params)
+    keeps_inf = params.params.overflow == OVERFLOWS.index("saturate_finite")
+    lost = jnp.any(jnp.isnan(x)) & (params.nan_code == 0)
+    lost |= jnp.any(jnp.isinf(x)) & keeps_inf & (params.inf_code == params.max_code)
+    if isinstance(granularity, PerBlock) and kind != "ratio":
+        scales = (lax.bitcast_convert_type(scales, jnp.int32) >> 23).astype(jnp.uint8)
+    return _Packed(codes, scales.reshape(()) if isinstance(granularity, PerTensor) else scales, lost)
 
 
-def _given_scales(scale: jax.typing.ArrayLike, x: jax.Array, layout: PackedLayout) -> jax.Array:
-    scales, shape = jnp.asarray(scale, jnp.float32), layout.scales_shape(x.shape)
-    if scales.size == 1:
-        scales = scales.reshape(())
-    elif scales.shape != shape:
-        raise InputError(f"the scales have shape {scales.shape}; expected {shape} for {layout.granularity}, or one")
+def _checked_scales(scales: jax.Array, layout: PackedLayout, shape: tuple[int, ...]) -> jax.Array:
+    """Scales that were given, in the shape that they are kept in."""
+    expected = layout.scales_shape(shape)
+    if scales.size != 1 and scales.shape != expected:
+        raise InputError(f"the scales have shape {scales.shape}; expected {expected} for {layout.granularity}, or one")
     check_scales(np.asarray(scales))
-    return jnp.broadcast_to(scales, shape)
+    return jnp.broadcast_to(scales.reshape(()) if scales.size == 1 else scales, expected)
 
 
-@partial(jax.jit, inline=True)
-def _encoded(x: jax.Array, scale: jax.Array, params: CodeParams) -> jax.Array:
-    return encode(scaled_down(x, scale), params)
+def _count(mask: jax.Array) -> int:
+    """Summed on the host: of more than 2^31 elements int32 would wrap."""
+    return int(np.count_nonzero(np.asarray(mask)))
 
 
 @partial(jax.jit, static_argnums=(3, 4), inline=True)
@@ -224,7 +238,3 @@ def _unpacked(
     scale = spread(scales, codes.shape, granularity)
     on_grid = jnp.where(jnp.isnan(scale), jnp.float32(np.nan), decode(codes, params))
     return scaled_up(on_grid, scale, dtype)
-
-
-def _to_e8m0(scales: jax.Array) -> jax.Array:
-    return (lax.bitcast_convert_type(scales, jnp.int32) >> 23).astype(jnp.uint8)

@@ -104,7 +104,7 @@ def load_packed(path: str | PathLike[str], device: torch.device | str = "cpu") -
         with safe_open(path, framework="pt") as opened:
             header = read_header(path, opened)
             for name, entry in header.tensors.items():
-                with naming(f"{path}, tensor {name!r}"):
+                with naming(f"{path}: tensor {name!r}"):
                     scales = None if entry.layout is None else opened.get_tensor(name + SCALES_SUFFIX)
                     tensors[name] = _tensor(entry, opened.get_tensor(name), scales, device)
     except SafetensorError as error:

@@ -100,23 +100,27 @@ def pack_tensor(
     [[0.1015625, 0.203125], [-0.3125, 448.0]]
     """
     check_floating(x, "pack_tensor")
-    x, name = x.detach().contiguous(), str(x.dtype).removeprefix("torch.")
-    if isinstance(scale, str) and scale in BLOCK_RULES:
-        check_overflow(scale, overflow)
-        return _packed_blocks(x, PackedLayout.of(format, granularity, scale, name), rounding)
+    x = x.detach().contiguous()
     if isinstance(scale, str):
-        layout = PackedLayout.of(format, granularity, scale, name)
-        scales = _scales_by_amax(x, layout)
+        given, kind = None, scale
     else:
-        layout = PackedLayout.of(format, granularity, "ratio", name)
-        scales = _given_scales(scale, x, layout)
-        layout = replace(layout, scale_kind=kind_of(scales.cpu().numpy()))
-    nans = int(x.isnan().sum())
+        given = torch.as_tensor(scale, dtype=torch.float32, device=x.device).detach()
+        kind = kind_of(given.cpu().numpy())
+    check_overflow(kind, overflow)
+    layout = PackedLayout.of(format, granularity, kind, str(x.dtype).removeprefix("torch."))
+    share = layout.granularity
+    if isinstance(share, PerBlock) and kind in BLOCK_RULES:
+        # A NaN or an infinity makes the scale of its block NaN, so none is lost.
+        codes, scales = encode_blocks(x, layout.format, block=share.size, axis=share.axis, rule=kind, rounding=rounding)
+        return PackedTensor(codes, scales, layout)
+    shape = tuple(x.shape)
+    scales = _scales_by_amax(x, layout) if given is None else _checked_scales(given, layout, shape)
     infs = int(x.isinf().sum()) if overflow == "saturate_finite" else 0
-    check_representable(layout.format, nans, infs, x.numel())
-    spread_out = spread(scales, tuple(x.shape), layout.granularity)
-    codes = encode(scaled_down(x, spread_out), layout.format, rounding=rounding, overflow=overflow)
-    return PackedTensor(codes, _to_e8m0(scales) if layout.has_e8m0_scales else scales, layout)
+    check_representable(layout.format, int(x.isnan().sum()), infs, x.numel())
+    codes = encode(scaled_down(x, spread(scales, shape, share)), layout.format, rounding=rounding, overflow=overflow)
+    if layout.has_e8m0_scales:
+        scales = (scales.view(torch.int32) >> 23).to(torch.uint8)
+    return PackedTensor(codes, scales, layout)
 
 
 def unpack_tensor(packed: PackedTensor) -> Tensor:
@@ -170,32 +174,18 @@ def unpack_tensors(tensors: Mapping[str, PackedTensor | Tensor]) -> dict[str, Te
     return {name: unpack_tensor(x) if isinstance(x, PackedTensor) else x for name, x in tensors.items()}
 
 
-def _packed_blocks(x: Tensor, layout: PackedLayout, rounding: Rounding) -> PackedTensor:
-    blocks, rule = layout.granularity, layout.scale_kind
-    assert isinstance(blocks, PerBlock)  # of which the layout made sure
-    assert rule in BLOCK_RULES
-    codes, scales = encode_blocks(x, layout.format, block=blocks.size, axis=blocks.axis, rule=rule, rounding=rounding)
-    return PackedTensor(codes, scales, layout)
-
-
 def _scales_by_amax(x: Tensor, layout: PackedLayout) -> Tensor:
-    of_amax = power_of_two_scale if layout.scale_kind == "power_of_two" else ratio_scale
-    scales = of_amax(amaxes(x, layout.granularity), layout.format.max_representable_value)
+    by_amax = power_of_two_scale if layout.scale_kind == "power_of_two" else ratio_scale
+    scales = by_amax(amaxes(x, layout.granularity), layout.format.max_representable_value)
     return scales.reshape(layout.scales_shape(tuple(x.shape)))
 
 
-def _given_scales(scale: Tensor | float, x: Tensor, layout: PackedLayout) -> Tensor:
-    scales = torch.as_tensor(scale, dtype=torch.float32, device=x.device).detach()
-    shape = layout.scales_shape(tuple(x.shape))
-    if scales.numel() == 1:
-        scales = scales.reshape(())
-    elif tuple(scales.shape) != shape:
+def _checked_scales(scales: Tensor, layout: PackedLayout, shape: tuple[int, ...]) -> Tensor:
+    """Scales that were given, in the shape that they are kept in."""
+    expected = layout.scales_shape(shape)
+    if scales.numel() != 1 and tuple(scales.shape) != expected:
         raise InputError(
-            f"the scales have shape {tuple(scales.shape)}; expected {shape} for {layout.granularity}, or one"
+            f"the scales have shape {tuple(scales.shape)}; expected {expected} for {layout.granularity}, or one"
         )
     check_scales(scales.cpu().numpy())
-    return scales.expand(shape).clone()
-
-
-def _to_e8m0(scales: Tensor) -> Tensor:
-    return (scales.view(torch.int32) >> 23).to(torch.uint8)
+    return (scales.reshape(()) if scales.numel() == 1 else scales).expand(expected).clone()
