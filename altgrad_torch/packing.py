@@ -27,8 +27,8 @@ from altgrad_core.packing import (
 from altgrad_core.patterns import group_by_pattern
 from altgrad_core.scaling import BLOCK_RULES, Granularity, PerBlock
 from altgrad_torch.blocks import encode_blocks
-from altgrad_torch.casting import check_floating, scaled_down, scaled_up
-from altgrad_torch.codes import decode, encode
+from altgrad_torch.casting import check_floating, in_chunks, scaled_down, scaled_up
+from altgrad_torch.codes import decode, dtype_of_codes, encode
 from altgrad_torch.granularity import amaxes, spread
 from altgrad_torch.scaling import power_of_two_scale, ratio_scale
 
@@ -117,7 +117,11 @@ def pack_tensor(
     scales = _scales_by_amax(x, layout) if given is None else _checked_scales(given, layout, shape)
     infs = int(x.isinf().sum()) if overflow == "saturate_finite" else 0
     check_representable(layout.format, int(x.isnan().sum()), infs, x.numel())
-    codes = encode(scaled_down(x, spread(scales, shape, share)), layout.format, rounding=rounding, overflow=overflow)
+
+    def part(x: Tensor, scale: Tensor) -> Tensor:
+        return encode(scaled_down(x, scale), layout.format, rounding=rounding, overflow=overflow)
+
+    codes = in_chunks(part, layout.format, dtype_of_codes(layout.format), x, spread(scales, shape, share))
     if layout.has_e8m0_scales:
         scales = (scales.view(torch.int32) >> 23).to(torch.uint8)
     return PackedTensor(codes, scales, layout)
@@ -132,8 +136,13 @@ def unpack_tensor(packed: PackedTensor) -> Tensor:
     layout = packed.layout
     scales = decode(packed.scales, E8M0) if layout.has_e8m0_scales else packed.scales
     scale = spread(scales, tuple(packed.shape), layout.granularity)
-    on_grid = torch.where(scale.isnan(), torch.nan, decode(packed.codes, layout.format))
-    return scaled_up(on_grid, scale, getattr(torch, layout.dtype))
+    dtype = getattr(torch, layout.dtype)
+
+    def part(codes: Tensor, scale: Tensor) -> Tensor:
+        on_grid = torch.where(scale.isnan(), torch.nan, decode(codes, layout.format))
+        return scaled_up(on_grid, scale, dtype)
+
+    return in_chunks(part, layout.format, dtype, packed.codes, scale)
 
 
 def pack_tensors(
