@@ -236,5 +236,6 @@ def _unpacked(
 ) -> jax.Array:
     scales = decode(scales, E8M0) if scales.dtype == jnp.uint8 else scales
     scale = spread(scales, codes.shape, granularity)
+    # Not left to the product: what becomes of NaN there is the backend's.
     on_grid = jnp.where(jnp.isnan(scale), jnp.float32(np.nan), decode(codes, params))
     return scaled_up(on_grid, scale, dtype)

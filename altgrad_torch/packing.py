@@ -139,6 +139,7 @@ def unpack_tensor(packed: PackedTensor) -> Tensor:
     dtype = getattr(torch, layout.dtype)
 
     def part(codes: Tensor, scale: Tensor) -> Tensor:
+        # Not left to the product: a GPU makes NaN of another kind.
         on_grid = torch.where(scale.isnan(), torch.nan, decode(codes, layout.format))
         return scaled_up(on_grid, scale, dtype)
 
