@@ -21,11 +21,14 @@ from altgrad_jax.nn import (
     Each,
     Rule,
     dequantize_model,
+    pack,
     quantize_model,
     recording,
     set_formats,
     summary,
+    unpack,
 )
+from altgrad_jax.packed_files import load_packed, save_packed
 from altgrad_jax.scaling import power_of_two_scale
 
 ONE = Static(1.0)
@@ -497,3 +500,41 @@ class TestModels:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             quantize_model(Mlp(nnx.Rngs(0)), [Rule(".*", "E4M3")])
+
+
+class TestPacked:
+    @pytest.mark.parametrize("granularity", ["tensor", "channel", "block4"])
+    def test_a_model_computes_the_same_from_a_file(self, granularity, tmp_path):
+        model = quantize_model(Mlp(nnx.Rngs(0)), [Rule("up", "E3M4", granularity=granularity), Rule("down", "E4M3")])
+        save_packed(tmp_path / "model.safetensors", pack(model))
+        fresh = quantize_model(Mlp(nnx.Rngs(1)), [Rule("up", "E3M4", granularity=granularity), Rule("down", "E4M3")])
+        loaded = unpack(fresh, load_packed(tmp_path / "model.safetensors").tensors)
+        nnx.update(loaded, nnx.state(model, CastVariable))
+        forward, x = nnx.jit(lambda model, x: model(x)), normal(0, 3, 8)
+        np.testing.assert_array_equal(forward(loaded, x), forward(model, x))
+
+    def test_cast_weights_are_four_times_smaller(self):
+        packed = pack(quantize_model(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), [Rule(".*", "E4M3")]))["kernel"]
+        assert packed.codes.nbytes + packed.scales.nbytes == 64 * 64 + 4
+
+    def test_a_stack_of_layers_keeps_a_scale_for_each(self):
+        stacked = nnx.vmap(lambda rngs: nnx.Linear(8, 4, rngs=rngs))(nnx.Rngs(0).split(3))
+        stacked.kernel.set_value(stacked.kernel[...] * jnp.array([1.0, 64.0, 4096.0])[:, None, None])
+        model = quantize_model(stacked, [Rule(".*", "E2M5")])
+        packed = pack(model)["kernel"]
+        assert packed.scales.shape == (3, 1, 1)
+        np.testing.assert_array_equal(
+            unpack(model, pack(model)).kernel[...],
+            jnp.stack([quantize(each, "E2M5", scale=s.item()) for each, s in zip(stacked.kernel[...], packed.scales)]),
+        )
+
+    def test_what_does_not_fit_is_refused(self):
+        model = quantize_model(Mlp(nnx.Rngs(0)), [Rule("up", "E3M4")])
+        tensors = pack(model)
+        set_formats(model, {"up": "E4M3"})
+        with pytest.raises(InputError, match="up/kernel is packed as E3M4; expected E4M3"):
+            unpack(model, tensors)
+        with pytest.raises(InputError, match="tensors lack up/kernel"):
+            unpack(model, {name: tensor for name, tensor in tensors.items() if name != "up/kernel"})
+        with pytest.raises(InputError, match="has shape"):
+            unpack(Mlp(nnx.Rngs(0), 4), tensors)
