@@ -190,7 +190,7 @@ class GPTShape:
     """A decoder-only transformer: learned positions, RMS norms before each part, ReLU, logits by a matrix of their own.
 
     Args:
-        vocabulary: number of distinct tokens.
+        vocabulary: number of distinct tokens; the text that ships has 68.
         context: tokens in a window.
         layers: transformer blocks.
         width: size of the residual stream.
@@ -201,7 +201,7 @@ class GPTShape:
         InputError: for a number that is not positive, and heads that do not divide the width.
     """
 
-    vocabulary: int = 65
+    vocabulary: int = 68
     context: int = 32
     layers: int = 2
     width: int = 64

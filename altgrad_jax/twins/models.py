@@ -24,8 +24,11 @@ def loss(
         inputs: of an MLP float32 of shape ``(batch, inputs)``, of a GPT integers of shape ``(batch, context)``.
         targets: integers of shape ``(batch,)`` or ``(batch, context)``.
     """
-    network = _mlp if isinstance(shape, MLPShape) else _gpt
-    logits = network(shape, products, weights, inputs)
+    logits = (
+        _mlp(shape, products, weights, inputs)
+        if isinstance(shape, MLPShape)
+        else _gpt(shape, products, weights, inputs)
+    )
     products.seen["logits"] = logits
     products.seen["loss"] = cross_entropy(logits, targets)
     return products.seen["loss"]
@@ -67,10 +70,9 @@ def _attended(shape: GPTShape, products: Products, name: str, qkv: jax.Array) ->
     apart = jnp.moveaxis(qkv.reshape(batch, time, 3, shape.heads, size), (2, 3), (0, 2))
     # A split's gradient is a concatenation; that of indexing adds zeros, which makes +0 of -0.
     query, key, value = (part[0] for part in jnp.split(apart, 3))
-    batched = ((0, 1), (0, 1))
-    scores = products.dot_general(f"{name}.scores", scaled(query, size**-0.5), key, (((3,), (3,)), batched))
+    scores = products.matmul(f"{name}.scores", scaled(query, size**-0.5), key.mT)
     shares = products.seen[f"{name}.shares"] = softmax(scores, jnp.tril(jnp.ones((time, time), bool)))
-    mixed = products.dot_general(f"{name}.mixed", shares, value, (((3,), (2,)), batched))
+    mixed = products.matmul(f"{name}.mixed", shares, value)
     return jnp.moveaxis(mixed, 1, 2).reshape(batch, time, shape.width)
 
 

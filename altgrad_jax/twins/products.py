@@ -38,12 +38,10 @@ class Products:
     accumulate: Accumulation
     seen: Seen = field(default_factory=OrderedDict)
 
-    def matmul(self, site: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """``x @ weight`` for a weight of shape ``(k, m)``."""
-        return self.dot_general(site, x, weight, (((x.ndim - 1,), (0,)), ((), ())))
-
-    def dot_general(self, site: str, lhs: jax.Array, rhs: jax.Array, dimensions: DotDimensionNumbers) -> jax.Array:
-        """``lax.dot_general`` of cast operands, whose gradient is cast."""
+    def matmul(self, site: str, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        """``lhs @ rhs`` of cast operands, whose gradient is cast; ``rhs`` is a matrix, or has the batch axes of lhs."""
+        batch = tuple(range(rhs.ndim - 2))
+        dimensions = (((lhs.ndim - 1,), (rhs.ndim - 2,)), (batch, batch))
         lhs, rhs = (own_scale_cast(x, self.params) for x in (lhs, rhs))
         multiply = exact_product if self.accumulate == "exact" else _native
         product = _cast_gradient(multiply(lhs, rhs, dimensions), self.params)

@@ -72,7 +72,7 @@ def make(shape: Shape, recipe: Recipe, weights: Mapping[str, Single], batches: B
         state = _updated(
             recipe.optimizer, recipe.rates(number), state, gradients, grid, commits, jnp.uint32(recipe.seed), number
         )
-        seen.update({f"gradient.{name}": gradients[name] for name in reversed(weights)})
+        seen.update({f"gradient.{name}": gradients[name] for name in reversed(list(weights))})
         for name in weights:
             seen.update(zip((f"{m}.{name}" for m in recipe.moments), state.moments[name], strict=True))
             seen[f"weight.{name}"] = state.weights[name]
@@ -115,7 +115,7 @@ def _updated(
     )  # a dict's order is lost on its way into jit, and a weight's random bits go by its place
     new = [updated(optimizer, rates, state.weights[name], gradients[name], state.moments[name]) for name in names]
     weights = [weight for weight, _ in new]
-    on_grid = commit(weights, grid, [True] * len(weights), seed=seed, step=step)
-    chosen = [jnp.where(commits, *pair) for pair in zip(on_grid, weights, strict=True)]
+    on_grid = jax.tree.leaves(commit(weights, grid, [True] * len(weights), seed=seed, step=step))
+    chosen = [jnp.where(commits, rounded, weight) for rounded, weight in zip(on_grid, weights, strict=True)]
     moments = [moments for _, moments in new]
     return State(dict(zip(names, chosen, strict=True)), dict(zip(names, moments, strict=True)))
