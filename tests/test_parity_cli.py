@@ -94,7 +94,7 @@ def test_a_pair_that_stays_together(monkeypatch: pytest.MonkeyPatch, capsys: pyt
             "--format would have no effect with --jax and --torch",
         ),
         (["--jax", "a:b", "--seed", "1"], "--seed would have no effect with --jax and --torch"),
-        (["--format", "E5M22"], "unknown format 'E5M22'"),
+        (["--format", "E5N2"], "unknown format 'E5N2'"),
         (["--rounding", "stochastic"], "only committed weights are rounded"),
         (["--html", "no/such/file"], "expected a file in a folder that exists"),
         (["--jax", "a_pair:jax_side"], "--torch is missing; expected both sides"),
