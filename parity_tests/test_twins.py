@@ -20,13 +20,14 @@ from altgrad_core.twins import GPTShape, MLPShape, Recipe, Shape
 from parity_tests.support import TORCH_DEVICE
 
 SMALL: dict[str, Shape] = {
-    "mlp": MLPShape((24, 16, 16, 10), batch=8),
+    "mlp": MLPShape((24, 16, 10), batch=8),
     "gpt": GPTShape(context=8, layers=1, width=16, heads=2, batch=2),
 }
 LARGER: dict[str, Shape] = {
     "mlp": MLPShape((196, 64, 64, 10), batch=32),
     "gpt": GPTShape(context=16, layers=2, width=32, heads=4, batch=4),
 }
+NATIVE = MLPShape((196, 48, 10), batch=16)
 CASES = [
     (model, Recipe(name, optimizer, storage))
     for model, optimizer, storage, name in product(SMALL, ("sgd", "adamw"), ("master", "committed"), EIGHT)
@@ -77,8 +78,8 @@ def losses(shape: Shape, recipe: Recipe, steps: int) -> list[float]:
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_the_twins_learn(optimizer: str) -> None:
     """What stands still is identical, too."""
-    found = losses(SMALL["mlp"], Recipe("E4M3", optimizer), 100)
-    assert np.mean(found[-10:]) < 0.6 * np.mean(found[:3])
+    found = losses(SMALL["mlp"], Recipe("E4M3", optimizer, learning_rate=0.1 if optimizer == "sgd" else 0.02), 40)
+    assert np.mean(found[-5:]) < 0.7 * np.mean(found[:3])
 
 
 def test_committed_weights_are_on_the_grid() -> None:
@@ -92,10 +93,10 @@ def test_committed_weights_are_on_the_grid() -> None:
 
 
 def test_a_bit_that_differs_is_found() -> None:
-    shape, recipe = SMALL["mlp"], Recipe("E7M0")
+    shape, recipe = SMALL["mlp"], Recipe("E0M7")
     weights = shape.initial_weights(0)
     other = {name: weight.copy() for name, weight in weights.items()}
-    other["layer2.bias"][3] = 2.0**-100
+    other["layer0.weight"][3, 5] *= -1
     batches = shape.batches(0)
     found = lockstep(
         lambda: altgrad_jax.twins.make(shape, recipe, weights, batches),
@@ -103,16 +104,15 @@ def test_a_bit_that_differs_is_found() -> None:
         steps=3,
         repeat_steps=0,
     )
-    assert not found.passed
-    assert found.first_difference is not None
-    # Far too small to count in a sum, it is there in the weight itself.
-    assert (found.first_difference.step, found.first_difference.tensor.name) == (0, "weight.layer2.bias")
+    first = found.first_difference
+    assert first is not None
+    assert (first.step, first.tensor.name, first.tensor.differing) == (0, "layer0.rhs", 1)
 
 
 @cache
 def native(format: str) -> Lockstep:
     recipe = Recipe(format, accumulate="native")
-    return lockstep(*sides_of(LARGER["mlp"], recipe, device=TORCH_DEVICE), steps=5, repeat_steps=0)
+    return lockstep(*sides_of(NATIVE, recipe, device=TORCH_DEVICE), steps=5, repeat_steps=0)
 
 
 @pytest.mark.parametrize("format", EIGHT)
@@ -131,11 +131,11 @@ def test_native_sums_are_within_their_bound(format: str) -> None:
     (Jeannerod and Rump, "Improved error bounds for inner products in floating-point arithmetic", 2013). Of the same
     operands the sides are then at most twice that apart.
     """
-    for make in sides_of(LARGER["mlp"], Recipe(format, accumulate="native"), device=TORCH_DEVICE):
+    for make in sides_of(NATIVE, Recipe(format, accumulate="native"), device=TORCH_DEVICE):
         state, step = make()
         for number in range(3):
             state, seen = step(state, number)
-            for layer in range(3):
+            for layer in range(NATIVE.layers):
                 lhs, rhs, result = (in_float64(seen[f"layer{layer}.{part}"]) for part in ("lhs", "rhs", "product"))
                 bound = lhs.shape[-1] * 2.0**-24 * (np.abs(lhs) @ np.abs(rhs))
                 assert np.all(np.abs(result - lhs @ rhs) <= bound)
