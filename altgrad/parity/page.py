@@ -41,6 +41,7 @@ def page_of(found: Lockstep, about: str) -> str:
         passed=found.passed,
         verdict=verdict(found),
         runs=[(each, outcome(each)) for each in (*found.repeats, *([found.run] if found.run else []))],
+        repeats=len(found.repeats),
         run=run,
         marks=[(step, _kind(run, step), _told(record)) for step, record in enumerate(run.history)],
         stretches=list(_stretches(run)),
