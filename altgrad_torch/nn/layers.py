@@ -23,6 +23,7 @@ from altgrad_torch.nn.accumulate import exact_product
 from altgrad_torch.nn.geometry import Geometry
 from altgrad_torch.nn.products import Sites, cast_gradient, cast_operand, quantized_product
 from altgrad_torch.nn.sites import Site
+from altgrad_torch.scaling import Delayed
 
 
 class QuantizedLayer(nn.Module):
@@ -73,7 +74,7 @@ class QuantizedLayer(nn.Module):
     def refill_weight_history(self) -> None:
         """Begin the history of the weights anew with their amaxes."""
         site = self.site("weights")
-        if site is not None:
+        if site is not None and isinstance(site.scaling, Delayed):
             found = [amaxes(each, site.placement.granularity).reshape(site.placement.scales) for each in self.weights()]
             site.begin_anew(torch.stack(found).amax(0))
 
@@ -217,13 +218,14 @@ class _QuantizedTransposedConvolution(QuantizedLayer, _ConvTransposeNd):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         axes = len(self.kernel_size)
-        transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
+        transposed: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes - 1]
         if self.padding_mode != "zeros":
             raise InputError(f"padding_mode={self.padding_mode!r} of a transposed convolution; expected 'zeros'")
         how: tuple[Any, ...] = (self.stride, self.padding, self.kernel_size, axes, self.dilation)
-        padding: Any = (self.padding, self._output_padding(input, output_size, *how))
+        output_padding = self._output_padding(input, output_size, *how)
 
         def convolve(x: Tensor, weight: Tensor) -> Tensor:
+            padding = (self.padding, output_padding)
             return transposed(x, weight, None, self.stride, *padding, self.groups, self.dilation)
 
         product = quantized_product(convolve, input, self.weight, self.sites("activations", "weights", "gradients"))
