@@ -265,9 +265,8 @@ def test_counts_are_those_of_the_cast_at_the_scale_in_use(granularity):
             assert torch.equal(seen.counts("", operand).totals, expected.totals)
             assert torch.equal(getattr(seen, operand).totals, expected.totals)
     assert int(seen.activations.totals[1]) == 0
-    assert (
-        float(layer.casts["gradients"].history.amax()) == float(observe(gradient, "E4M3")[1]) or granularity != "tensor"
-    )
+    if granularity == "tensor":
+        assert float(layer.casts["gradients"].history[-1]) == float(observe(gradient, "E4M3")[1])
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -310,6 +309,8 @@ def test_attention_that_casts_gradients_alone_is_the_plain_one_forward(options, 
         {"key_padding_mask": padding},
         {"attn_mask": torch.randn(4, 4), "key_padding_mask": torch.randn(4, 4), "need_weights": False},
     ]
+    if options.get("add_bias_kv"):
+        del variants[3]  # there torch's hint forbids the keys that are added, which without the hint it allows
     plain = [layer(*INPUTS[inputs](x, y), **each) for each in variants]
     unbatched = layer(x[0], x[0], x[0], key_padding_mask=padding[0])
     quantize_model(layer, [Rule(cast, None, None, "E5M2")])

@@ -92,8 +92,12 @@ class QuantizedLayer(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if not any(key.startswith(f"{prefix}casts.") for key in state_dict):
+        sites = [f"{prefix}casts.{name}." for name in self.casts]
+        missing = [site for site in sites if not any(key.startswith(site) for key in state_dict)]
+        if len(missing) == len(sites):
             self.refill_weight_history()
+        else:
+            missing_keys += [f"{site}grid" for site in missing]
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):

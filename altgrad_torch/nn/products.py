@@ -57,6 +57,8 @@ def quantized_product(multiply: Multiply, a: Tensor, b: Tensor, sites: Sites) ->
 class _CastGradient(torch.autograd.Function):
     """The identity in value; in derivative the cast."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, site: Site) -> Tensor:
         return x.view_as(x)

@@ -240,9 +240,8 @@ class Site(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Load, unless the layer has no casts in there at all: then it is the checkpoint of a plain model."""
-        of_layer = prefix[: prefix.rindex(".", 0, -1) + 1]
-        if not any(key.startswith(of_layer) for key in state_dict):
+        """Load what there is; of a site of which there is nothing at all its layer knows what to say."""
+        if not any(key.startswith(prefix) for key in state_dict):
             return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
