@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from altgrad_torch.cpu import under_transforms
 from altgrad_torch.nn.sites import Site
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
@@ -29,7 +30,12 @@ def cast_operand(x: Tensor, site: Site | None) -> Tensor:
 
 def cast_gradient(x: Tensor, site: Site | None) -> Tensor:
     """``x`` itself, whose gradient is cast at a site on its way back."""
-    return x if site is None else _CastGradient.apply(x, site)
+    if site is None or not (x.requires_grad or under_transforms()):
+        return x
+    if torch.compiler.is_compiling() or under_transforms():
+        return _CastGradient.apply(x, site)
+    x.register_hook(site.cast)  # the same for less, which compilers and transforms do not take
+    return x
 
 
 def quantized_product(multiply: Multiply, a: Tensor, b: Tensor, sites: Sites) -> Tensor:

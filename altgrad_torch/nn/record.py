@@ -12,7 +12,7 @@ from torch import nn
 from altgrad_core.errors import InputError, check_choice
 from altgrad_core.rules import OPERANDS, Operand
 from altgrad_torch.nn.model import quantized_layers
-from altgrad_torch.nn.sites import Site, Tally
+from altgrad_torch.nn.sites import Site, Tally, update_all
 from altgrad_torch.statistics import CastCounts
 
 
@@ -130,8 +130,7 @@ def recording(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> It
         if group is not None:
             seen._add_up(group)
         if not seen.is_discarded:
-            for site in sites.values():
-                site.update()
+            update_all(sites.values())
     finally:
         for site in sites.values():
             site.tally = None

@@ -7,6 +7,7 @@ another format compiles nothing again.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -19,7 +20,7 @@ from altgrad_core.errors import InputError
 from altgrad_core.formats import FORMAT_REGISTRY, Format, parse
 from altgrad_core.rules import DEFAULT_WINDOW, CastSpec, Operand, check_block_scaling
 from altgrad_core.scaling import Granularity, PerBlock, PerChannel, PerTensor
-from altgrad_torch.casting import quantize
+from altgrad_torch.casting import cast, quantize
 from altgrad_torch.cpu import is_plain
 from altgrad_torch.granularity import amaxes, spread
 from altgrad_torch.hashing import hash_bits
@@ -149,29 +150,20 @@ class Site(nn.Module):
         """The values of ``x`` in the format, and their gradients straight through; recorded while something records."""
         if x.numel() == 0:
             return x
-        tally = self.tally if self._is_counted() else None
-        grid, scale = self._moved_grid(x), None
-        if grid is None:
-            grid, scale = self._params(), self._scale_for(x)
-        overflow = self.overflow
+        scale = self._scale_for(x)
+        moved = self._moved_grid(x, scale)
+        grid, unit = (self._params(), scale) if moved is None else (moved, None)
+        tally, overflow = self.tally if self._is_counted() else None, self.overflow
         if tally is not None:
-            counts, largest = observe(x.detach(), grid, scale=scale)
-            if overflow == "saturate_finite" and isinstance(grid, Format) and math.isfinite(float(largest)):
+            counts, largest = observe(x.detach(), grid, scale=unit)
+            if moved is not None and overflow == "saturate_finite" and math.isfinite(float(largest)):
                 overflow = "saturate"  # without infinities they are one, and this one costs fewer passes
             tally.add(counts, amaxes(x, self.placement.granularity) if tally.amax.ndim else largest)
-        return quantize(
-            x, grid, scale=scale, rounding=self.rounding, overflow=overflow, random_bits=self._random_bits(x)
-        )
-
-    def update(self) -> None:
-        """Go over to the next step: enter what was seen in the history, if anything was."""
-        tally = self.tally
-        if tally is not None and isinstance(self.scaling, Delayed):
-            updated = self.scaling.update(self.history, tally.amax)
-            self.history.copy_(torch.where(tally.totals[0] > 0, updated, self.history))
-            self._rescale()
-        if self.step is not None:
-            self.step.add_(1)
+        bits = self._random_bits(x)
+        if moved is None or x.dtype != torch.float32 or _forward_mode():
+            return quantize(x, grid, scale=unit, rounding=self.rounding, overflow=overflow, random_bits=bits)
+        values = cast(x, moved, bits, rounding=self.rounding, overflow=overflow)
+        return _StraightThrough.apply(x, values) if x.requires_grad and torch.is_grad_enabled() else values
 
     def begin_anew(self, amax: Tensor) -> None:
         """Begin the history anew with amaxes of the shape of the scales; without a history there is nothing to do."""
@@ -194,15 +186,16 @@ class Site(nn.Module):
             return True
         return torch._C._current_graph_task_id() == -1
 
-    def _moved_grid(self, x: Tensor) -> Format | None:
+    def _moved_grid(self, x: Tensor, scale: Tensor) -> Format | None:
         """The format times its scale as a format of its own, which spares the scaling; None where there is none.
 
         Where reading the state means waiting for a device, or where it is to stay data, there is none.
         """
-        kept = not isinstance(self.scaling, Current) and self.scale.numel() == 1 and self.scaling.power_of_two
-        if not kept or torch.compiler.is_compiling() or not all(map(is_plain, (x, self.grid, self.scale))):
+        if torch.compiler.is_compiling() or scale.numel() != 1 or not self.scaling.power_of_two:
             return None
-        return _times(_format_of(tuple(self.grid.tolist())), math.frexp(self.scale.item())[1] - 1)
+        if not (is_plain(x) and is_plain(self.grid) and is_plain(scale)):
+            return None
+        return _times(self.format, math.frexp(scale.item())[1] - 1)
 
     def _params(self) -> FormatParams:
         grid = self.grid
@@ -254,6 +247,52 @@ class Site(nn.Module):
     def extra_repr(self) -> str:
         """Format, scaling and granularity."""
         return f"{self.format}, {self.scaling}, {self.placement.granularity}"
+
+
+@torch.no_grad()
+def update_all(sites: Iterable[Site]) -> None:
+    """Go over to the next step: enter what was seen in the histories, where anything was, and scale by them.
+
+    All sites of a kind at once, since each alone would take some twenty operations on a few numbers.
+    """
+    kinds: dict[tuple[Delayed, tuple[int, ...], torch.device], list[tuple[Site, Tally]]] = {}
+    for site in sites:
+        if site.step is not None:
+            site.step.add_(1)
+        if site.tally is not None and isinstance(site.scaling, Delayed):
+            kind = site.scaling, site.placement.scales, site.grid.device
+            kinds.setdefault(kind, []).append((site, site.tally))
+    for (scaling, shape, _), members in kinds.items():
+        column = (-1, *(1 for _ in shape))
+        history = torch.stack([site.history for site, _ in members], 1)
+        is_seen = torch.stack([tally.totals[0] > 0 for _, tally in members]).view(column)
+        updated = scaling.update(history, torch.stack([tally.amax for _, tally in members]))
+        history = torch.where(is_seen, updated, history)
+        # The grids' own maxima, since formats are data, maybe on a device that is not to be waited for.
+        maximum = torch.stack([site.grid[8] for site, _ in members]).view(torch.float32).view(column)
+        scale = scaling.scale(maximum, maximum, history)
+        torch._foreach_copy_([site.history for site, _ in members], history.unbind(1))
+        torch._foreach_copy_([site.scale for site, _ in members], scale.unbind())
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Values in the place of others, whose gradient they take.
+
+    Without ``setup_context``, since torch looks up the signature of what has one in each call.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0], None
+
+
+def _forward_mode() -> bool:
+    """Whether tensors may carry tangents; told in private alone, and taken for granted where it is not."""
+    return getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
 def _keeps_layers_from_being_bypassed(module: nn.Module, inputs: Any) -> None:
