@@ -136,7 +136,7 @@ def checked_scale(scale: Tensor | float, x: Tensor) -> Tensor:
         InputError: if it would enlarge ``x``.
     """
     unit = torch.as_tensor(scale, dtype=torch.float32, device=x.device).detach()
-    if unit.ndim > x.ndim or any(s not in (1, n) for s, n in zip(unit.shape[::-1], x.shape[::-1], strict=False)):
+    if unit.ndim > x.ndim or any(s != 1 and s != n for s, n in zip(unit.shape[::-1], x.shape[::-1], strict=False)):
         raise InputError(
             f"the scale has shape {tuple(unit.shape)}; expected one that broadcasts to that of x, {tuple(x.shape)}"
         )
