@@ -45,10 +45,10 @@ def quantize_model(model: Model, rules: Sequence[Rule], *, seed: int | None = No
     >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 4, rngs=nnx.Rngs(1)))
     >>> cast = quantize_model(model, [Rule("layers/0", "E4M3", gradients="E5M2"), Rule(".*", None)])
     >>> print(summary(cast))
-    layer      kind     parameters   activations   weights   gradients   scaling      products   rule
-    ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    layers/0   Linear          128   E4M3          E4M3      E5M2        delayed 16   native     layers/0
-    layers/2   Linear           64   -             -         -                                   -
+    layer         kind    activ.  weights  grad.  scales      rule
+    ──────────────────────────────────────────────────────────────────
+    layers/0      Linear  E4M3    E4M3     E5M2   delayed 16  layers/0
+    layers/2      Linear  -       -        -                  -
     """
     _check(model)
     return quantize_nnx(model, rules, seed=seed)
