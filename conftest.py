@@ -34,6 +34,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 # The files that take longest, longest first: two workers then end at about the same time.
 _LONGEST_FIRST = (
+    "test_twins.py",
     "test_job.py",
     "test_checkpoint.py",
     "test_replay.py",

@@ -14,12 +14,12 @@ _INTERRUPTED = 130
 _USAGE = 2
 _DIFFERS = 1
 _MOST_DEVICES = 16
-_TRAIN, _REPORT, _CLI, _TORCH = "train", "report", "cli", "torch"
+_TRAIN, _REPORT, _CLI, _TORCH, _STORAGE = "train", "report", "cli", "torch", "storage"
 _EXTRAS = (
     dict.fromkeys(("flax", "orbax", "tensorstore", "jax", "optax"), _TRAIN)
     | dict.fromkeys(("plotly", "jinja2", "scipy"), _REPORT)
     | dict.fromkeys(("tyro", "rich", "ml_dtypes"), _CLI)
-    | {"torch": _TORCH}
+    | {"torch": _TORCH, "safetensors": _STORAGE}
 )
 _TRAINING = ("train", "replay", "study", "report")
 _DESCRIPTION = "Train in any 8-bit floating-point format, and see why a format fails."
@@ -43,6 +43,7 @@ _COMMANDS = {
     "parity": _Command("altgrad.parity.cli", "ParityConfig", "parity", "run two trainings side by side, bit for bit"),
     "formats": _Command("altgrad.show.cli", "FormatsConfig", "formats", "list the formats, or tell all about one"),
     "explain": _Command("altgrad.show.cli", "ExplainConfig", "explain", "show what a cast makes of a value, and why"),
+    "packed": _Command("altgrad.show.cli", "PackedConfig", "packed", "tell what a file of packed tensors holds"),
     "vectors": _Command("altgrad.show.cli", "VectorsConfig", "vectors", "write golden vectors to test any cast with"),
 }
 

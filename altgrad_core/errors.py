@@ -1,7 +1,8 @@
 """The error for what a user gave and nobody could use, so that a command line can tell it from a defect."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -27,3 +28,18 @@ def check_choice(what: str, name: object, known: Sequence[str]) -> None:
         near = difflib.get_close_matches(str(name).casefold(), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise InputError(f"unknown {what} {name!r}; {hint}Expected one of {', '.join(known)}")
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Say where the value is that an :class:`InputError` or ``TypeError`` raised inside complains of.
+
+    >>> with naming("tensor 'w'"):
+    ...     raise InputError("a scale is 0")
+    Traceback (most recent call last):
+    altgrad_core.errors.InputError: tensor 'w': a scale is 0
+    """
+    try:
+        yield
+    except (InputError, TypeError) as error:
+        raise type(error)(f"{where}: {error}") from error

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from altgrad_core.rules import OPERANDS
-
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -45,9 +43,9 @@ class Summary:
 
     >>> row = LayerRow("mlp/up", "Linear", 64, ("E4M3", "E4M3", "E5M2"), "delayed 16", "native", "mlp/.*")
     >>> print(Summary((row,)))
-    layer    kind     parameters   activations   weights   gradients   scaling      products   rule
-    ─────────────────────────────────────────────────────────────────────────────────────────────────
-    mlp/up   Linear           64   E4M3          E4M3      E5M2        delayed 16   native     mlp/.*
+    layer   kind    activ.  weights  grad.  scales      rule
+    ──────────────────────────────────────────────────────────
+    mlp/up  Linear  E4M3    E4M3     E5M2   delayed 16  mlp/.*
     """
 
     rows: Sequence[LayerRow]
@@ -58,15 +56,15 @@ class Summary:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for name in ("layer", "kind"):
-            table.add_column(name, overflow="fold")
-        table.add_column("parameters", justify="right")
-        for name in (*OPERANDS, "scaling", "products", "rule"):
-            table.add_column(name, overflow="fold")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+        table.add_column("layer", no_wrap=True, min_width=12)
+        table.add_column("kind", no_wrap=True, min_width=6, max_width=13)
+        for name, width in (("activ.", 6), ("weights", 7), ("grad.", 5), ("scales", 10)):
+            table.add_column(name, no_wrap=True, min_width=width)
+        table.add_column("rule", no_wrap=True, overflow="ellipsis")
         for row in self.rows:
-            formats = [each or "-" for each in row.formats]
-            cells = (row.path, row.kind, f"{row.parameters:,}", *formats, row.scaling, row.accumulate, row.rule or "-")
+            scales = f"{row.scaling}, exact" if row.accumulate == "exact" else row.scaling
+            cells = (row.path, row.kind, *(each or "-" for each in row.formats), scales, row.rule or "-")
             table.add_row(*(Text(cell) for cell in cells))
         return table
 

@@ -10,6 +10,7 @@ from altgrad_core import EmergencyMantissaShift as EmergencyMantissaShift
 from altgrad_core import Format as Format
 from altgrad_core import clip_threshold as clip_threshold
 from altgrad_core import parse as parse
+from altgrad_core.packing import PackRule as PackRule
 from altgrad_core.scaling import PerBlock as PerBlock
 from altgrad_core.scaling import PerChannel as PerChannel
 from altgrad_core.scaling import PerTensor as PerTensor
@@ -36,6 +37,14 @@ from altgrad_jax.granularity import spread as spread
 from altgrad_jax.hashing import hash_bits as hash_bits
 from altgrad_jax.keeper import SnapshotKeeper as SnapshotKeeper
 from altgrad_jax.norms import global_norm as global_norm
+from altgrad_jax.packed_files import PackedFile as PackedFile
+from altgrad_jax.packed_files import load_packed as load_packed
+from altgrad_jax.packed_files import save_packed as save_packed
+from altgrad_jax.packing import PackedTensor as PackedTensor
+from altgrad_jax.packing import pack_tensor as pack_tensor
+from altgrad_jax.packing import pack_tensors as pack_tensors
+from altgrad_jax.packing import unpack_tensor as unpack_tensor
+from altgrad_jax.packing import unpack_tensors as unpack_tensors
 from altgrad_jax.params import FormatParams as FormatParams
 from altgrad_jax.recovery import Snapshots as Snapshots
 from altgrad_jax.recovery import all_finite as all_finite

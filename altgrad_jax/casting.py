@@ -146,14 +146,24 @@ def _straight_through(
 ) -> jax.Array:
     if x.dtype == jnp.float64:
         return _cast_float64(x, scale, params, random_bits)
-    value = widened(x)
     if scale is None:
-        return _to_dtype(cast(value, params, random_bits), x.dtype)
+        return _to_dtype(cast(widened(x), params, random_bits), x.dtype)
     scale = scale.astype(jnp.float32)
     if params.path == "unsigned":
-        return _to_dtype(cast(value, params.scaled(scale), random_bits), x.dtype)
-    on_grid = cast(divide_by_scale(value, scale), params, random_bits)
-    return _to_dtype(jnp.where(jnp.isnan(on_grid), on_grid, product(on_grid, scale)), x.dtype)
+        return _to_dtype(cast(widened(x), params.scaled(scale), random_bits), x.dtype)
+    return scaled_up(cast(scaled_down(x, scale), params, random_bits), scale, x.dtype)
+
+
+def scaled_down(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """``x / scale`` as it is rounded to a grid: float64 in float64, all else in float32. See :func:`quantize`."""
+    return x / scale.astype(jnp.float64) if x.dtype == jnp.float64 else divide_by_scale(widened(x), scale)
+
+
+def scaled_up(on_grid: jax.Array, scale: jax.Array, dtype: np.dtype) -> jax.Array:
+    """``on_grid * scale`` of float32 values, computed in float64 for that dtype and in float32 for all others."""
+    if dtype == jnp.float64:
+        return _to_float64(on_grid) * scale.astype(jnp.float64)
+    return _to_dtype(jnp.where(jnp.isnan(on_grid), on_grid, product(on_grid, scale)), dtype)
 
 
 def _to_dtype(result: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -174,12 +184,12 @@ def _cast_float64(
         return _to_float64(_to_float32_grid(x, params))
     if params.path == "unsigned" and scale is not None:
         params, scale = params.scaled(scale.astype(jnp.float32)), None
-    scaled_down = x if scale is None else x / scale.astype(jnp.float64)
-    on_grid = cast(float64_to_odd(scaled_down), params, random_bits)
+    reduced = x if scale is None else scaled_down(x, scale)
+    on_grid = cast(float64_to_odd(reduced), params, random_bits)
     # What float32 cannot hold has become an infinity, which this policy would keep.
-    is_kept = (params.overflow == _SATURATE_FINITE) & jnp.isinf(on_grid) & jnp.isfinite(scaled_down)
-    on_grid = _to_float64(jnp.where(is_kept, jnp.copysign(params.max_value, on_grid), on_grid))
-    return on_grid if scale is None else on_grid * scale.astype(jnp.float64)
+    is_kept = (params.overflow == _SATURATE_FINITE) & jnp.isinf(on_grid) & jnp.isfinite(reduced)
+    on_grid = jnp.where(is_kept, jnp.copysign(params.max_value, on_grid), on_grid)
+    return _to_float64(on_grid) if scale is None else scaled_up(on_grid, scale, x.dtype)
 
 
 def _to_float32_grid(x: jax.Array, params: FormatParams) -> jax.Array:

@@ -4,6 +4,7 @@ from altgrad_core.formats import FORMAT_REGISTRY as FORMAT_REGISTRY
 from altgrad_core.formats import Format as Format
 from altgrad_core.formats import UnknownFormatError as UnknownFormatError
 from altgrad_core.formats import parse as parse
+from altgrad_core.packing import PackRule as PackRule
 from altgrad_core.scaling import PerBlock as PerBlock
 from altgrad_core.scaling import PerChannel as PerChannel
 from altgrad_core.scaling import PerTensor as PerTensor
@@ -31,6 +32,14 @@ from altgrad_torch.granularity import spread as spread
 from altgrad_torch.hashing import hash_bits as hash_bits
 from altgrad_torch.keeper import SnapshotKeeper as SnapshotKeeper
 from altgrad_torch.norms import global_norm as global_norm
+from altgrad_torch.packed_files import PackedFile as PackedFile
+from altgrad_torch.packed_files import load_packed as load_packed
+from altgrad_torch.packed_files import save_packed as save_packed
+from altgrad_torch.packing import PackedTensor as PackedTensor
+from altgrad_torch.packing import pack_tensor as pack_tensor
+from altgrad_torch.packing import pack_tensors as pack_tensors
+from altgrad_torch.packing import unpack_tensor as unpack_tensor
+from altgrad_torch.packing import unpack_tensors as unpack_tensors
 from altgrad_torch.params import FormatParams as FormatParams
 from altgrad_torch.recovery import SkipNonfinite as SkipNonfinite
 from altgrad_torch.recovery import all_finite as all_finite

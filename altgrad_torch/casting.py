@@ -136,7 +136,7 @@ def checked_scale(scale: Tensor | float, x: Tensor) -> Tensor:
         InputError: if it would enlarge ``x``.
     """
     unit = torch.as_tensor(scale, dtype=torch.float32, device=x.device).detach()
-    if unit.ndim > x.ndim or any(s not in (1, n) for s, n in zip(unit.shape[::-1], x.shape[::-1], strict=False)):
+    if unit.ndim > x.ndim or any(s != 1 and s != n for s, n in zip(unit.shape[::-1], x.shape[::-1], strict=False)):
         raise InputError(
             f"the scale has shape {tuple(unit.shape)}; expected one that broadcasts to that of x, {tuple(x.shape)}"
         )
@@ -260,21 +260,32 @@ def _scaled_cast(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, ho
     on_grid = _cast(x, scale, random_bits, how)
     if scale is None or _is_unsigned(how.grid):
         return _to_dtype(on_grid, x.dtype)
-    if x.dtype == torch.float64:
-        return _to_dtype(on_grid, x.dtype) * scale
-    return _to_dtype(_multiply_by_scale(on_grid, scale), x.dtype)
+    return scaled_up(on_grid, scale, x.dtype)
+
+
+def scaled_down(x: Tensor, scale: Tensor) -> Tensor:
+    """``x / scale`` as it is rounded to a grid: float64 in float64, all else in float32. See :func:`quantize`."""
+    is_float64 = x.dtype == torch.float64
+    return _divide_float64_by_scale(x, scale) if is_float64 else divide_by_scale(widened(x), scale)
+
+
+def scaled_up(on_grid: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``on_grid * scale`` of float32 values, computed in float64 for that dtype and in float32 for all others."""
+    if dtype == torch.float64:
+        return _to_dtype(on_grid, dtype) * scale
+    return _to_dtype(_multiply_by_scale(on_grid, scale), dtype)
 
 
 def _cast(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
     """Round ``x / scale`` to float32; to an unsigned format round ``x``, for there the grid is moved instead."""
     grid, is_float64 = how.grid, x.dtype == torch.float64
-    x = x if is_float64 else widened(x)
-    if scale is not None:
-        if _is_unsigned(grid):
-            params = grid if isinstance(grid, FormatParams) else FormatParams.from_format(grid, device=x.device)
-            grid = _moved(params, scale)
-        else:
-            x = _divide_float64_by_scale(x, scale) if is_float64 else divide_by_scale(x, scale)
+    if scale is None:
+        x = x if is_float64 else widened(x)
+    elif _is_unsigned(grid):
+        params = grid if isinstance(grid, FormatParams) else FormatParams.from_format(grid, device=x.device)
+        x, grid = x if is_float64 else widened(x), _moved(params, scale)
+    else:
+        x = scaled_down(x, scale)
     draw = None if random_bits is None else Draw(random_bits, how.stochastic_bits)
     return (round_float64_to_grid if is_float64 else round_to_grid)(x, grid, how.rounding, how.beyond, draw)
 

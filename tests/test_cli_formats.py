@@ -225,7 +225,7 @@ def test_the_overview_names_every_command(monkeypatch, capsys) -> None:
         main()
     assert stopped.value.code == 0
     said = capsys.readouterr().out
-    for command in ("train", "study", "report", "formats", "explain", "vectors"):
+    for command in ("train", "study", "report", "formats", "explain", "vectors", "packed"):
         assert f"\n  {command} " in said
 
 

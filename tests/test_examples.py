@@ -34,3 +34,16 @@ def test_heals_itself(framework, capsys):
     assert float(final.split()[2]) < 0.3
     happened = [(event["step"], event["kind"], event["cause"]) for event in map(json.loads, events)]
     assert happened == [(62, "shift", "nan"), (110, "rollback", "poisoned weights")]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "reached"),
+    [("transformer_torch", "encoder.layers.1.linear2", 1.5), ("resnet_torch", "conv2", 0.8)],
+)
+def test_models_of_torch_train_in_eight_bits(name, layers, reached, capsys):
+    pytest.importorskip("torch")
+    runpy.run_path(str(_EXAMPLES / f"{name}.py"), run_name="__main__")
+    *table, losses, _ = capsys.readouterr().out.splitlines()
+    assert any(layers in line and "E4M3" in line and "E5M2" in line for line in table)
+    first, last = (float(loss) for loss in losses.removeprefix("loss ").split(" -> "))
+    assert last < reached < first

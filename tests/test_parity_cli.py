@@ -15,6 +15,7 @@ from rich.console import Console
 from altgrad.cli import main
 from altgrad.parity import compare, lockstep
 from altgrad.parity.show import comparison_table, lockstep_report
+from altgrad_core.twins import MLPShape
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = """
@@ -87,7 +88,15 @@ def test_a_pair_that_stays_together(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "--jax is missing; expected both sides, --jax package.module:make --torch package.module:make"),
+        (["--torch", "a_pair:x"], "--jax is missing; expected both sides, --jax package.module:make --torch"),
+        (
+            ["--jax", "a:b", "--torch", "a:b", "--format", "E5M2"],
+            "--format would have no effect with --jax and --torch",
+        ),
+        (["--jax", "a:b", "--seed", "1"], "--seed would have no effect with --jax and --torch"),
+        (["--format", "E5N2"], "unknown format 'E5N2'"),
+        (["--rounding", "stochastic"], "only committed weights are rounded"),
+        (["--html", "no/such/file"], "expected a file in a folder that exists"),
         (["--jax", "a_pair:jax_side"], "--torch is missing; expected both sides"),
         (["--jax", "a_pair", "--torch", "a_pair:x"], "--jax is 'a_pair'; expected a module and a function of it"),
         (["--jax", "a_pear:x", "--torch", "a_pair:x"], "there is no module 'a_pear'"),
@@ -108,6 +117,32 @@ def test_bad_input_is_named(
     message = f"{code} {said.out} {said.err}"
     assert "Traceback" not in message
     assert expected in " ".join(message.replace("│", " ").split())
+
+
+def test_the_built_in_pair(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("altgrad.parity.cli.MLPShape", lambda: MLPShape((24, 16, 16, 10), batch=8))
+    options = ("--format", "E7M0", "--storage", "committed", "--steps", "3", "--repeat-steps", "1")
+    assert run(monkeypatch, *options, "--json", "found.json", "--html", "found.html") == 0
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "jax and torch are identical in 3 steps, every bit\nMLP 784-512-512-10 in E7M0, SGD, committed"
+    )
+    found = json.loads((folder / "found.json").read_text())
+    assert found["about"].endswith("committed weights, rounded stochastically, exact sums, seed 0")
+    assert [step["identical"] == step["tensors"] for step in found["history"]] == [True] * 3
+    page = (folder / "found.html").read_text()
+    assert "jax and torch are identical in 3 steps, every bit" in page
+    assert "0 to 2" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_page_names_the_first_difference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = ("--jax", "a_pair:jax_side", "--torch", "a_pair:torch_side")
+    assert run(monkeypatch, *sides, "--steps", "9", "--html", "found.html") == 1
+    page = (folder / "found.html").read_text()
+    assert "The first difference" in page
+    assert "jax rounded once; torch rounded twice" in page
+    assert "a_pair:jax_side and a_pair:torch_side" in page
 
 
 def test_a_missing_framework_is_named(folder: Path) -> None:

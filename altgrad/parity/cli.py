@@ -1,14 +1,15 @@
-"""``altgrad parity``: a pair of trainings side by side, bit for bit."""
+"""``altgrad parity``: a pair of trainings, the built-in one or the user's, side by side, bit for bit."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -16,12 +17,45 @@ from altgrad.parity.lockstep import Make, lockstep
 from altgrad.parity.records import Kind
 from altgrad.parity.show import print_lockstep
 from altgrad_core.errors import InputError
+from altgrad_core.twins import (
+    Accumulation,
+    CommitRounding,
+    GPTShape,
+    MLPShape,
+    OptimizerName,
+    Recipe,
+    Storage,
+)
+
+ModelName = Literal["mlp", "gpt"]
+
+_OF_THE_PAIR = ("format", "model", "optimizer", "storage", "rounding", "accumulate", "seed")
+_MODELS: Mapping[ModelName, str] = {"mlp": "MLP 784-512-512-10", "gpt": "GPT of 2 layers"}
+_OPTIMIZERS: Mapping[OptimizerName, str] = {"sgd": "SGD", "adamw": "AdamW"}
+_ROUNDED: Mapping[CommitRounding, str] = {"nearest_even": "to nearest", "stochastic": "stochastically"}
 
 
 @dataclass(frozen=True)
 class ParityConfig:
-    """Run two trainings side by side, each against itself first, and name the first tensor that differs, and why."""
+    """Run two trainings side by side, each against itself first, and name the first tensor that differs, and why.
 
+    Without --jax and --torch it is a built-in pair: the same network, weights, batches and random bits in both.
+    """
+
+    format: str | None = None
+    """What the built-in pair casts every operand and gradient of a product to; E5M2 unless said."""
+    model: ModelName | None = None
+    """Of the built-in pair: an MLP of 784-512-512-10 or a GPT of 2 layers; mlp unless said."""
+    optimizer: OptimizerName | None = None
+    """Of the built-in pair: SGD with momentum or AdamW; sgd unless said."""
+    storage: Storage | None = None
+    """Of the built-in pair: float32 master weights, or weights committed to the grid after every step."""
+    rounding: CommitRounding | None = None
+    """How the built-in pair rounds committed weights; stochastic unless said."""
+    accumulate: Accumulation | None = None
+    """How the built-in pair adds up products: exact, rounded once, or native, each framework in its own way."""
+    seed: int | None = None
+    """Of the built-in pair's weights, batches and random bits; 0 unless said."""
     jax: str | None = None
     """JAX's side, as package.module:make: a function that returns (state, step), and step(state, k) in turn the next
     state and the step's tensors by name."""
@@ -39,19 +73,39 @@ class ParityConfig:
     """Kinds of differences that do not count: nan payload, signed zero, ..."""
     json: Path | None = None
     """Where to write what was found, as JSON."""
+    html: Path | None = None
+    """Where to write it as a page, which opens offline."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run before anything is imported."""
-        for option, named in (("--jax", self.jax), ("--torch", self.torch)):
-            if named is None:
-                raise InputError(
-                    f"{option} is missing; expected both sides, --jax package.module:make --torch package.module:make"
-                )
-            module, _, function = named.partition(":")
-            if not module or not function:
-                raise InputError(f"{option} is {named!r}; expected a module and a function of it, package.module:make")
-        if self.json is not None and not self.json.absolute().parent.is_dir():
-            raise InputError(f"--json is {self.json}; expected a file in a folder that exists")
+        given = {f"--{name}": getattr(self, name) for name in _OF_THE_PAIR if getattr(self, name) is not None}
+        if self.jax is None and self.torch is None:
+            self.recipe()
+        elif given:
+            option = next(iter(given))
+            raise InputError(f"{option} would have no effect with --jax and --torch: it is for the built-in pair")
+        else:
+            _check_named("--jax", self.jax)
+            _check_named("--torch", self.torch)
+        for option, path in (("--json", self.json), ("--html", self.html)):
+            if path is not None and not path.absolute().parent.is_dir():
+                raise InputError(f"{option} is {path}; expected a file in a folder that exists")
+
+    def recipe(self) -> Recipe:
+        """How the built-in pair trains."""
+        given = {name: getattr(self, name) for name in _OF_THE_PAIR if name != "model"}
+        return Recipe(**{name: value for name, value in given.items() if value is not None})
+
+    def about(self) -> str:
+        """What is run, in a line."""
+        if self.jax is not None:
+            return f"{self.jax} and {self.torch}"
+        recipe = self.recipe()
+        rounding = f", rounded {_ROUNDED[recipe.commit_rounding]}" if recipe.storage == "committed" else ""
+        return (
+            f"{_MODELS[self.model or 'mlp']} in {recipe.format}, {_OPTIMIZERS[recipe.optimizer]}, {recipe.storage} "
+            f"weights{rounding}, {recipe.accumulate} sums, seed {recipe.seed}"
+        )
 
 
 def parity(config: ParityConfig, console: Console | None = None) -> bool:
@@ -64,8 +118,7 @@ def parity(config: ParityConfig, console: Console | None = None) -> bool:
         InputError: for a side that cannot be found, or is no pair of state and step.
     """
     found = lockstep(
-        _make(str(config.jax), "--jax"),
-        _make(str(config.torch), "--torch"),
+        *_sides(config),
         steps=config.steps,
         tolerance_ulps={**config.tolerances, ".*": config.tolerance_ulps}
         if config.tolerances
@@ -74,10 +127,33 @@ def parity(config: ParityConfig, console: Console | None = None) -> bool:
         labels=("jax", "torch"),
         repeat_steps=config.repeat_steps,
     )
-    print_lockstep(found, console or Console())
+    print_lockstep(found, console or Console(), config.about())
     if config.json is not None:
-        config.json.write_text(json.dumps(found.as_dict(), indent=1, allow_nan=False) + "\n")
+        about = {"about": config.about(), **found.as_dict()}
+        config.json.write_text(json.dumps(about, indent=1, allow_nan=False) + "\n")
+    if config.html is not None:
+        from altgrad.parity.page import page_of
+
+        config.html.write_text(page_of(found, config.about()), encoding="utf-8")
     return found.passed
+
+
+def _sides(config: ParityConfig) -> tuple[Make[Any], Make[Any]]:
+    if config.jax is not None and config.torch is not None:
+        return _make(config.jax, "--jax"), _make(config.torch, "--torch")
+    from altgrad.parity.twins import sides_of
+
+    return sides_of(GPTShape() if config.model == "gpt" else MLPShape(), config.recipe())
+
+
+def _check_named(option: str, named: str | None) -> None:
+    if named is None:
+        raise InputError(
+            f"{option} is missing; expected both sides, --jax package.module:make --torch package.module:make"
+        )
+    module, _, function = named.partition(":")
+    if not module or not function:
+        raise InputError(f"{option} is {named!r}; expected a module and a function of it, package.module:make")
 
 
 def _make(named: str, option: str) -> Make[object]:

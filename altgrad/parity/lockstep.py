@@ -9,7 +9,7 @@ from altgrad.parity.compare import Tolerance, check_ignored, compare_named
 from altgrad.parity.environment import Environment
 from altgrad.parity.leaves import Leaf, named_tensors
 from altgrad.parity.records import Comparison, Kind
-from altgrad.parity.runs import Difference, Lockstep, Run
+from altgrad.parity.runs import Difference, Lockstep, Run, StepRecord
 from altgrad_core.errors import InputError
 
 State = TypeVar("State")
@@ -99,14 +99,16 @@ def _run(
 ) -> Run:
     take_a, take_b = start_a(labels[0]), start_b(labels[1])
     identical, largest = 0, 0
+    history: list[StepRecord] = []
     for step in range(steps):
         found = compare_named(take_a(step), take_b(step), tolerance_ulps=tolerance_ulps, ignore=ignore, labels=labels)
+        history.append(StepRecord.of(found))
         identical += found.identical
         largest = max(largest, found.largest_ulps)
         difference = _difference(step, found)
         if difference is not None:
-            return Run(labels, step + 1, identical, largest, difference, tolerance_ulps, tuple(ignore))
-    return Run(labels, steps, identical, largest, None, tolerance_ulps, tuple(ignore))
+            return Run(labels, step + 1, identical, largest, difference, tolerance_ulps, tuple(ignore), tuple(history))
+    return Run(labels, steps, identical, largest, None, tolerance_ulps, tuple(ignore), tuple(history))
 
 
 def _difference(step: int, found: Comparison) -> Difference | None:

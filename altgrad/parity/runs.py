@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from altgrad.parity.cause import Cause
 from altgrad.parity.compare import Tolerance
 from altgrad.parity.environment import Environment
-from altgrad.parity.records import Kind, TensorRecord
+from altgrad.parity.records import Comparison, Kind, TensorRecord
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,37 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class StepRecord:
+    """How a step of two runs compares.
+
+    Attributes:
+        tensors: how many there are.
+        identical: how many of them are the same in every bit.
+        differing: how many elements differ, of all tensors.
+        largest_ulps: the most steps between any two elements.
+        first: the name of the first tensor that differs at all, None where none does.
+    """
+
+    tensors: int
+    identical: int
+    differing: int
+    largest_ulps: int
+    first: str | None
+
+    @classmethod
+    def of(cls, found: Comparison) -> StepRecord:
+        """A comparison, counted."""
+        first = found.first_difference
+        return cls(
+            len(found.tensors),
+            sum(tensor.identical for tensor in found.tensors),
+            sum(tensor.differing for tensor in found.tensors),
+            found.largest_ulps,
+            None if first is None else first.name,
+        )
+
+
+@dataclass(frozen=True)
 class Run:
     """Two runs, compared step by step up to the first difference.
 
@@ -52,6 +83,7 @@ class Run:
         first_difference: where it was stopped; None where all steps passed.
         tolerance_ulps: what was allowed.
         ignored: which kinds of differences did not count.
+        history: each step.
     """
 
     labels: tuple[str, str]
@@ -61,6 +93,7 @@ class Run:
     first_difference: Difference | None
     tolerance_ulps: Tolerance = 0
     ignored: tuple[Kind, ...] = ()
+    history: tuple[StepRecord, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -85,6 +118,7 @@ class Run:
             "largest_ulps": self.largest_ulps,
             "tolerance_ulps": self.tolerance_ulps if isinstance(self.tolerance_ulps, int) else {**self.tolerance_ulps},
             "ignored": list(self.ignored),
+            "history": [asdict(each) for each in self.history],
             "first_difference": None if self.first_difference is None else self.first_difference.as_dict(),
         }
 

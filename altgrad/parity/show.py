@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -30,21 +30,24 @@ def comparison_table(found: Comparison) -> RenderableType:
     return Group(*parts)
 
 
-def lockstep_report(found: Lockstep) -> RenderableType:
-    """The verdict first, then every run, the first difference, and where it ran."""
+def lockstep_report(found: Lockstep, about: str = "") -> RenderableType:
+    """The verdict first, then what was run, every run, the first difference, and where it ran."""
     style = "bold green" if found.passed else "bold red"
-    parts: list[RenderableType] = [Text(_verdict(found), style=style), Text(), _runs(found)]
+    parts: list[RenderableType] = [Text(verdict(found), style=style)]
+    parts += [Text(about, style="dim")] if about else []
+    parts += [Text(), _runs(found)]
     if found.first_difference is not None:
-        parts += [_titled("First difference"), _difference(found.first_difference, found.decisive.labels)]
-    return Group(*parts, _titled("Environment"), _environment(found.environment))
+        parts += [_titled("First difference"), _facts(difference_facts(found.first_difference, found.decisive.labels))]
+    return Group(*parts, _titled("Environment"), _facts(environment_facts(found.environment)))
 
 
-def print_lockstep(found: Lockstep, console: Console) -> None:
+def print_lockstep(found: Lockstep, console: Console, about: str = "") -> None:
     """Print a lockstep's report."""
-    console.print(lockstep_report(found), highlight=False)
+    console.print(lockstep_report(found, about), highlight=False)
 
 
-def _verdict(found: Lockstep) -> str:
+def verdict(found: Lockstep) -> str:
+    """What a lockstep found, in a sentence."""
     one, other = found.decisive.labels
     first = found.first_difference
     if found.run is None:
@@ -69,35 +72,48 @@ def _runs(found: Lockstep) -> Table:
     return table
 
 
-def _mark(run: Run) -> Text:
+def outcome(run: Run) -> str:
+    """What became of a run, in a word or two."""
     if not run.passed:
-        return Text("differs", style="bold red")
-    return Text("identical" if run.identical_steps == run.steps else "within tolerance", style="green")
+        return "differs"
+    return "identical" if run.identical_steps == run.steps else "within tolerance"
 
 
-def _difference(first: Difference, labels: tuple[str, str]) -> Table:
+def _mark(run: Run) -> Text:
+    return Text(outcome(run), style="green" if run.passed else "bold red")
+
+
+def difference_facts(first: Difference, labels: tuple[str, str]) -> dict[str, str]:
+    """Where two runs part, and why, by topic."""
     tensor = first.tensor
-    grid = _grid()
-    grid.add_row("where", f"step {first.step}, {tensor.name}")
+    facts = {"where": f"step {first.step}, {tensor.name}"}
     if tensor.first is None:
-        grid.add_row("what", tensor.told(labels))
+        facts["what"] = tensor.told(labels)
     else:
         ulps = "" if tensor.largest_ulps is None else f", by up to {tensor.largest_ulps:,} ulps"
-        grid.add_row("what", f"{tensor.differing:,} of {tensor.elements:,} {tensor.dtypes[0]} elements{ulps}")
-        kinds = ", ".join(f"{count:,} by {kind}" for kind, count in tensor.kinds.items())
-        grid.add_row("kinds", kinds)
-        grid.add_row("first", str(tensor.first))
-    grid.add_row("cause", first.cause.told(labels))
-    return grid
+        facts["what"] = f"{tensor.differing:,} of {tensor.elements:,} {tensor.dtypes[0]} elements{ulps}"
+        facts["kinds"] = ", ".join(f"{count:,} by {kind}" for kind, count in tensor.kinds.items())
+        facts["first"] = str(tensor.first)
+    return facts | {"cause": first.cause.told(labels)}
 
 
-def _environment(here: Environment) -> Table:
-    grid = _grid()
-    grid.add_row("versions", ", ".join([f"Python {here.python}", *(" ".join(pair) for pair in here.versions.items())]))
-    grid.add_row("machine", f"{here.system}, {here.processor}, {here.cores} cores")
-    grid.add_row("instructions", ", ".join(here.instruction_sets) or "unknown")
-    grid.add_row("threads", ", ".join(f"{name} {count}" for name, count in here.threads.items()) or "unknown")
-    grid.add_row("settings", ", ".join(f"{name}={value}" for name, value in here.settings.items()) or "none")
+def environment_facts(here: Environment) -> dict[str, str]:
+    """Where a comparison ran, by topic."""
+    return {
+        "versions": ", ".join([f"Python {here.python}", *(" ".join(pair) for pair in here.versions.items())]),
+        "machine": f"{here.system}, {here.processor}, {here.cores} cores",
+        "instructions": ", ".join(here.instruction_sets) or "unknown",
+        "threads": ", ".join(f"{name} {count}" for name, count in here.threads.items()) or "unknown",
+        "settings": ", ".join(f"{name}={value}" for name, value in here.settings.items()) or "none",
+    }
+
+
+def _facts(facts: Mapping[str, str]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for topic, fact in facts.items():
+        grid.add_row(topic, fact)
     return grid
 
 
@@ -124,13 +140,6 @@ def _table(*columns: str) -> Table:
         is_number = name in ("differing", "ulps", "steps", "identical", "most ulps")
         table.add_column(name, justify="right" if is_number else "left", overflow="fold")
     return table
-
-
-def _grid() -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column(overflow="fold")
-    return grid
 
 
 def _titled(title: str) -> Text:

@@ -1,4 +1,4 @@
-"""``altgrad formats``, ``altgrad explain`` and ``altgrad vectors``."""
+"""``altgrad formats``, ``altgrad explain``, ``altgrad vectors`` and ``altgrad packed``."""
 
 from __future__ import annotations
 
@@ -80,6 +80,14 @@ class VectorsConfig:
             raise InputError(f"{self.out} exists; expected a new file, or --overwrite")
 
 
+@dataclass(frozen=True)
+class PackedConfig:
+    """Tell what a file of packed tensors holds: every tensor with its format, scales and bytes."""
+
+    file: tyro.conf.Positional[Path]
+    """A file that save_packed wrote, in either framework. What it says of itself is checked; values are not read."""
+
+
 def _refuse_without_stochastic(rounding: Rounding, **options: int | None) -> None:
     for name, given in options.items():
         if given is not None and rounding != "stochastic":
@@ -141,3 +149,10 @@ def vectors(config: VectorsConfig, console: Console | None = None) -> Path:
     console = console or Console(stderr=True)
     console.print(f"{len(made):,} vectors: {path.resolve()}", soft_wrap=True, highlight=False)
     return path
+
+
+def packed(config: PackedConfig, console: Console | None = None) -> None:
+    """Run ``altgrad packed``."""
+    from altgrad.show.packed import header_of, print_header
+
+    print_header(header_of(config.file), console or Console())

@@ -13,5 +13,7 @@ from altgrad_jax.nn.models import recording as recording
 from altgrad_jax.nn.models import set_formats as set_formats
 from altgrad_jax.nn.models import summary as summary
 from altgrad_jax.nn.nnx_products import CastVariable as CastVariable
+from altgrad_jax.nn.packed import pack as pack
+from altgrad_jax.nn.packed import unpack as unpack
 from altgrad_jax.nn.seen import Seen as Seen
 from altgrad_jax.nn.seen import record_casts as record_casts

@@ -232,7 +232,7 @@ def _quantize_and_see(x: jax.Array, state: CastState, *, recorded: bool) -> tupl
         if isinstance(state.scaling, Current) or (recorded and state.writes_amaxes)
         else None
     )
-    scale = _scale(state, own)
+    scale = scale_of(state, own)
     if scale.ndim == 0 and state.scaling.power_of_two:
         grid = params.scaled(scale)
         sight = Sight(tally(wide, edges(grid)), None) if recorded else None
@@ -245,8 +245,17 @@ def _quantize_and_see(x: jax.Array, state: CastState, *, recorded: bool) -> tupl
     return quantized, Sight(seen, own.reshape(state.amax_shape) if own is not None and state.writes_amaxes else None)
 
 
-def _scale(state: CastState, own: jax.Array | None) -> jax.Array:
-    """The scales of a tensor with amaxes of its own."""
+def scale_of(state: CastState, own: jax.Array | None) -> jax.Array:
+    """The scales that a cast goes by.
+
+    Args:
+        state: of the cast.
+        own: the tensor's own amaxes, as :func:`~altgrad_jax.granularity.amaxes` gives them; needed by current scales.
+
+    Returns:
+        float32: a scalar where all elements share one, else of a shape that :func:`~altgrad_jax.granularity.spread`
+        takes.
+    """
     match state.scaling:
         case Current() as current if own is not None:
             return current.scale(own if own.size > 1 else own.reshape(()), state.params.max_value)

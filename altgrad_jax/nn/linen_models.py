@@ -179,9 +179,9 @@ def quantize_linen(module: linen.Module, rules: Sequence[Rule], *, seed: int | N
     return Quantized(module, tuple(rules), seed)
 
 
-def dequantize_linen(model: Quantized) -> linen.Module:
+def dequantize_linen(model: linen.Module) -> linen.Module:
     """See :func:`altgrad_jax.nn.dequantize_model`."""
-    return model.module
+    return model.module if isinstance(model, Quantized) else model
 
 
 def set_linen_formats(variables: Variables, formats: Mapping[str, str | Format | Each[str | Format]]) -> dict[str, Any]:

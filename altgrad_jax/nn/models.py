@@ -84,8 +84,8 @@ def quantize_model(
 @overload
 def dequantize_model(model: Model) -> Model: ...
 @overload
-def dequantize_model(model: Quantized) -> linen.Module: ...
-def dequantize_model(model: nnx.Module | Quantized) -> nnx.Module | linen.Module:
+def dequantize_model(model: linen.Module) -> linen.Module: ...
+def dequantize_model(model: nnx.Module | linen.Module) -> nnx.Module | linen.Module:
     """The plain model again, with the parameters as they are now.
 
     Args:
@@ -94,7 +94,7 @@ def dequantize_model(model: nnx.Module | Quantized) -> nnx.Module | linen.Module
     Returns:
         Of NNX a copy; of Linen the module that was quantized, to which the parameters of the variables belong.
     """
-    if isinstance(model, Quantized):
+    if isinstance(model, linen.Module):
         return dequantize_linen(model)
     return dequantize_nnx(_checked(model))
 
@@ -107,13 +107,13 @@ def recording(model: nnx.Module, *, axis_name: str | tuple[str, ...] = ()) -> Ab
     and scales stand still: that is how a model is evaluated. Of a Linen model the states are the user's to carry: see
     :func:`~altgrad_jax.nn.record_casts`.
 
-    What is written in a differentiated ``lax.cond`` cannot be recorded (JAX raises a ``KeyError``); ``scan``,
-    ``checkpoint`` and ``jit`` within a step may be used freely. Under ``vmap`` over examples, or in ``shard_map``, name
-    the axes; a ``vmap`` over whole models and their steps needs nothing.
+    Within a step ``scan``, ``checkpoint`` and ``jit`` may be used freely, and the step itself under ``vmap`` over whole
+    models. JAX can write to no reference in a differentiated ``lax.cond`` (it raises a ``KeyError``), nor under a
+    ``vmap`` over examples alone (an exception that speaks of an unbatched array reference): there, record elsewhere.
 
     Args:
         model: from :func:`quantize_model`.
-        axis_name: mapped axes over which tensors are parts: counts and amaxes are then of all of them.
+        axis_name: inside ``shard_map``, axes over which tensors are parts: counts and amaxes are then of all of them.
 
     Yields:
         What was seen, to be read when the recording is over.

@@ -99,7 +99,7 @@ class Layer:
         setattr(self.module, name, nnx.data(_product(name, casts, held, rule)))
         swapped = _SWAPPED.get(type(self.module))
         if swapped is not None:
-            self.module.__class__ = swapped
+            _become(self.module, swapped)
 
     def remove(self) -> None:
         """Make a plain layer of a cast one."""
@@ -107,7 +107,7 @@ class Layer:
         held = getattr(self.module, name)
         for plain, swapped in _SWAPPED.items():
             if type(self.module) is swapped:
-                self.module.__class__ = plain
+                _become(self.module, plain)
                 original = held.original
         setattr(self.module, name, nnx.static(original))
 
@@ -120,6 +120,10 @@ def layer_at(path: str, module: nnx.Module) -> Layer | None:
         if isinstance(module, kind) and (kind not in _SWAPPED or type(module) in (kind, _SWAPPED[kind])):
             return Layer(path, module, kind.__name__, (site(path, module),))
     return None
+
+
+def _become(module: nnx.Module, kind: type[nnx.Module]) -> None:
+    object.__setattr__(module, "__class__", kind)  # past NNX, which would take it for an attribute of the layer
 
 
 def _hook(module: nnx.Module) -> tuple[str, Callable[..., Any] | None]:

@@ -35,7 +35,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 def quantize_nnx(model: Model, rules: Sequence[Rule], *, seed: int | None = None) -> Model:
     """See :func:`altgrad_jax.nn.quantize_model`."""
     model = nnx.clone(model)
-    layers = _layers(model)
+    layers = layers_of(model)
     matches = match_rules(list(layers), rules)
     for reason in describe_unused(matches, _others(model, layers)):
         warnings.warn(reason, UnusedRuleWarning, stacklevel=3)
@@ -53,7 +53,7 @@ def quantize_nnx(model: Model, rules: Sequence[Rule], *, seed: int | None = None
 def dequantize_nnx(model: Model) -> Model:
     """See :func:`altgrad_jax.nn.dequantize_model`."""
     model = nnx.clone(model)
-    for layer in _layers(model).values():
+    for layer in layers_of(model).values():
         if layer.products:
             layer.remove()
     return model
@@ -72,7 +72,7 @@ def record_nnx(model: nnx.Module, *, axis_name: str | tuple[str, ...] = ()) -> I
 
 def set_nnx_formats(model: nnx.Module, formats: Mapping[str, str | Format | Each[str | Format]]) -> None:
     """See :func:`altgrad_jax.nn.set_formats`."""
-    layers = {path: layer for path, layer in _layers(model).items() if layer.products}
+    layers = {path: layer for path, layer in layers_of(model).items() if layer.products}
     written = [
         (variable, set_format(state, option(chosen, state.operand)))
         for path, chosen in choose_formats(list(layers), formats).items()
@@ -86,10 +86,10 @@ def set_nnx_formats(model: nnx.Module, formats: Mapping[str, str | Format | Each
 
 def summarize_nnx(model: nnx.Module) -> Summary:
     """See :func:`altgrad_jax.nn.summary`."""
-    return Summary(tuple(_row(layer) for layer in _layers(model).values()))
+    return Summary(tuple(_row(layer) for layer in layers_of(model).values()))
 
 
-def _layers(model: nnx.Module) -> dict[str, Layer]:
+def layers_of(model: nnx.Module) -> dict[str, Layer]:
     """The layers that can be cast by path, a shared one once."""
     found = [layer_at(_path(path), module) for path, module in nnx.iter_graph(model) if isinstance(module, nnx.Module)]
     return {layer.path: layer for layer in found if layer is not None}

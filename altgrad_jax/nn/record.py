@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from altgrad_core.errors import InputError
+from altgrad_jax.axes import axes_of
 
 COUNTS = 5
 _LIMB_BITS = 30
@@ -37,7 +38,7 @@ class Record:
     Attributes:
         seen: int32 ``(rows, 11)``: high and low limbs of five counts, and the bits of amax.
         amaxes: bits of float32, as int32 ``(rows, *amax)``, for each shape of amaxes that casts of channels have.
-        axis_name: mapped axes over which tensors are parts (static).
+        axis_name: mapped axes over which tensors are parts (static); what is whole in every place counts once.
     """
 
     seen: jax.Ref
@@ -54,10 +55,10 @@ class Record:
         seen, amax = sight
         bits = None if amax is None else lax.bitcast_convert_type(amax, jnp.int32)  # of which a maximum loses no NaN
         added = jnp.concatenate([seen[:COUNTS] >> _LIMB_BITS, seen[:COUNTS] & ((1 << _LIMB_BITS) - 1), seen[-1:]])
-        if self.axis_name:
-            added = jnp.append(lax.psum(added[:-1], self.axis_name), lax.pmax(added[-1], self.axis_name))
-            row = lax.pmax(row, self.axis_name)  # all the same, which is known now
-            bits = None if bits is None else lax.pmax(bits, self.axis_name)
+        axes = axes_of(added, self.axis_name)
+        if axes:
+            added = jnp.append(lax.psum(added[:-1], axes), lax.pmax(added[-1], axes))
+            bits = None if bits is None else lax.pmax(bits, axes)
         self.seen[row] = _both(self.seen[row], added)
         if bits is not None:
             of_shape = self.amaxes[bits.shape]
@@ -86,6 +87,36 @@ class Recording:
 OPEN = jax.make_user_context(None)
 """The :class:`Recording` that is going on, or None. JAX keeps what it traces apart by it, so that no trace writes into
 the record of another."""
+
+
+_EAGER: dict[tuple[int, frozenset[tuple[int, ...]], tuple[str, ...]], Recording] = {}
+"""Recordings outside of any trace, by the size of their records. What JAX compiles has the references in it, so they
+are used again: else every recording would compile all that computes in it."""
+
+
+def begin_recording(
+    total: int, shapes: frozenset[tuple[int, ...]], axis_name: tuple[str, ...], nothing: jax.Array
+) -> Recording:
+    """A recording of which nothing is seen yet.
+
+    Args:
+        total: how many casts the model has.
+        shapes: those of the amaxes that are many.
+        axis_name: mapped axes over which tensors are parts.
+        nothing: int32 zero, mapped over axes of which each has a record of its own.
+    """
+    empty = {shape: jnp.zeros((total, *shape), jnp.int32) + nothing for shape in shapes}
+    seen = jnp.zeros((total, COLUMNS), jnp.int32) + nothing
+    key = total, shapes, axis_name
+    if isinstance(seen, jax.core.Tracer) or key not in _EAGER:
+        refs = {shape: jax.new_ref(each) for shape, each in empty.items()}
+        begun = Recording(Record(jax.new_ref(seen), refs, axis_name), total)
+        return begun if isinstance(seen, jax.core.Tracer) else _EAGER.setdefault(key, begun)
+    again = _EAGER[key]
+    again.record.seen[...] = seen
+    for shape, each in empty.items():
+        again.record.amaxes[shape][...] = each
+    return again
 
 
 def current_record(rows: int) -> Record | None:

@@ -13,7 +13,7 @@ from jax import lax
 from altgrad_core.errors import InputError
 from altgrad_core.rules import Operand
 from altgrad_jax.nn.casts import CastState
-from altgrad_jax.nn.record import COLUMNS, COUNTS, OPEN, Record, Recording
+from altgrad_jax.nn.record import COUNTS, OPEN, begin_recording
 from altgrad_jax.statistics import CastCounts
 
 Tree = TypeVar("Tree")
@@ -34,12 +34,9 @@ class Seen:
         self._operands = {name: state.operand for name, state in states.items()}
         self.total = _total(states)
         nothing = 0 * next(iter(states.values())).row.reshape(-1)[0]  # mapped, where the states are
-        shapes = {state.amax_shape for state in states.values() if state.writes_amaxes}
-        self.record = Record(
-            jax.new_ref(jnp.zeros((self.total, COLUMNS), jnp.int32) + nothing),
-            {shape: jax.new_ref(jnp.zeros((self.total, *shape), jnp.int32) + nothing) for shape in shapes},
-            axis_name,
-        )
+        shapes = frozenset(state.amax_shape for state in states.values() if state.writes_amaxes)
+        self.recording = begin_recording(self.total, shapes, axis_name, nothing)
+        self.record = self.recording.record
         self._read: tuple[jax.Array, dict[tuple[int, ...], jax.Array]] | None = None
 
     def read(self) -> None:
@@ -111,7 +108,7 @@ def record_casts(states: Tree, *, axis_name: str | tuple[str, ...] = ()) -> Iter
 
     Args:
         states: a pytree with the model's :class:`~altgrad_jax.nn.casts.CastState`.
-        axis_name: inside ``shard_map`` or ``vmap``, axes over which the tensors are parts: what is seen is of all.
+        axis_name: inside ``shard_map``, axes over which the tensors are parts: what is seen is of all.
 
     Yields:
         What was seen, to be read afterwards; its ``updated`` gives the next states.
@@ -122,7 +119,7 @@ def record_casts(states: Tree, *, axis_name: str | tuple[str, ...] = ()) -> Iter
     if OPEN.value is not None:
         raise InputError("a recording goes on already; expected one at a time, around all passes of a step")
     seen = Seen(named_states(states), (axis_name,) if isinstance(axis_name, str) else tuple(axis_name))
-    with OPEN(Recording(seen.record, seen.total)):
+    with OPEN(seen.recording):
         yield seen
     seen.read()
 

@@ -53,10 +53,11 @@ class Site:
             axes: how many.
         """
         stack, shape = weights.shape[: weights.ndim - axes], weights.shape[weights.ndim - axes :]
-        if equation is None or "." in equation:
-            return cls(path, "Einsum", weights, stack, summed=None)
-        operands, _, result = equation.replace(" ", "").partition("->")
+        operands, _, result = (equation or "...,...").replace(" ", "").partition("->")
         inputs, labels = operands.split(",")
+        if "..." in labels:
+            return cls(path, "Einsum", weights, stack, summed=None)
+        inputs, result = inputs.replace("...", ""), result.replace("...", "")
         sizes = dict(zip(labels, shape, strict=True))
         summed = [axis for axis, label in enumerate(labels) if label not in result]
         return cls(
@@ -66,7 +67,7 @@ class Site:
             stack,
             outputs=tuple(axis for axis, label in enumerate(labels) if label in result and label not in inputs),
             summed=summed[-1] if summed else None,
-            features=(sizes.get(inputs[-1]), sizes.get(result[-1])),
+            features=(sizes.get(inputs[-1:]), sizes.get(result[-1:])),
         )
 
     def casts(self, spec: LayerSpec, rows: Rows) -> ProductCasts:

@@ -1,0 +1,508 @@
+"""Whole torch models quantised by rules: in place and back, recorded, saved, copied, compiled, checkpointed."""
+
+import copy
+import io
+import pickle
+import shutil
+import warnings
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import torch.distributed as dist  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+from altgrad_core.errors import InputError  # noqa: E402
+from altgrad_core.formats import UnknownFormatError  # noqa: E402
+from altgrad_torch import Current, Delayed, FormatController, Static, power_of_two_scale, set_format  # noqa: E402
+from altgrad_torch.nn import (  # noqa: E402
+    Each,
+    Rule,
+    UnusedRuleWarning,
+    calibrate,
+    dequantize_model,
+    quantize_model,
+    recording,
+    set_formats,
+    summary,
+)
+
+ALL = [Rule(".*", "E4M3", gradients="E5M2")]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.mlp = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6))
+
+    def forward(self, x):
+        return x + self.mlp(self.norm(x + self.attn(x)))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 6)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(6, 10, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Model()
+
+
+TOKENS = torch.arange(20).reshape(4, 5) % 10
+
+
+def backward(model, tokens=TOKENS):
+    nn.functional.cross_entropy(model(tokens).flatten(0, 1), (tokens.flatten() * 3) % 10).backward()
+
+
+def formats(model):
+    return {row.path: row.formats for row in summary(model).rows}
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_first_matching_rules_decide_and_the_model_goes_back(model):
+    plain, out = state(model), model(TOKENS)
+    before, children = list(model.named_parameters()), [id(each) for each in model.modules()]
+    kinds = [type(each) for each in model.modules()]
+    hooked = []
+    model.head.register_forward_hook(lambda module, inputs, out: hooked.append(type(module).__name__))
+    rules = [
+        Rule("head|embed", None),
+        Rule("blocks/0/mlp/.*", "E3M4", scaling=Static(0.5)),
+        Rule(r"blocks\.0\..*", "E5M2", activations=None),
+        Rule(".*", "E4M3", gradients="E5M2", scaling=Delayed(4)),
+    ]
+    assert quantize_model(model, rules) is model
+    assert formats(model) == {
+        "embed": (None, None, None),
+        "blocks.0.attn": (None, "E5M2", None),
+        "blocks.0.mlp.0": ("E3M4", "E3M4", "E3M4"),
+        "blocks.0.mlp.2": ("E3M4", "E3M4", "E3M4"),
+        "blocks.1.attn": ("E4M3", "E4M3", "E5M2"),
+        "blocks.1.mlp.0": ("E4M3", "E4M3", "E5M2"),
+        "blocks.1.mlp.2": ("E4M3", "E4M3", "E5M2"),
+        "head": (None, None, None),
+    }
+    rows = {row.path: row for row in summary(model).rows}
+    assert (rows["blocks.1.attn"].scaling, rows["blocks.0.mlp.0"].scaling) == ("delayed 4", "static")
+    assert (rows["blocks.1.attn"].parameters, rows["blocks.1.attn"].rule) == (42, ".*")
+    assert "blocks.1.mlp.0" in str(summary(model))
+    assert [(name, id(p)) for name, p in model.named_parameters()] == [(name, id(p)) for name, p in before]
+    assert isinstance(model.blocks[0].attn, nn.Linear)
+    assert not torch.equal(model(TOKENS), out)
+    assert hooked == ["Linear"]
+    assert dequantize_model(model) is model
+    assert torch.equal(model(TOKENS), out)
+    assert same(state(model), plain)
+    assert [id(each) for each in model.modules()] == children
+    assert [type(each) for each in model.modules()] == kinds
+    assert all(set(vars(a)) == set(vars(b)) for a, b in zip(model.modules(), Model().modules(), strict=True))
+
+
+def test_rules_that_decide_about_nothing_are_reported(model):
+    rules = [Rule("blocks.*norm", "E4M3"), Rule("atn", "E4M3"), *ALL, Rule("head", None)]
+    with pytest.warns(UnusedRuleWarning) as seen:
+        quantize_model(model, rules)
+    assert [str(each.message).split(",")[0] for each in seen] == [
+        "the rule 'blocks.*norm' matches blocks.0.norm",
+        "the rule 'atn' matches no layer; the layers are embed",
+        "the rule 'head' matches only layers that earlier rules decide about: head",
+    ]
+    assert {each.filename for each in seen} == {__file__}
+
+
+def test_what_is_quantised_is_not_quantised_again(model):
+    quantize_model(model, ALL)
+    with pytest.raises(InputError, match="quantised already; expected a plain one"):
+        quantize_model(model, ALL)
+
+
+def test_a_layer_in_several_places_is_one_layer():
+    shared = nn.Linear(3, 3)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    with pytest.raises(InputError, match="0 and 2 are one layer, but by the rules they would compute differently"):
+        quantize_model(model, [Rule("0", "E4M3"), Rule("2", None)])
+    assert type(shared) is nn.Linear
+    quantize_model(model, ALL)
+    with recording(model) as seen:
+        model(torch.ones(2, 3)).sum().backward()
+    assert seen.layers == ["0"]
+    assert seen.activations.as_integers()["elements"] == 12
+    assert torch.equal(dequantize_model(model)(torch.ones(2, 3)), shared(shared(torch.ones(2, 3)).relu()))
+
+
+def test_a_subclass_with_products_of_its_own_is_refused_unless_left_alone():
+    class Masked(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.tril().T
+
+    model = nn.Sequential(Masked(3, 3), nn.Linear(3, 3))
+    with pytest.raises(InputError, match=r"'0', a Masked, cannot be cast.*Rule\('0', None\)"):
+        quantize_model(model, ALL)
+    quantize_model(model, [Rule("0", None), *ALL])
+    assert type(model[0]) is Masked
+
+
+# --- recording -------------------------------------------------------------------------------------------------------
+
+
+def test_weights_start_at_their_scales_and_the_others_at_one(model):
+    quantize_model(model, ALL)
+    casts = model.blocks[0].attn.casts
+    expected = power_of_two_scale(model.blocks[0].attn.weight.detach().abs().amax(), 448.0)
+    assert [float(casts[name].scale) for name in ("activations", "weights", "gradients")] == [1.0, float(expected), 1.0]
+
+
+def test_without_recording_nothing_changes(model):
+    quantize_model(model, ALL)
+    before = state(model)
+    backward(model)
+    model.eval()
+    with torch.no_grad():
+        model(TOKENS)
+    assert same(state(model), before)
+
+
+def test_scales_follow_at_the_end_of_a_recording_and_counts_can_be_read(model):
+    quantize_model(model, ALL)
+    with recording(model) as seen:
+        backward(model)
+        assert float(model.head.casts["activations"].scale) == 1.0
+    assert seen.layers == list(formats(model))
+    assert seen.counts("head", "activations").as_integers()["elements"] == 20 * 6
+    assert seen.counts("embed", "activations").as_integers()["elements"] == 0
+    pooled = [seen.counts(layer, "gradients").totals for layer in seen.layers]
+    assert torch.equal(seen.gradients.totals, torch.stack(pooled).sum(0))
+    assert float(seen.gradients.underflow_rate) > 0.0
+    site = model.head.casts["gradients"]
+    assert torch.equal(site.scale, power_of_two_scale(site.history[-1], 57344.0))
+    assert float(site.scale) < 1e-5
+    with pytest.raises(InputError, match="unknown layer 'haed'; did you mean 'head'"):
+        seen.counts("haed", "weights")
+
+
+def test_micro_batches_of_a_recording_add_up(model):
+    quantize_model(model, ALL)
+    twin = copy.deepcopy(model)
+    with recording(model) as whole:
+        backward(model)
+    with recording(twin) as parts:
+        for tokens in TOKENS.split(2):
+            (nn.functional.cross_entropy(twin(tokens).flatten(0, 1), (tokens.flatten() * 3) % 10) / 2).backward()
+    assert torch.equal(parts.activations.totals, whole.activations.totals)
+    assert torch.equal(parts.gradients.totals[0], whole.gradients.totals[0])
+    assert torch.equal(parts.weights.totals, 2 * whole.weights.totals)
+    assert torch.equal(twin.head.casts["activations"].history, model.head.casts["activations"].history)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpoint_counts_once(model, use_reentrant):
+    quantize_model(model, [Rule(".*", "E4M3", gradients="E5M2", rounding="stochastic")])
+    twin = copy.deepcopy(model)
+    for parameter in twin.blocks[1].parameters():
+        parameter.requires_grad_(False)
+    model.blocks[1].requires_grad_(False)
+
+    def checkpointed(tokens):
+        x = twin.embed(tokens)
+        for block in twin.blocks:
+            x = checkpoint(block, x, use_reentrant=use_reentrant)
+        return twin.head(x)
+
+    with recording(model) as expected:
+        backward(model)
+    with recording(twin) as seen:
+        backward(checkpointed)
+    for layer in seen.layers:
+        for operand in ("activations", "weights", "gradients"):
+            assert torch.equal(seen.counts(layer, operand).totals, expected.counts(layer, operand).totals)
+    assert same(state(twin), state(model))
+    assert torch.equal(twin.embed.weight.grad, model.embed.weight.grad)
+
+
+def test_layers_that_are_not_called_keep_their_histories(model):
+    quantize_model(model, ALL)
+    before = state(model.blocks[1])
+    with recording(model):
+        model.blocks[0](torch.randn(2, 6)).sum().backward()
+    assert same(state(model.blocks[1]), before)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_a_poisoned_batch_leaves_histories(poison):
+    layer = quantize_model(nn.Linear(3, 2), [Rule(".*", "E4M3", scaling=Delayed(1))])
+    with recording(layer):
+        layer(torch.full((2, 3), 3.0)).sum().backward()
+    before = state(layer)
+    with recording(layer) as seen:
+        layer(torch.tensor([[1.0, poison, 2.0]])).sum().backward()
+    assert float(seen.activations.nan_rate + seen.activations.overflow_rate) > 0
+    assert same(state(layer), before)
+
+
+def test_a_step_that_fails_or_is_discarded_leaves_histories(model):
+    quantize_model(model, ALL)
+    before = state(model)
+
+    def failing():
+        with recording(model):
+            backward(model)
+            raise KeyError("gone")
+
+    with pytest.raises(KeyError, match="gone"):
+        failing()
+    with recording(model) as seen:
+        backward(model)
+        seen.discard()
+    assert same(state(model), before)
+    assert int(seen.activations.totals[0]) > 0
+    with recording(model):  # the failed one is over
+        pass
+
+
+def test_recordings_of_nothing_and_within_each_other_are_refused(model):
+    with pytest.raises(InputError, match="casts nothing; expected one that quantize_model changed"), recording(model):
+        pass
+    quantize_model(model, ALL)
+    with recording(model), pytest.raises(InputError, match="recorded already"), recording(model.blocks[0]):
+        pass
+    with pytest.raises(InputError, match="passes=0; expected at least 1"):
+        calibrate(model, lambda: None, passes=0)
+
+
+def test_calibration_finds_scales_and_leaves_gradients(model):
+    quantize_model(model, ALL)
+    model.head.weight.grad = torch.ones(10, 6)
+    calibrate(model, lambda: backward(model))
+    assert torch.equal(model.head.weight.grad, torch.ones(10, 6))
+    assert model.blocks[0].attn.weight.grad is None
+    casts = model.blocks[1].mlp[2].casts
+    assert [int((site.history > 0).sum()) for site in casts.values()] == [1, 1, 1]
+    with recording(model) as seen:
+        backward(model)
+    assert int(seen.activations.totals[1] + seen.gradients.totals[1] + seen.weights.totals[1]) == 0
+
+
+def test_processes_of_a_group_add_up(model, tmp_path):
+    quantize_model(model, ALL)
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        twin = copy.deepcopy(model)
+        with recording(model, group=dist.group.WORLD) as seen:
+            backward(model)
+        with recording(twin) as alone:
+            backward(twin)
+        assert torch.equal(seen.gradients.totals, alone.gradients.totals)
+        assert same(state(model), state(twin))
+        parallel = nn.parallel.DistributedDataParallel(model)
+        with recording(parallel) as seen:
+            backward(parallel)
+        assert seen.layers[0] == "module.embed"
+    finally:
+        dist.destroy_process_group()
+
+
+# --- formats as data -------------------------------------------------------------------------------------------------
+
+
+def test_formats_of_layers_are_set_and_take_effect(model):
+    quantize_model(model, ALL)
+    calibrate(model, lambda: backward(model))
+    twin = quantize_model(Model(), [Rule("blocks.0.*", "E5M2"), *ALL])
+    set_formats(model, {"blocks/0/attn": Each(None, None, "E3M4"), "blocks.0.*": "E5M2"})
+    assert formats(model)["blocks.0.mlp.0"] == ("E5M2", "E5M2", "E5M2")
+    assert formats(model)["blocks.0.attn"] == ("E4M3", "E4M3", "E3M4")
+    set_formats(model, {"blocks.0.attn": "E5M2"})
+    site = model.blocks[0].attn.casts["activations"]
+    assert torch.equal(site.scale, power_of_two_scale(site.history.amax(), 57344.0))
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(TOKENS), model(TOKENS))
+    assert formats(twin) == formats(model)
+
+
+def test_formats_that_cannot_be_set_say_why_and_set_none(model):
+    quantize_model(model, [Rule("head", "E4M3", gradients=None), *ALL])
+    before = formats(model)
+    for wanted, error, message in [
+        ({"blocks.0": "E5M2"}, InputError, r"pattern 'blocks\.0' decides about no quantised layer; they are embed, "),
+        ({"head": Each(None, None, "E5M2")}, InputError, "'head' does not cast its gradients"),
+        ({"embed": "E5M2", "head": "bf16"}, InputError, "bf16"),
+        ({"embed": "E5M2", ".*": "E4M33"}, UnknownFormatError, "E4M33"),
+    ]:
+        with pytest.raises(error, match=message):
+            set_formats(model, wanted)
+    assert formats(model) == before
+
+
+def test_a_controller_moves_one_layer(model):
+    quantize_model(model, ALL)
+    set_format([model.blocks[0]], "E3M4")
+    assert formats(model)["blocks.0.attn"] == ("E3M4", "E3M4", "E3M4")
+    assert formats(model)["blocks.1.attn"] == ("E4M3", "E4M3", "E5M2")
+    assert FormatController is not None
+
+
+# --- what else is done to modules ------------------------------------------------------------------------------------
+
+
+def test_copies_pickles_and_saved_models_compute_the_same(model):
+    quantize_model(model, ALL)
+    calibrate(model, lambda: backward(model))
+    saved = io.BytesIO()
+    torch.save(model, saved)
+    saved.seek(0)
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(saved, weights_only=False),
+    ):
+        assert torch.equal(twin(TOKENS), model(TOKENS))
+        assert formats(twin) == formats(model)
+        with recording(twin):
+            backward(twin)
+        assert not same(state(twin), state(model))
+        assert type(dequantize_model(twin).head) is nn.Linear
+
+
+def test_a_checkpoint_of_weights_and_casts_resumes(model):
+    quantize_model(model, ALL)
+    calibrate(model, lambda: backward(model))
+    saved = state(model)
+    twin = quantize_model(Model(), ALL)
+    twin.load_state_dict(saved)
+    assert torch.equal(twin(TOKENS), model(TOKENS))
+    for each in (model, twin):
+        with recording(each):
+            backward(each)
+    assert same(state(twin), state(model))
+
+
+def test_a_plain_checkpoint_loads_and_the_scales_of_weights_follow(model):
+    plain = {name: value * 1000 for name, value in state(model).items()}
+    quantize_model(model, ALL)
+    calibrate(model, lambda: backward(model))
+    activations = model.head.casts["activations"].scale.clone()
+    model.load_state_dict(plain)
+    casts = model.head.casts
+    assert torch.equal(casts["weights"].scale, power_of_two_scale(model.head.weight.detach().abs().amax(), 448.0))
+    assert torch.equal(casts["activations"].scale, activations)
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\).*casts\.activations\.grid"):
+        Model().load_state_dict(model.state_dict())
+
+
+def test_a_checkpoint_of_other_casts_is_refused(model):
+    quantize_model(model, ALL)
+    some = quantize_model(Model(), [Rule(".*", "E4M3", gradients=None)])
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\).*casts\.gradients\.grid"):
+        model.load_state_dict(some.state_dict())
+    wide = quantize_model(Model(), [Rule(".*", "bf16")])
+    with pytest.raises(RuntimeError, match=r"casts\.activations\.grid: .*cannot cast to bf16"):
+        model.load_state_dict(wide.state_dict())
+
+
+def test_functional_calls_and_averages(model):
+    quantize_model(model, ALL)
+    calibrate(model, lambda: backward(model))
+    doubled = {name: 2 * value for name, value in model.named_parameters()}
+    out = torch.func.functional_call(model, doubled, (TOKENS,))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    set_formats(model, {"head": "E5M2"})
+    average.update_parameters(model)
+    assert torch.equal(average(TOKENS), model(TOKENS))
+    assert formats(average.module) == formats(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(doubled[name])
+    set_formats(model, {"head": Each("E4M3", "E4M3", "E5M2")})
+    assert torch.equal(model(TOKENS), out)
+
+
+def test_gradients_for_each_example_under_vmap(model):
+    layer = quantize_model(nn.Linear(3, 2), ALL)
+    parameters = {name: each.detach() for name, each in layer.named_parameters()}
+    xs = torch.randn(4, 3)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    found = torch.vmap(torch.func.grad(loss), (None, 0))(parameters, xs)
+    for k, x in enumerate(xs):
+        layer.zero_grad()
+        layer(x).square().sum().backward()
+        torch.testing.assert_close(found["weight"][k], layer.weight.grad)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU takes a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of what it imports
+def test_compiled_layers_count_and_change_formats_without_compiling_again():
+    torch.manual_seed(1)
+    rule = Rule(".*", "E4M3", gradients="E5M2", granularity=Each("channel", "tensor", "tensor"))
+    model = quantize_model(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), [rule])
+    twin, programs = copy.deepcopy(model), []
+
+    def backend(graph, inputs):
+        programs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    x = torch.randn(5, 8)
+    for run in ("first", "second", "in another format"):
+        if run == "in another format":
+            compiled_before = len(programs)
+            set_formats(model, {".*": "E3M4"})
+            set_formats(twin, {".*": "E3M4"})
+        records = []
+        for each, module in ((compiled, model), (twin, twin)):
+            module.zero_grad()
+            with recording(module) as seen:
+                each(x).square().sum().backward()
+            records.append(seen)
+        for name in ("activations", "weights", "gradients"):
+            assert torch.equal(getattr(records[0], name).totals, getattr(records[1], name).totals)
+        assert same(state(model), state(twin))
+        assert all(map(torch.equal, [p.grad for p in model.parameters()], [p.grad for p in twin.parameters()]))
+    assert len(programs) == compiled_before
+    torch._dynamo.reset()
+
+
+def test_training_goes_on_with_the_optimizer_that_was_there(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    quantize_model(model, [Rule(".*", "E4M3", gradients="E5M2", scaling=Each(Delayed(4), Current(), Delayed(4)))])
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        with recording(model):
+            loss = nn.functional.cross_entropy(model(TOKENS).flatten(0, 1), (TOKENS.flatten() * 3) % 10)
+            loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 4
+
+
+def test_no_warning_where_every_rule_decides(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_model(model, [Rule("head", None), *ALL])
