@@ -43,9 +43,9 @@ class Summary:
 
     >>> row = LayerRow("mlp/up", "Linear", 64, ("E4M3", "E4M3", "E5M2"), "delayed 16", "native", "mlp/.*")
     >>> print(Summary((row,)))
-    layer   kind    activ.  weights  grad.  scales      rule
-    ──────────────────────────────────────────────────────────
-    mlp/up  Linear  E4M3    E4M3     E5M2   delayed 16  mlp/.*
+    layer         kind    activ.  weights  grad.  scales      rule
+    ────────────────────────────────────────────────────────────────
+    mlp/up        Linear  E4M3    E4M3     E5M2   delayed 16  mlp/.*
     """
 
     rows: Sequence[LayerRow]

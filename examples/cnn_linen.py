@@ -15,7 +15,8 @@ from flax import linen as nn
 from altgrad_jax import partition_relative_clip
 from altgrad_jax.nn import Rule, quantize_model, record_casts, set_formats, summary
 
-GLYPHS = "75557 26227 71747 71717 55711 74717 74757 71122 75757 75717".split()  # five rows of three bits each
+# Five rows of three bits each.
+GLYPHS = ("75557", "26227", "71747", "71717", "55711", "74717", "74757", "71122", "75757", "75717")
 SIZE, STEPS = 12, 80
 
 

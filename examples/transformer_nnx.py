@@ -6,8 +6,8 @@ Run: python examples/transformer_nnx.py
 import jax
 import jax.numpy as jnp
 import optax
+import rich
 from flax import nnx
-from rich import print
 
 from altgrad_jax import partition_relative_clip
 from altgrad_jax.nn import Rule, quantize_model, recording, set_formats, summary
@@ -65,7 +65,7 @@ def main() -> None:
         Rule(".*", weights="E4M3", gradients="E5M2"),
     ]
     model = quantize_model(Sorter(nnx.Rngs(0)), rules)
-    print(summary(model))
+    rich.print(summary(model))
     tx = optax.chain(partition_relative_clip("E5M2"), optax.adam(3e-3))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     for step in range(150):

@@ -525,7 +525,7 @@ class TestPacked:
         assert packed.scales.shape == (3, 1, 1)
         np.testing.assert_array_equal(
             unpack(model, pack(model)).kernel[...],
-            jnp.stack([quantize(each, "E2M5", scale=s.item()) for each, s in zip(stacked.kernel[...], packed.scales)]),
+            jnp.stack([quantize(stacked.kernel[k], "E2M5", scale=packed.scales[k].item()) for k in range(3)]),
         )
 
     def test_what_does_not_fit_is_refused(self):

@@ -1,7 +1,11 @@
 """Layers of Flax, and any ``dot_general``, with operands and gradients cast to a format."""
 
+from altgrad_core.rules import SAME as SAME
 from altgrad_core.rules import Each as Each
 from altgrad_core.rules import Rule as Rule
+from altgrad_core.rules import UnusedRuleWarning as UnusedRuleWarning
+from altgrad_core.summary import LayerRow as LayerRow
+from altgrad_core.summary import Summary as Summary
 from altgrad_jax.nn.accumulate import exact_product as exact_product
 from altgrad_jax.nn.casts import CastState as CastState
 from altgrad_jax.nn.hooks import ProductCasts as ProductCasts

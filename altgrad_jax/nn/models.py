@@ -66,15 +66,14 @@ def quantize_model(
     >>> model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(16, 4, rngs=nnx.Rngs(1)))
     >>> cast = quantize_model(model, [Rule("layers/0", "E4M3", gradients="E5M2"), Rule(".*", None)])
     >>> print(summary(cast))
-    layer      kind     parameters   activations   weights   gradients   scaling      products   rule
-    ─────────────────────────────────────────────────────────────────────────────────────────────────────
-    layers/0   Linear          128   E4M3          E4M3      E5M2        delayed 16   native     layers/0
-    layers/2   Linear           64   -             -         -                                   -
+    layer         kind    activ.  weights  grad.  scales      rule
+    ──────────────────────────────────────────────────────────────────
+    layers/0      Linear  E4M3    E4M3     E5M2   delayed 16  layers/0
+    layers/2      Linear  -       -        -                  -
     >>> import jax, jax.numpy as jnp
     >>> cast = quantize_model(linen.Sequential([linen.Dense(16), linen.relu, linen.Dense(4)]), [Rule(".*", "E4M3")])
-    >>> variables = cast.init(jax.random.key(0), jnp.ones((2, 8)))
-    >>> sorted(variables), cast.apply(variables, jnp.ones((2, 8))).shape
-    (['casts', 'params'], (2, 4))
+    >>> sorted(jax.eval_shape(cast.init, jax.random.key(0), jnp.ones((2, 8))))
+    ['casts', 'params']
     """
     if isinstance(model, linen.Module):
         return quantize_linen(model, rules, seed=seed)

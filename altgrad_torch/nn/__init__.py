@@ -11,10 +11,10 @@
 from altgrad_core.rules import SAME as SAME
 from altgrad_core.rules import Each as Each
 from altgrad_core.rules import Rule as Rule
+from altgrad_core.rules import UnusedRuleWarning as UnusedRuleWarning
 from altgrad_core.summary import LayerRow as LayerRow
 from altgrad_core.summary import Summary as Summary
 from altgrad_torch.nn.accumulate import exact_product as exact_product
-from altgrad_torch.nn.model import UnusedRuleWarning as UnusedRuleWarning
 from altgrad_torch.nn.model import dequantize_model as dequantize_model
 from altgrad_torch.nn.model import quantize_model as quantize_model
 from altgrad_torch.nn.model import set_formats as set_formats

@@ -11,7 +11,7 @@ from torch import nn
 from altgrad_core.errors import InputError
 from altgrad_core.formats import Format
 from altgrad_core.patterns import compiled_pattern
-from altgrad_core.rules import OPERANDS, Each, Matches, Rule, describe_unused, match_rules
+from altgrad_core.rules import OPERANDS, Each, Matches, Rule, UnusedRuleWarning, describe_unused, match_rules
 from altgrad_core.summary import LayerRow, Summary
 from altgrad_torch.nn.attention import QuantizedMultiheadAttention
 from altgrad_torch.nn.layers import (
@@ -52,10 +52,6 @@ _WHEN_PLAIN = "_used_nested_tensors_when_plain"
 """The attribute of an encoder that keeps whether it made nested tensors, which cannot be cast."""
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class UnusedRuleWarning(UserWarning):
-    """A rule that decides about no layer."""
 
 
 def quantize_model(model: Model, rules: Sequence[Rule], *, seed: int = 0) -> Model:
@@ -186,9 +182,9 @@ def summary(model: nn.Module) -> Summary:
     """Every layer that can be cast, with its formats as they are now; of a plain model, too.
 
     >>> print(summary(nn.Sequential(nn.Linear(4, 8))))
-    layer   kind     parameters   activations   weights   gradients   scaling   products   rule
-    ───────────────────────────────────────────────────────────────────────────────────────────
-    0       Linear           40   -             -         -                                -
+    layer         kind    activ.  weights  grad.  scales      rule
+    ──────────────────────────────────────────────────────────────
+    0             Linear  -       -        -                  -
     """
     return Summary(tuple(_row(path, layer) for path, layer in _parts_of(model)[0].items()))
 
