@@ -47,3 +47,11 @@ def test_models_of_torch_train_in_eight_bits(name, layers, reached, capsys):
     assert any(layers in line and "E4M3" in line and "E5M2" in line for line in table)
     first, last = (float(loss) for loss in losses.removeprefix("loss ").split(" -> "))
     assert last < reached < first
+
+
+def test_a_model_of_linen_trains_in_eight_bits(capsys):
+    runpy.run_path(str(_EXAMPLES / "cnn_linen.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert any("hidden" in line and "E4M3" in line and "E5M2" in line for line in lines)
+    losses = [float(line.split()[-1]) for line in lines if line.startswith("step")]
+    assert losses[-1] < 0.5 < 2 < losses[0]

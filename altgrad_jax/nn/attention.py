@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ class AttentionCasts:
         if is_causal:
             causal = jnp.tril(jnp.ones((query.shape[-3], key.shape[-3]), bool))
             mask = causal if mask is None else causal & mask.astype(bool)
-        return linen.dot_product_attention(
+        return self.linen_attention(
             query,
             key,
             value,
@@ -85,6 +86,35 @@ class AttentionCasts:
             dropout_rate=dropout_rate,
             deterministic=deterministic,
             dtype=dtype,
+            precision=precision,
+        )
+
+    def linen_attention(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        precision: jax.lax.PrecisionLike = None,
+        **options: Any,  # of linen.dot_product_attention
+    ) -> jax.Array:
+        """``linen.dot_product_attention`` of cast operands, which has no other hooks for its products in ``options``.
+
+        Args:
+            query: ``(..., queries, heads, size)``.
+            key: ``(..., keys, heads, size)``.
+            value: likewise.
+            precision: of products that accumulate natively.
+            **options: the others of ``linen.dot_product_attention``.
+
+        Returns:
+            ``(..., queries, heads, size)``.
+        """
+        return linen.dot_product_attention(
+            query,
+            key,
+            value,
             qk_attn_weights_einsum=partial(self.scores.einsum, precision=precision),
             attn_weights_value_einsum=partial(self.mix.einsum, precision=precision),
+            **options,
         )

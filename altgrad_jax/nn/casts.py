@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from altgrad_core.errors import InputError
@@ -91,12 +92,22 @@ class CastState:
             scaling=scaling,
             history=scaling.init(amax_shape),
             row=jnp.int32(row),
-            seed=jnp.uint32((seed + row * _GOLDEN) % 2**32),
+            seed=jnp.asarray(_seeds(seed, row)),
             step=jnp.uint32(0),
             granularity=granularity,
             operand=operand,
             rows=rows,
         )
+
+    def numbered(self, row: np.ndarray, *, rows: int, seed: int) -> CastState:
+        """The state in other rows.
+
+        Args:
+            row: integers, of the shape of the stack that the state is of.
+            rows: how many casts there are.
+            seed: of stochastic rounding, of the whole model.
+        """
+        return replace(self, row=jnp.asarray(row, jnp.int32), seed=jnp.asarray(_seeds(seed, row)), rows=rows)
 
     @classmethod
     def without_history(
@@ -254,6 +265,10 @@ def scale_of(state: CastState, own: jax.Array | None) -> jax.Array:
             return static.scale(0, state.params.max_value)
         case _:
             raise AssertionError(f"{state.scaling} without what it scales by")
+
+
+def _seeds(seed: int, row: int | np.ndarray) -> np.ndarray:
+    return np.asarray((seed + np.asarray(row, np.uint64) * _GOLDEN) % 2**32).astype(np.uint32)
 
 
 def _bits(x: jax.Array) -> jax.Array:

@@ -159,21 +159,7 @@ def _linear_general(path: str, module: nnx.LinearGeneral) -> Site:
 
 
 def _einsum(path: str, module: nnx.Einsum) -> Site:
-    kernel, own = module.kernel[...], len(module.kernel_shape)
-    operands, _, result = module.einsum_str.replace(" ", "").replace("...", "").partition("->")
-    inputs, weights = operands.split(",")
-    sizes = dict(zip(weights, module.kernel_shape, strict=True))
-    outputs = tuple(axis for axis, label in enumerate(weights) if label in result and label not in inputs)
-    summed = [axis for axis, label in enumerate(weights) if label not in result]
-    return Site(
-        path,
-        "Einsum",
-        kernel,
-        kernel.shape[: kernel.ndim - own],
-        outputs=outputs,
-        summed=summed[-1] if summed else None,
-        features=(sizes.get(inputs[-1:]), sizes.get(result[-1:])),
-    )
+    return Site.of_einsum(path, module.einsum_str, module.kernel[...], len(module.kernel_shape))
 
 
 def _conv(path: str, module: nnx.Conv | nnx.ConvTranspose) -> Site:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -41,6 +41,34 @@ class Site:
     summed: int | None = -2
     features: tuple[int | None, int | None] = (None, None)
     takes: tuple[Operand, ...] = ("activations", "weights", "gradients")
+
+    @classmethod
+    def of_einsum(cls, path: str, equation: str | None, weights: jax.Array, axes: int) -> Site:
+        """The product of an Einsum layer.
+
+        Args:
+            path: of the layer.
+            equation: such as ``btd,dhk->bthk``; None where each call has its own.
+            weights: of which the last ``axes`` axes are the layer's own.
+            axes: how many.
+        """
+        stack, shape = weights.shape[: weights.ndim - axes], weights.shape[weights.ndim - axes :]
+        operands, _, result = (equation or "...,...").replace(" ", "").partition("->")
+        inputs, labels = operands.split(",")
+        if "..." in labels:
+            return cls(path, "Einsum", weights, stack, summed=None)
+        inputs, result = inputs.replace("...", ""), result.replace("...", "")
+        sizes = dict(zip(labels, shape, strict=True))
+        summed = [axis for axis, label in enumerate(labels) if label not in result]
+        return cls(
+            path,
+            "Einsum",
+            weights,
+            stack,
+            outputs=tuple(axis for axis, label in enumerate(labels) if label in result and label not in inputs),
+            summed=summed[-1] if summed else None,
+            features=(sizes.get(inputs[-1:]), sizes.get(result[-1:])),
+        )
 
     def casts(self, spec: LayerSpec, rows: Rows) -> ProductCasts:
         """The casts of the product.
@@ -131,15 +159,24 @@ class Rows:
             if (cast := getattr(spec, operand)) is not None
         ]
         if seed is not None:
-            check_word("seed", seed)
-            if all(cast.rounding != "stochastic" for _, cast in casts):
-                raise InputError(f"seed={seed} would have no effect: no rule says rounding='stochastic'")
+            check_seed(seed, [cast for _, cast in casts])
         return cls(sum(math.prod(site.stack) for site, _ in casts), seed or 0)
 
     def take(self, count: int) -> range:
         """The next rows."""
         first, self.taken = self.taken, self.taken + count
         return range(first, self.taken)
+
+
+def check_seed(seed: int, casts: Iterable[CastSpec]) -> None:
+    """Refuse a seed that is no uint32, and any if nothing rounds stochastically.
+
+    Raises:
+        InputError: naming the seed.
+    """
+    check_word("seed", seed)
+    if all(cast.rounding != "stochastic" for cast in casts):
+        raise InputError(f"seed={seed} would have no effect: no rule says rounding='stochastic'")
 
 
 def _keeps_history(spec: CastSpec) -> bool:
