@@ -117,7 +117,10 @@ class QuantizedEmbed(nnx.Embed):
 
 
 class QuantizedConvTranspose(nnx.ConvTranspose):
-    """An ``nnx.ConvTranspose`` whose input and kernel are cast, and the gradient of its result."""
+    """An ``nnx.ConvTranspose`` whose input and kernel are cast, and the gradient of its result.
+
+    That is the gradient behind the bias, which so, unlike that of other layers, sums a cast gradient.
+    """
 
     def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """Convolve the cast input with the cast kernel."""
