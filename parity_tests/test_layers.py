@@ -129,18 +129,10 @@ def test_a_network_is_packed_alike(tmp_path: Path) -> None:
             assert_same_bits(as_numpy(weight.codes), as_numpy(kernel.codes).T, what=f"codes {k}")
             assert_same_bits(as_numpy(weight.scales), as_numpy(kernel.scales).T, what=f"scales {k}")
             assert_same_bits(as_numpy(of_yours[f"{k}.bias"]), as_numpy(of_mine[f"layers/{k}/bias"]), what="bias")
-
-
-def test_weights_of_the_other_framework(tmp_path: Path) -> None:
-    """From a file of JAX into a model of torch: transposed, under torch's names, and without the state of casts."""
-    plain, x = (
-        nnx.Linear(INPUTS, OUTPUTS, rngs=nnx.Rngs(0)),
-        np.float32(np.random.default_rng(0).normal(size=(3, INPUTS))),
-    )
-    rules = [[Rule(".*", "E3M4", scaling=each.Current(), accumulate="exact")] for each in (altgrad_jax, altgrad_torch)]
-    mine = altgrad_jax.nn.quantize_model(plain, rules[0])
-    altgrad_jax.save_packed(tmp_path / "mine", altgrad_jax.nn.pack(mine))
-    tensors = altgrad_torch.unpack_tensors(altgrad_torch.load_packed(tmp_path / "mine", TORCH_DEVICE).tensors)
-    yours = altgrad_torch.nn.quantize_model(torch.nn.Linear(INPUTS, OUTPUTS, device=TORCH_DEVICE), rules[1])
-    altgrad_torch.nn.unpack(yours, {"weight": tensors["kernel"].T, "bias": tensors["bias"]})
-    assert_same_bits(yours(to_torch(x)), np.asarray(mine(jnp.asarray(x))), what="output")
+    loaded = altgrad_torch.unpack_tensors(altgrad_torch.load_packed(files[0], TORCH_DEVICE).tensors)
+    renamed = {f"{k}.weight": loaded[f"layers/{k}/kernel"].T for k in range(4)}
+    altgrad_torch.nn.unpack(yours, renamed | {f"{k}.bias": loaded[f"layers/{k}/bias"] for k in range(4)})
+    for k, layer in enumerate(yours):
+        assert_same_bits(layer.weight, as_numpy(loaded[f"layers/{k}/kernel"]).T, what=f"weights {k}")
+        if k < 3:  # those of the last have scales that are no powers of two, and need the state of its casts
+            assert_same_bits(layer.casts["weights"].cast(layer.weight), layer.weight, what=f"cast weights {k}")
