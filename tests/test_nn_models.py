@@ -28,7 +28,9 @@ from altgrad_jax.nn import (
     summary,
     unpack,
 )
+from altgrad_jax.nn.casts import begun_anew, cast_operand
 from altgrad_jax.packed_files import load_packed, save_packed
+from altgrad_jax.packing import PackedTensor, unpack_tensor
 from altgrad_jax.scaling import power_of_two_scale
 
 ONE = Static(1.0)
@@ -192,7 +194,7 @@ class TestScales:
         states = {each.get_value().operand: each for each in (model.up.dot_general.variables)}
         kernel = model.up.kernel[...]
         of_kernel = amaxes(kernel, "tensor" if granularity == "tensor" else PerChannel(-1))
-        np.testing.assert_array_equal(states["weights"].get_value().history[0].reshape(-1), of_kernel.reshape(-1))
+        np.testing.assert_array_equal(states["weights"].get_value().history[-1].reshape(-1), of_kernel.reshape(-1))
         for step in range(3):
             x = (step + 1) * normal(step, 3, 8)
             recorded_step(model, x)
@@ -502,39 +504,128 @@ class TestModels:
             quantize_model(Mlp(nnx.Rngs(0)), [Rule(".*", "E4M3")])
 
 
+class Normed(Mlp):
+    """With running means, and a layer that computes in another dtype than it holds."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.down = nnx.Linear(16, 8, dtype=jnp.bfloat16, rngs=rngs)
+        self.statistics = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+
+    def __call__(self, x):
+        return self.statistics(super().__call__(x))
+
+
+def trained(model, rules):
+    """Scales, running means and weights are no longer those that it began with."""
+    model = quantize_model(model, rules)
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Param | nnx.BatchStat):
+            node.set_value(0.7 * node.get_value())
+    for layer in (model.up, model.down):
+        activations = layer.dot_general.activations
+        activations.set_value(begun_anew(activations.get_value(), 30 * normal(5, 3, layer.in_features)))
+    return model
+
+
+def without_casts(tensors):
+    return {name: tensor for name, tensor in tensors.items() if "casts/" not in name}
+
+
+RULES = (Rule("up", "E5M6", granularity="channel", scaling=Delayed(2, power_of_two=False)), Rule(".*", "E3M4"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return trained(Normed(nnx.Rngs(0)), RULES)
+
+
+@pytest.fixture(scope="module")
+def tensors(model):
+    return pack(model)
+
+
 class TestPacked:
-    @pytest.mark.parametrize("granularity", ["tensor", "channel", "block4"])
-    def test_a_model_computes_the_same_from_a_file(self, granularity, tmp_path):
-        model = quantize_model(Mlp(nnx.Rngs(0)), [Rule("up", "E3M4", granularity=granularity), Rule("down", "E4M3")])
-        save_packed(tmp_path / "model.safetensors", pack(model))
-        fresh = quantize_model(Mlp(nnx.Rngs(1)), [Rule("up", "E3M4", granularity=granularity), Rule("down", "E4M3")])
-        loaded = unpack(fresh, load_packed(tmp_path / "model.safetensors").tensors)
-        nnx.update(loaded, nnx.state(model, CastVariable))
+    def test_a_model_computes_the_same_from_a_file(self, model, tensors, tmp_path):
+        save_packed(tmp_path / "model.safetensors", tensors)
+        loaded = unpack(quantize_model(Normed(nnx.Rngs(1)), RULES), load_packed(tmp_path / "model.safetensors").tensors)
         forward, x = nnx.jit(lambda model, x: model(x)), normal(0, 3, 8)
         np.testing.assert_array_equal(forward(loaded, x), forward(model, x))
+        chex.assert_trees_all_equal(nnx.state(loaded, CastVariable), nnx.state(model, CastVariable))
 
-    def test_cast_weights_are_four_times_smaller(self):
-        packed = pack(quantize_model(nnx.Linear(64, 64, rngs=nnx.Rngs(0)), [Rule(".*", "E4M3")]))["kernel"]
-        assert packed.codes.nbytes + packed.scales.nbytes == 64 * 64 + 4
+    def test_weights_are_what_their_layers_compute_with(self, model, tensors):
+        for name, layer in (("up", model.up), ("down", model.down)):
+            kernel = layer.kernel[...].astype(layer.dtype or jnp.float32)
+            cast = cast_operand(kernel, layer.dot_general.weights.get_value()).astype(jnp.float32)
+            np.testing.assert_array_equal(unpack_tensor(tensors[f"{name}/kernel"]), cast)
+        assert str(tensors["up/kernel"].layout.format) == "E5M6"
+        assert tensors["up/kernel"].scales.shape == (1, 16)
+
+    def test_weights_alone_bring_their_scales(self):
+        for top in (1.0, 1.01, 1.99):
+            layer = nnx.Linear(8, 8, use_bias=False, rngs=nnx.Rngs(0))
+            layer.kernel.set_value(layer.kernel[...].at[0, 0].set(top))
+            rules = [Rule(".*", "E3M4", activations=None)]
+            model = quantize_model(layer, rules)
+            model.kernel.set_value(0.3 * model.kernel[...])
+            loaded = unpack(
+                quantize_model(nnx.Linear(8, 8, use_bias=False, rngs=nnx.Rngs(1)), rules), without_casts(pack(model))
+            )
+            np.testing.assert_array_equal(loaded(jnp.eye(8)), model(jnp.eye(8)))
+
+    def test_a_plain_model_takes_the_values(self, model, tensors):
+        plain = unpack(Normed(nnx.Rngs(1)), tensors)
+        np.testing.assert_array_equal(plain.up.kernel[...], unpack_tensor(tensors["up/kernel"]))
+        np.testing.assert_array_equal(plain.statistics.var[...], model.statistics.var[...])
+
+    def test_cast_weights_are_four_times_smaller(self, tensors):
+        packed = tensors["down/kernel"]
+        assert packed.codes.nbytes + packed.scales.nbytes == 16 * 8 + 4
 
     def test_a_stack_of_layers_keeps_a_scale_for_each(self):
         stacked = nnx.vmap(lambda rngs: nnx.Linear(8, 4, rngs=rngs))(nnx.Rngs(0).split(3))
         stacked.kernel.set_value(stacked.kernel[...] * jnp.array([1.0, 64.0, 4096.0])[:, None, None])
         model = quantize_model(stacked, [Rule(".*", "E2M5")])
-        packed = pack(model)["kernel"]
-        assert packed.scales.shape == (3, 1, 1)
-        np.testing.assert_array_equal(
-            unpack(model, pack(model)).kernel[...],
-            jnp.stack([quantize(stacked.kernel[k], "E2M5", scale=packed.scales[k].item()) for k in range(3)]),
-        )
-
-    def test_what_does_not_fit_is_refused(self):
-        model = quantize_model(Mlp(nnx.Rngs(0)), [Rule("up", "E3M4")])
         tensors = pack(model)
-        set_formats(model, {"up": "E4M3"})
-        with pytest.raises(InputError, match="up/kernel is packed as E3M4; expected E4M3"):
-            unpack(model, tensors)
-        with pytest.raises(InputError, match="tensors lack up/kernel"):
-            unpack(model, {name: tensor for name, tensor in tensors.items() if name != "up/kernel"})
-        with pytest.raises(InputError, match="has shape"):
-            unpack(Mlp(nnx.Rngs(0), 4), tensors)
+        packed = tensors["kernel"]
+        assert packed.scales.shape == (3, 1, 1)
+        for loaded in (unpack(model, tensors), unpack(model, without_casts(tensors))):
+            np.testing.assert_array_equal(
+                loaded.kernel[...],
+                jnp.stack([quantize(stacked.kernel[k], "E2M5", scale=packed.scales[k].item()) for k in range(3)]),
+            )
+
+    def test_a_shared_parameter_is_packed_only_where_all_cast_it_alike(self):
+        def tied(rules):
+            layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(2)]
+            layers[1].kernel = layers[0].kernel
+            return quantize_model(nnx.Sequential(*layers), rules)
+
+        alike = tied([Rule(".*", "E4M3")])
+        tensors = pack(alike)
+        assert isinstance(tensors["layers/0/kernel"], PackedTensor)
+        assert "layers/1/kernel" not in tensors
+        unpack(alike, tensors)
+        apart = pack(tied([Rule("layers/0", "E4M3"), Rule("layers/1", None)]))
+        assert not isinstance(apart["layers/0/kernel"], PackedTensor)
+
+    def test_what_has_no_code_is_refused_by_name(self):
+        model = quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [Rule(".*", "E3M4")])
+        model.kernel.set_value(model.kernel[...].at[0, 0].set(jnp.inf))
+        with pytest.raises(InputError, match="kernel: 1 of 16 elements are infinite, for which E3M4 has no code"):
+            pack(model)
+
+    def test_what_does_not_fit_is_refused(self, tensors):
+        model = quantize_model(Normed(nnx.Rngs(0)), RULES)
+
+        def refused(tensors, message, model=model):
+            with pytest.raises(InputError, match=message):
+                unpack(model, tensors)
+
+        refused({name: each for name, each in tensors.items() if name != "up/kernel"}, "tensors lack up/kernel")
+        refused({**tensors, "more": jnp.ones(1)}, "the model has no more; expected the same names")
+        refused({**tensors, "up/bias": jnp.ones(4)}, r"up/bias has shape \(4,\) in float32; expected \(16,\)")
+        set_formats(model, {"down": Each("E3M4", "E4M3", "E3M4")})
+        refused(tensors, "down/kernel is packed as E3M4; expected E4M3")
+        set_formats(model, {"down": Each("E4M3", "E3M4", "E3M4")})
+        refused(tensors, "down/casts/activations/grid is packed in another format, .* expected E4M3")

@@ -299,9 +299,9 @@ def _check_signed(format: Format) -> None:
         raise InputError(f"{format} has no sign and no zero; expected a signed format for the operands of a layer")
 
 
-def filled(state: CastState, x: jax.Array) -> CastState:
-    """The state with the amax of ``x`` in every row of its history: of a weight, which is known before any step."""
+def begun_anew(state: CastState, x: jax.Array) -> CastState:
+    """The state whose history begins with the amax of ``x``: of a weight, which is known before any step."""
     if state.history is None:
         return state
     largest = amaxes(x, state.granularity).reshape(state.history.shape[1:])
-    return replace(state, history=jnp.broadcast_to(jnp.where(jnp.isfinite(largest), largest, 0), state.history.shape))
+    return replace(state, history=push_amax(jnp.zeros_like(state.history), largest))

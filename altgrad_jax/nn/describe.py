@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 import jax
 import numpy as np
 
-from altgrad_core.formats import FORMAT_REGISTRY
+from altgrad_core.errors import InputError
+from altgrad_core.formats import FORMAT_REGISTRY, Format
 from altgrad_core.scaling import PerBlock, PerChannel
 from altgrad_jax.nn.casts import CastState
 from altgrad_jax.params import FormatParams
 from altgrad_jax.scaling import Delayed, Static
 
+_Row = tuple[int, int, float, float, bool]
 _GRID = ("mantissa_bits", "min_exponent", "max_value", "native_overflow", "negative_zero")
 
 
 def format_names(states: Sequence[CastState]) -> str | None:
     """The formats of casts as they stand, read from the device; None without casts.
 
-    A format that is in no registry is called by its mantissa and its largest value.
+    What is no format of at most 16 bits is called by its mantissa and its largest value.
     """
     rows = [row for state in states for row in _rows(state.params)]
     return ", ".join(dict.fromkeys(_name(row) for row in rows)) or None
@@ -47,15 +52,46 @@ def _scaling_name(state: CastState) -> str:
     return " ".join(words)
 
 
-def _rows(params: FormatParams) -> list[tuple[object, ...]]:
+def formats_of(params: FormatParams) -> list[Format | None]:
+    """The formats of params, of each layer of a stack; None for what is no format of at most 16 bits."""
+    return [_format(row) for row in dict.fromkeys(_rows(params))]
+
+
+def _rows(params: FormatParams) -> list[_Row]:
     """The fields that make a format, of each layer of a stack."""
     fields = np.broadcast_arrays(*(np.asarray(jax.device_get(getattr(params, name))) for name in _GRID))
     return list(zip(*(field.reshape(-1).tolist() for field in fields), strict=True))
 
 
-def _name(row: tuple[object, ...]) -> str:
-    for each in FORMAT_REGISTRY.values():
-        if repr(row) == repr(_rows(FormatParams.from_format(each))[0]):  # by repr, in which NaN is itself
-            return each.name
+def _name(row: _Row) -> str:
+    known = _format(row)
     mantissa_bits, _, max_value, *_ = row
-    return f"M{mantissa_bits} up to {max_value:g}"
+    return f"M{mantissa_bits} up to {max_value:g}" if known is None else str(known)
+
+
+def _format(row: _Row) -> Format | None:
+    return next((each for each in (*FORMAT_REGISTRY.values(), *_unregistered(row)) if _is(each, row)), None)
+
+
+def _is(format: Format, row: _Row) -> bool:
+    numbers = (
+        format.mantissa_bits,
+        format.min_exponent,
+        format.max_representable_value,
+        format.overflow_value,
+        format.has_negative_zero,
+    )
+    return repr(numbers) == repr(row)  # by repr, in which NaN is itself
+
+
+def _unregistered(row: _Row) -> Iterator[Format]:
+    """Formats with the mantissa bits and the smallest exponent of a row, as few bits as may be."""
+    mantissa_bits, min_exponent, _, overflow, negative_zero = row
+    has_inf = math.isinf(overflow)
+    for exponent_bits in range(min(9, 16 - mantissa_bits)):
+        bias = 1 - min_exponent if exponent_bits else 0
+        with suppress(InputError):
+            nameless = Format(
+                "", exponent_bits, mantissa_bits, bias, has_inf, not math.isfinite(overflow), negative_zero
+            )
+            yield replace(nameless, name=nameless.spelling)

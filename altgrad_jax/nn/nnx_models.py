@@ -62,7 +62,7 @@ def dequantize_nnx(model: Model) -> Model:
 @contextmanager
 def record_nnx(model: nnx.Module, *, axis_name: str | tuple[str, ...] = ()) -> Iterator[Seen]:
     """See :func:`altgrad_jax.nn.seen`."""
-    variables = _variables(model)
+    variables = variables_of(model)
     states = {name: variable.get_value() for name, variable in variables.items()}
     with record_casts(states, axis_name=axis_name) as seen:
         yield seen
@@ -95,7 +95,7 @@ def layers_of(model: nnx.Module) -> dict[str, Layer]:
     return {layer.path: layer for layer in found if layer is not None}
 
 
-def _variables(model: nnx.Module) -> dict[str, CastVariable]:
+def variables_of(model: nnx.Module) -> dict[str, CastVariable]:
     """The states of casts by name: the layer's path and the operand, between them which product, if it has several."""
     found: dict[str, CastVariable] = {}
     for path, node in nnx.iter_graph(model):

@@ -13,7 +13,7 @@ from altgrad_core.errors import InputError
 from altgrad_core.hashing import check_word
 from altgrad_core.rules import CastSpec, LayerSpec, Operand
 from altgrad_core.scaling import Granularity, PerBlock, PerChannel, PerTensor, checked_axes
-from altgrad_jax.nn.casts import CastState, filled, scaling_of
+from altgrad_jax.nn.casts import CastState, begun_anew, scaling_of
 from altgrad_jax.nn.hooks import ProductCasts
 from altgrad_jax.scaling import Delayed
 
@@ -97,10 +97,10 @@ class Site:
         state = jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(*self.stack, *leaves[0].shape), *states)
         if not (of_weights and self.weights is not None):
             return state
-        fill = filled
+        begin = begun_anew
         for _ in self.stack:
-            fill = jax.vmap(fill)
-        return fill(state, self.weights)
+            begin = jax.vmap(begin)
+        return begin(state, self.weights)
 
     def _granularity(self, spec: CastSpec, of_weights: bool) -> Granularity:
         if spec.granularity == "channel":

@@ -19,6 +19,8 @@ from altgrad_torch.nn.model import dequantize_model as dequantize_model
 from altgrad_torch.nn.model import quantize_model as quantize_model
 from altgrad_torch.nn.model import set_formats as set_formats
 from altgrad_torch.nn.model import summary as summary
+from altgrad_torch.nn.packed import pack as pack
+from altgrad_torch.nn.packed import unpack as unpack
 from altgrad_torch.nn.products import quantized_product as quantized_product
 from altgrad_torch.nn.record import Seen as Seen
 from altgrad_torch.nn.record import calibrate as calibrate

@@ -24,6 +24,7 @@ from altgrad_torch.casting import cast, quantize
 from altgrad_torch.cpu import is_plain
 from altgrad_torch.granularity import amaxes, spread
 from altgrad_torch.hashing import hash_bits
+from altgrad_torch.packing import PackedTensor, pack_tensor
 from altgrad_torch.params import FormatParams
 from altgrad_torch.scaling import Current, Delayed, Scaling, Static
 from altgrad_torch.statistics import CastCounts, observe
@@ -114,7 +115,7 @@ class Site(nn.Module):
     @property
     def format(self) -> Format:
         """The format, read from the device."""
-        return _format_of(tuple(self.grid.tolist()))
+        return format_of(self.grid)
 
     def set_format(self, format: str | Format) -> None:
         """Cast to another format from now on, at the scale that the amaxes seen so far give it.
@@ -165,6 +166,25 @@ class Site(nn.Module):
         values = cast(x, moved, bits, rounding=self.rounding, overflow=overflow)
         return _StraightThrough.apply(x, values) if x.requires_grad and torch.is_grad_enabled() else values
 
+    def pack(self, x: Tensor) -> PackedTensor:
+        """What :meth:`cast` makes of a tensor, as codes and scales, recorded nowhere.
+
+        Raises:
+            InputError: for NaN and infinities that the format has no code for.
+        """
+        tally, self.tally = self.tally, None
+        try:
+            with torch.no_grad():
+                values, scales = self.cast(x), self._scales_of(x)
+        finally:
+            self.tally = tally
+        if scales.ndim:
+            scales = scales.reshape(*(1 for _ in range(x.ndim - scales.ndim)), *scales.shape)
+        # The values are on the grid, however they were rounded; the policy is there to refuse what has no code.
+        return pack_tensor(
+            values, self.format, scale=scales, granularity=self.placement.granularity, overflow="saturate_finite"
+        )
+
     def begin_anew(self, amax: Tensor) -> None:
         """Begin the history anew with amaxes of the shape of the scales; without a history there is nothing to do."""
         if isinstance(self.scaling, Delayed):
@@ -203,10 +223,12 @@ class Site(nn.Module):
         return self._params_type(grid[1], grid[7], maximum, native, grid[5] != 0)
 
     def _scale_for(self, x: Tensor) -> Tensor:
+        return spread(self._scales_of(x), tuple(x.shape), self.placement.granularity)
+
+    def _scales_of(self, x: Tensor) -> Tensor:
         if not isinstance(self.scaling, Current):
             return self.scale
-        largest = amaxes(x, self.placement.granularity)
-        return spread(self.scaling.scale(largest, self._params().max_value), tuple(x.shape), self.placement.granularity)
+        return self.scaling.scale(amaxes(x, self.placement.granularity), self._params().max_value)
 
     def _random_bits(self, x: Tensor) -> Tensor | None:
         if self.step is None:
@@ -315,6 +337,11 @@ def _scaling_of(spec: CastSpec, placement: Placement) -> Scaling:
         if shape and (isinstance(placement.granularity, PerTensor) or shape != placement.scales):
             raise InputError(f"the static scale has shape {shape}; expected a number, or {placement.scales}")
     return scaling
+
+
+def format_of(grid: Tensor) -> Format:
+    """The format of :attr:`Site.grid`."""
+    return _format_of(tuple(grid.tolist()))
 
 
 @lru_cache(maxsize=256)
