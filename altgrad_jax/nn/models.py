@@ -26,7 +26,8 @@ def quantize_model(model: Model, rules: Sequence[Rule], *, seed: int | None = No
     of their own (``attn/query``, ...). Layers that are stacked, to be scanned over, each have formats and scales.
 
     Delayed scales of weights are those of the weights from the first step on; of activations and gradients they are 1
-    until something was recorded: a :func:`recording` around a pass over a batch calibrates them.
+    until something was recorded: a :func:`recording` around a pass over a batch calibrates them. So quantize a model
+    that has its weights: scales do not follow others that are loaded into it later, except by recording.
 
     Args:
         model: of Flax NNX; it stays as it is.
@@ -69,7 +70,10 @@ def recording(model: nnx.Module, *, axis_name: str | tuple[str, ...] = ()) -> Ab
 
     Open it inside the jitted step, around the forward and the backward pass, any number of them: counts add up, and of
     amaxes the largest goes into the histories. An exception leaves the model as it was. Without it nothing is measured
-    and scales stand still: that is how a model is evaluated.
+    and scales stand still: that is how a model is evaluated. Stochastic rounding draws new bits with each recording;
+    passes within one, and whatever computes without, draw the same.
+
+    Whatever computes meanwhile is taken for this model if it has as many casts: let a teacher compute before or after.
 
     Within a step ``scan``, ``checkpoint`` and ``jit`` may be used freely, and the step itself under ``vmap`` over whole
     models. JAX can write to no reference in a differentiated ``lax.cond`` (it raises a ``KeyError``), nor under a
@@ -83,7 +87,8 @@ def recording(model: nnx.Module, *, axis_name: str | tuple[str, ...] = ()) -> Ab
         What was seen, to be read when the recording is over.
 
     Raises:
-        InputError: if nothing in the model is cast, or another recording goes on.
+        InputError: if nothing in the model is cast, or another recording goes on; for a model of parts that were
+            quantized apart; and in a backward pass that comes after the recording is over.
 
     >>> model = quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [Rule(".*", "E4M3")])
     >>> import jax.numpy as jnp
