@@ -11,7 +11,9 @@ from flax import nnx
 
 from altgrad_core.errors import InputError
 from altgrad_jax import Static
-from altgrad_jax.nn import Rule, quantize_model, recording
+from altgrad_jax.nn import Rule, quantize_model, recording, set_formats
+from altgrad_jax.nn.record import Record, Sight
+from altgrad_jax.statistics import CastCounts
 
 
 def quantized(seed=0, width=4):
@@ -76,6 +78,17 @@ class TestWhatARecordingKeeps:
             pass
         assert seen.activations.as_integers()["elements"] == 0
 
+    def test_counts_beyond_int32_are_right(self):
+        largest = [2**30, 2**30 - 1, 2**30, 1, 0]
+        record = Record(jax.new_ref(jnp.zeros((2, 11), jnp.int32)), {}, ())
+        for _ in range(5):
+            record.write(jnp.int32(1), Sight(jnp.array([*largest, 7], jnp.int32), None))
+        seen = record.seen[...]
+        assert not seen[0].any()
+        counts = CastCounts(jnp.stack([seen[1, :5], seen[1, 5:10]], axis=-1)).as_integers()
+        assert list(counts.values()) == [5 * each for each in largest]
+        assert int(seen[1, -1]) == 7
+
     def test_of_a_trace_nothing_is_kept(self):
         traced = []
 
@@ -113,3 +126,9 @@ def test_names_of_casts_tell_layers_apart_that_are_called_like_hooks():
 def test_rules_are_a_list(rules):
     with pytest.raises(InputError, match="expected a list"):
         quantize_model(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), rules)
+
+
+@pytest.mark.parametrize("format", [None, 3])
+def test_what_is_no_format_is_not_set(format):
+    with pytest.raises(InputError, match="a format is named by a string or is a Format; got"):
+        set_formats(quantized(), {".*": format})
