@@ -212,7 +212,8 @@ def _cast_and_record(x: jax.Array, state: CastState, record: Record | None) -> j
 
 
 def _quantized(x: jax.Array, state: CastState, *, recorded: bool) -> tuple[jax.Array, Sight | None]:
-    state = replace(state, row=jnp.int32(0))  # so that casts of one shape share what JAX traces of them
+    # So that casts of one shape share what JAX traces of them, whatever they are of:
+    state = replace(state, row=jnp.int32(0), operand="activations", rows=0)
     return as_one_value(_quantize_and_see, x, state, recorded=recorded)
 
 
