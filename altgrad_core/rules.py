@@ -201,12 +201,14 @@ def match_rules(paths: Sequence[str], rules: Sequence[Rule]) -> Matches:
         rules: in their order.
 
     Raises:
-        InputError: for something that is no rule.
+        InputError: for something that is no list, or no rule.
 
     >>> found = match_rules(["attn/q", "lm_head"], [Rule("lm_head", None), Rule(".*", "E4M3"), Rule("mlp", "E5M2")])
     >>> found.spec("lm_head"), str(found.spec("attn/q").weights.format), [rule.layers for rule in found.unused]
     (None, 'E4M3', ['mlp'])
     """
+    if not isinstance(rules, Sequence):  # an iterator would be at its end after the first layer
+        raise InputError(f"the rules are {rules!r}; expected a list, such as [Rule('.*', weights='E4M3')]")
     for rule in rules:
         if not isinstance(rule, Rule):
             raise InputError(f"{rule!r} is no rule; expected a Rule, such as Rule('.*', weights='E4M3')")

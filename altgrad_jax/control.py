@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeAlias, TypeVar, Unpack
 
@@ -115,7 +115,8 @@ def _parsed(format: Formats) -> npt.NDArray[np.object_]:
     """Formats as an array of objects, of the shape of the sequences that they come in."""
 
     def nested(formats: Formats) -> Any:
-        return parse(formats) if isinstance(formats, (str, Format)) else [nested(each) for each in formats]
+        many = isinstance(formats, Iterable) and not isinstance(formats, (str, Format))
+        return [nested(each) for each in formats] if many else parse(formats)
 
     return np.array(nested(format), object)
 

@@ -41,9 +41,11 @@ def as_one_value(function: Callable[..., Result], *args: Tree, **static: Hashabl
 
 @functools.cache
 def _traced_once(function: Callable[..., Result], names: tuple[str, ...]) -> Callable[..., Result]:
+    traced = jax.jit(function, static_argnames=names)  # once for both branches, which have metadata of their own
+
     def inside(*args: Tree, **static: Hashable) -> Result:
         # Without this every jitted helper of jax.numpy in here would become a border as well.
         with set_xla_metadata(inlineable=None):
-            return function(*args, **static)
+            return traced(*args, **static)
 
     return jax.jit(inside, static_argnames=names)

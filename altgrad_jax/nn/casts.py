@@ -21,7 +21,7 @@ from altgrad_jax.casting import cast, divide_by_scale, quantize, refuse_missing_
 from altgrad_jax.granularity import amaxes, spread
 from altgrad_jax.hashing import hash_bits
 from altgrad_jax.nn.border import as_one_value
-from altgrad_jax.nn.record import Record, Sight, current_record
+from altgrad_jax.nn.record import Record, Sight, check_recording, current_record
 from altgrad_jax.params import FormatParams, edges
 from altgrad_jax.scaling import Current, Delayed, Scaling, Static, amax, push_amax
 from altgrad_jax.statistics import tally
@@ -175,6 +175,7 @@ def _cast_operand(x: jax.Array, state: CastState, record: Record | None) -> jax.
 def _cast_operand_forward(
     x: jax.Array, state: CastState, record: Record | None
 ) -> tuple[jax.Array, tuple[jax.Array, Sight | None, Record | None]]:
+    check_recording(record)
     quantized, sight = _quantized(x, state, recorded=record is not None)
     return quantized, (state.row, sight, record)
 
@@ -184,6 +185,7 @@ def _cast_operand_backward(
 ) -> tuple[jax.Array, None, None]:
     # Here and not on the way forward, which `jax.checkpoint` takes twice: each cast counts once.
     row, sight, record = residuals
+    check_recording(record)
     if record is not None and sight is not None:
         record.write(row, sight)
     return gradient, None, None
@@ -206,6 +208,7 @@ def _cast_gradient_forward(
 def _cast_gradient_backward(
     residuals: tuple[CastState, Record | None], gradient: jax.Array
 ) -> tuple[jax.Array, None, None]:
+    check_recording(residuals[1])
     return _cast_and_record(gradient, *residuals), None, None
 
 
@@ -220,7 +223,8 @@ def _cast_and_record(x: jax.Array, state: CastState, record: Record | None) -> j
 
 
 def _quantized(x: jax.Array, state: CastState, *, recorded: bool) -> tuple[jax.Array, Sight | None]:
-    state = replace(state, row=jnp.int32(0))  # so that casts of one shape share what JAX traces of them
+    # So that casts of one shape share what JAX traces of them, whatever they are of:
+    state = replace(state, row=jnp.int32(0), operand="activations", rows=0)
     return as_one_value(_quantize_and_see, x, state, recorded=recorded)
 
 

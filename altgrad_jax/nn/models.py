@@ -46,7 +46,8 @@ def quantize_model(
     layers as its first axis: ``nn.scan(..., variable_axes={"params": 0, "casts": 0})``.
 
     Delayed scales of weights are those of the weights from the first step on; of activations and gradients they are 1
-    until something was recorded: a :func:`recording` around a pass over a batch calibrates them.
+    until something was recorded: a :func:`recording` around a pass over a batch calibrates them. So quantize a model
+    that has its weights: scales do not follow others that are loaded into it later, except by recording.
 
     Args:
         model: of Flax NNX or Linen; it stays as it is.
@@ -103,8 +104,11 @@ def recording(model: nnx.Module, *, axis_name: str | tuple[str, ...] = ()) -> Ab
 
     Open it inside the jitted step, around the forward and the backward pass, any number of them: counts add up, and of
     amaxes the largest goes into the histories. An exception leaves the model as it was. Without it nothing is measured
-    and scales stand still: that is how a model is evaluated. Of a Linen model the states are the user's to carry: see
-    :func:`~altgrad_jax.nn.record_casts`.
+    and scales stand still: that is how a model is evaluated. Stochastic rounding draws new bits with each recording;
+    passes within one, and whatever computes without, draw the same. Of a Linen model the states are the user's to
+    carry: see :func:`~altgrad_jax.nn.record_casts`.
+
+    Whatever computes meanwhile is taken for this model if it has as many casts: let a teacher compute before or after.
 
     Within a step ``scan``, ``checkpoint`` and ``jit`` may be used freely, and the step itself under ``vmap`` over whole
     models. JAX can write to no reference in a differentiated ``lax.cond`` (it raises a ``KeyError``), nor under a
@@ -118,7 +122,8 @@ def recording(model: nnx.Module, *, axis_name: str | tuple[str, ...] = ()) -> Ab
         What was seen, to be read when the recording is over.
 
     Raises:
-        InputError: if nothing in the model is cast, or another recording goes on.
+        InputError: if nothing in the model is cast, or another recording goes on; for a model of parts that were
+            quantized apart; and in a backward pass that comes after the recording is over.
 
     >>> model = quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [Rule(".*", "E4M3")])
     >>> import jax.numpy as jnp

@@ -43,9 +43,6 @@ _OPERATIONS: dict[str, Operation] = {
     "conv_general_dilated": "conv_general_dilated",
 }
 
-HIDDEN = (*(name for name, _ in _HOOKS.values()), "promote_dtype", "product")
-"""Attributes on the way from a layer to its casts, that names of casts leave out."""
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -120,6 +117,23 @@ def layer_at(path: str, module: nnx.Module) -> Layer | None:
         if isinstance(module, kind) and (kind not in _SWAPPED or type(module) in (kind, _SWAPPED[kind])):
             return Layer(path, module, kind.__name__, (site(path, module),))
     return None
+
+
+def cast_name(path: tuple[object, ...]) -> str:
+    """The name of a cast: the layer's path and the operand, between them which product, if it has several.
+
+    Args:
+        path: of its state in the model, with the hook behind the layer's.
+    """
+    *before, product, operand = map(str, path)
+    match product:
+        case "scores" | "mix":
+            parts = [*before[:-1], product, operand]  # without attention_fn
+        case "product":
+            parts = [*before[:-1], operand]  # without promote_dtype
+        case _:
+            parts = [*before, operand]
+    return "/".join(parts)
 
 
 def _become(module: nnx.Module, kind: type[nnx.Module]) -> None:

@@ -24,7 +24,7 @@ from altgrad_core.rules import (
 from altgrad_core.summary import LayerRow, Summary
 from altgrad_jax.control import set_format
 from altgrad_jax.nn.describe import format_names, scaling_names
-from altgrad_jax.nn.nnx_layers import HIDDEN, Layer, layer_at
+from altgrad_jax.nn.nnx_layers import Layer, cast_name, layer_at
 from altgrad_jax.nn.nnx_products import CastVariable
 from altgrad_jax.nn.seen import Seen, record_casts
 from altgrad_jax.nn.sites import Rows
@@ -100,7 +100,7 @@ def variables_of(model: nnx.Module) -> dict[str, CastVariable]:
     found: dict[str, CastVariable] = {}
     for path, node in nnx.iter_graph(model):
         if isinstance(node, CastVariable):
-            found["/".join(str(part) for part in path if part not in HIDDEN)] = node
+            found[cast_name(path)] = node
     return found
 
 

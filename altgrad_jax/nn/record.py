@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -61,7 +62,12 @@ class Record:
             bits = None if bits is None else lax.pmax(bits, axes)
         self.seen[row] = _both(self.seen[row], added)
         if bits is not None:
-            of_shape = self.amaxes[bits.shape]
+            of_shape = self.amaxes.get(bits.shape)
+            if of_shape is None:
+                raise InputError(
+                    f"a layer with amaxes of shape {bits.shape} computes while a model is recorded that has none such; "
+                    "expected it to be part of the model"
+                )
             of_shape[row] = jnp.maximum(of_shape[row], bits)
 
 
@@ -71,17 +77,20 @@ def _both(before: jax.Array, added: jax.Array) -> jax.Array:
     return jnp.concatenate([high, low & ((1 << _LIMB_BITS) - 1), jnp.maximum(before[-1:], added[-1:])])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Recording:
     """A recording that is going on: one object each, which JAX tells apart.
 
     Attributes:
-        record: where the casts write.
+        record: where the casts write; None when it is over, since JAX keeps this object, with which it would keep a
+            trace.
         total: how many casts the model has.
+        key: of those that may use its references after it; None inside a trace, with which they end.
     """
 
-    record: Record
+    record: Record | None
     total: int
+    key: Hashable
 
 
 OPEN = jax.make_user_context(None)
@@ -89,9 +98,9 @@ OPEN = jax.make_user_context(None)
 the record of another."""
 
 
-_EAGER: dict[tuple[int, frozenset[tuple[int, ...]], tuple[str, ...]], Recording] = {}
-"""Recordings outside of any trace, by the size of their records. What JAX compiles has the references in it, so they
-are used again: else every recording would compile all that computes in it."""
+_IDLE: dict[Hashable, list[Recording]] = {}
+"""Recordings outside of any trace that are over, by the size of their records and where these lie. What JAX compiles
+has the references in it, so they are used again: else every recording would compile all that computes in it."""
 
 
 def begin_recording(
@@ -107,16 +116,25 @@ def begin_recording(
     """
     empty = {shape: jnp.zeros((total, *shape), jnp.int32) + nothing for shape in shapes}
     seen = jnp.zeros((total, COLUMNS), jnp.int32) + nothing
-    key = total, shapes, axis_name
-    if isinstance(seen, jax.core.Tracer) or key not in _EAGER:
+    key = None if isinstance(seen, jax.core.Tracer) else (total, shapes, axis_name, seen.sharding)
+    try:
+        again = _IDLE.get(key, []).pop()  # not looked at first: another thread may take it meanwhile
+    except IndexError:
         refs = {shape: jax.new_ref(each) for shape, each in empty.items()}
-        begun = Recording(Record(jax.new_ref(seen), refs, axis_name), total)
-        return begun if isinstance(seen, jax.core.Tracer) else _EAGER.setdefault(key, begun)
-    again = _EAGER[key]
-    again.record.seen[...] = seen
-    for shape, each in empty.items():
-        again.record.amaxes[shape][...] = each
+        return Recording(Record(jax.new_ref(seen), refs, axis_name), total, key)
+    if again.record is not None:
+        again.record.seen[...] = seen
+        for shape, each in empty.items():
+            again.record.amaxes[shape][...] = each
     return again
+
+
+def end_recording(recording: Recording) -> None:
+    """Let the next recording outside of any trace have the references; drop those of a trace."""
+    if recording.key is None:
+        recording.record = None
+    else:
+        _IDLE.setdefault(recording.key, []).append(recording)
 
 
 def current_record(rows: int) -> Record | None:
@@ -134,3 +152,16 @@ def current_record(rows: int) -> Record | None:
             "them to be one, quantized together"
         )
     return recording.record
+
+
+def check_recording(record: Record | None) -> None:
+    """Refuse a backward pass whose recording is over: what it saw would be lost.
+
+    Raises:
+        InputError: saying where the recording belongs.
+    """
+    if record is not None and OPEN.value is None:
+        raise InputError(
+            "a backward pass comes after its recording is over, so that nothing of it would be recorded; expected the "
+            "recording around grad or value_and_grad, not inside the function that they differentiate"
+        )

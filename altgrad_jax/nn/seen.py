@@ -13,7 +13,7 @@ from jax import lax
 from altgrad_core.errors import InputError
 from altgrad_core.rules import Operand
 from altgrad_jax.nn.casts import CastState
-from altgrad_jax.nn.record import COUNTS, OPEN, begin_recording
+from altgrad_jax.nn.record import COUNTS, OPEN, begin_recording, end_recording
 from altgrad_jax.statistics import CastCounts
 
 Tree = TypeVar("Tree")
@@ -36,12 +36,13 @@ class Seen:
         nothing = 0 * next(iter(states.values())).row.reshape(-1)[0]  # mapped, where the states are
         shapes = frozenset(state.amax_shape for state in states.values() if state.writes_amaxes)
         self.recording = begin_recording(self.total, shapes, axis_name, nothing)
-        self.record = self.recording.record
         self._read: tuple[jax.Array, dict[tuple[int, ...], jax.Array]] | None = None
 
     def read(self) -> None:
-        """End the recording."""
-        self._read = self.record.seen[...], {shape: ref[...] for shape, ref in self.record.amaxes.items()}
+        """Take what was seen out of the record."""
+        record = self.recording.record
+        if record is not None:
+            self._read = record.seen[...], {shape: ref[...] for shape, ref in record.amaxes.items()}
 
     @property
     def counts(self) -> dict[str, CastCounts]:
@@ -119,9 +120,12 @@ def record_casts(states: Tree, *, axis_name: str | tuple[str, ...] = ()) -> Iter
     if OPEN.value is not None:
         raise InputError("a recording goes on already; expected one at a time, around all passes of a step")
     seen = Seen(named_states(states), (axis_name,) if isinstance(axis_name, str) else tuple(axis_name))
-    with OPEN(seen.recording):
-        yield seen
-    seen.read()
+    try:
+        with OPEN(seen.recording):
+            yield seen
+        seen.read()
+    finally:
+        end_recording(seen.recording)
 
 
 def named_states(tree: object) -> dict[str, CastState]:
@@ -136,7 +140,13 @@ def _total(states: Mapping[str, CastState]) -> int:
         raise InputError("there is nothing to record: expected a model with casts, see quantize_model")
     if len(totals) > 1:
         raise InputError(f"the casts belong to models of {sorted(totals)} casts; expected one, quantized together")
-    return totals.pop()
+    total, found = totals.pop(), sum(state.row.size for state in states.values())
+    if found > total:
+        raise InputError(
+            f"{found} casts would write into {total} rows: models that were quantized apart; expected them to be one "
+            "model, quantized together, or, if each is to have a record, the recording under the vmap over them"
+        )
+    return total
 
 
 def _is_state(node: object) -> bool:
