@@ -77,7 +77,11 @@ def _interrupt(out: Path, number: signal.Signals, after_step: int) -> int:
 
 @pytest.mark.parametrize(
     ("number", "after_step", "code"),
-    [(signal.SIGINT, 10, 130), (signal.SIGTERM, 23, 130), (signal.SIGKILL, 26, -signal.SIGKILL)],
+    [
+        pytest.param(signal.SIGINT, 10, 130, marks=pytest.mark.exhaustive),
+        pytest.param(signal.SIGTERM, 23, 130, marks=pytest.mark.exhaustive),
+        (signal.SIGKILL, 26, -signal.SIGKILL),
+    ],
 )
 def test_interrupted_and_resumed_is_never_interrupted(tmp_path, undisturbed, number, after_step, code):
     out = tmp_path / "run"

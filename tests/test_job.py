@@ -427,6 +427,7 @@ print("same bits")
 """
 
 
+@pytest.mark.exhaustive
 def test_places_in_a_fleet_on_two_devices() -> None:
     settings = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

@@ -308,6 +308,7 @@ def test_gradients_are_accumulated_in_one_recording(mlp):
     assert casts["Dense_0"]["activations"].step == 1
 
 
+@pytest.mark.exhaustive
 def test_models_and_their_steps_are_mapped(mlp):
     model, one, x, _, jitted = mlp
     variables = {**one, "params": jax.tree.map(lambda leaf: 3 * leaf, one["params"])}
@@ -382,6 +383,7 @@ def test_stacked_layers_are_scanned_over_and_computed_anew():
     assert (other.path, other.parameters, other.formats) == ("blocks/down", 96, (None, None, None))
 
 
+@pytest.mark.exhaustive
 def test_a_scan_of_remat_computes_what_its_layers_compute_one_after_the_other():
     class Deep(nn.Module):
         @nn.compact

@@ -169,7 +169,11 @@ class TestProducts:
 class TestScales:
     @pytest.mark.parametrize(
         ("granularity", "of_weights"),
-        [("tensor", "tensor"), ("channel", PerChannel(-1)), ("block4", PerBlock(4, 0))],
+        [
+            pytest.param("tensor", "tensor", marks=pytest.mark.exhaustive),
+            ("channel", PerChannel(-1)),
+            ("block4", PerBlock(4, 0)),
+        ],
     )
     def test_current_scales(self, granularity, of_weights):
         layer = nnx.Linear(8, 4, use_bias=False, rngs=nnx.Rngs(0))
@@ -188,7 +192,7 @@ class TestScales:
         np.testing.assert_array_equal(of_params["kernel"][...], q_x.T @ q_gradient)
         np.testing.assert_array_equal(of_x, q_gradient @ q_kernel.T)
 
-    @pytest.mark.parametrize("granularity", ["tensor", "channel"])
+    @pytest.mark.parametrize("granularity", [pytest.param("tensor", marks=pytest.mark.exhaustive), "channel"])
     def test_delayed_scales_follow_what_was_recorded(self, granularity):
         model = quantize_model(Mlp(nnx.Rngs(0)), [Rule("up", "E3M4", scaling=Delayed(2), granularity=granularity)])
         states = {each.get_value().operand: each for each in (model.up.dot_general.variables)}
