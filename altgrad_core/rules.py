@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Final, Generic, Literal, TypeVar
@@ -234,28 +234,54 @@ def describe_unused(matches: Matches, others: Mapping[str, str]) -> list[str]:
     return [_why_unused(rule, matches, others) for rule in matches.unused]
 
 
-Formats = Mapping[str, "str | Format | Each[str | Format]"]
-"""Formats by pattern of the layer's path, the same for all operands of the layer or of each its own."""
+Formats = Mapping[str, "str | Format | Each[str | Format | None]"]
+"""Formats by pattern of the layer's path: the same for all that a layer casts, or for each operand its own, None for
+what keeps its format."""
 
 
-def choose_formats(paths: Sequence[str], formats: Formats) -> dict[str, str | Format | Each[str | Format]]:
-    """The formats of the layers that a mapping speaks of, each under the first pattern that matches all of its path.
+def choose_formats(
+    layers: Mapping[str, Collection[Operand]], formats: Formats
+) -> dict[tuple[str, Operand], str | Format]:
+    """The formats that a mapping writes, each layer's under the first pattern that matches all of its path.
+
+    Args:
+        layers: by path, what each of them casts.
+        formats: what to write.
+
+    Returns:
+        By path and operand, for those that are to have another format: what was given, still to be parsed.
 
     Raises:
-        InputError: for a pattern that matches no layer, or only such as an earlier one matches.
+        InputError: for a pattern that matches no layer, or only such as an earlier one matches, and for a format of an
+            operand that its layer does not cast.
 
-    >>> choose_formats(["blocks/0/up", "blocks/1/up", "logits"], {"blocks/0/.*": "E5M2", "logits": "E3M4"})
-    {'blocks/0/up': 'E5M2', 'logits': 'E3M4'}
+    >>> casts = {"blocks/0/up": ("weights", "gradients"), "logits": ("weights",)}
+    >>> choose_formats(casts, {"blocks/.*": Each(None, None, "E5M2"), "logits": "E3M4"})
+    {('blocks/0/up', 'gradients'): 'E5M2', ('logits', 'weights'): 'E3M4'}
     """
     patterns = {pattern: compiled_pattern(pattern) for pattern in formats}
-    firsts = {path: next((name for name, each in patterns.items() if _matches(each, path)), None) for path in paths}
+    firsts = {path: next((name for name, each in patterns.items() if _matches(each, path)), None) for path in layers}
     for pattern in patterns:
         if pattern not in firsts.values():
             raise InputError(
                 f"{pattern!r} matches no layer that is cast and that no earlier pattern matches; the layers are "
-                f"{_listed(paths) or 'none'}"
+                f"{_listed(list(layers)) or 'none'}"
             )
-    return {path: formats[pattern] for path, pattern in firsts.items() if pattern is not None}
+    chosen: dict[tuple[str, Operand], str | Format] = {}
+    for path, pattern in firsts.items():
+        if pattern is None:
+            continue
+        wanted = formats[pattern]
+        if not isinstance(wanted, Each):
+            chosen.update({(path, operand): wanted for operand in layers[path]})
+            continue
+        for operand in OPERANDS:
+            given = option(wanted, operand)
+            if given is not None and operand not in layers[path]:
+                raise InputError(f"the layer {path!r} does not cast its {operand}; expected None for them")
+            if given is not None:
+                chosen[path, operand] = given
+    return chosen
 
 
 def _why_unused(rule: Rule, matches: Matches, others: Mapping[str, str]) -> str:

@@ -41,7 +41,7 @@ def _cast(x: jax.Array, format: str, scale: float) -> jax.Array:
     return quantize(x, format, scale=scale, overflow="saturate_finite")
 
 
-def _by_hand(product):
+def _by_hand(product, of_right=_SCALES[1]):
     """A product of operands that are cast, whose gradients are those at the cast operands of the cast gradient."""
 
     @jax.custom_vjp
@@ -49,7 +49,7 @@ def _by_hand(product):
         return forward(lhs, rhs)[0]
 
     def forward(lhs, rhs):
-        operands = _cast(lhs, "E3M4", _SCALES[0]), _cast(rhs, "E3M4", _SCALES[1])
+        operands = _cast(lhs, "E3M4", _SCALES[0]), _cast(rhs, "E3M4", of_right)
         return product(*operands), operands
 
     def backward(operands, gradient):
@@ -76,8 +76,10 @@ def _dense(lhs, rhs):
 
 def _attention(params, x):
     query, key, value = (jnp.einsum("btd,dhk->bthk", x, params[name]["kernel"]) for name in ("query", "key", "value"))
-    scores = _by_hand(partial(jnp.einsum, "...qhd,...khd->...hqk"))(query / jnp.sqrt(4).astype(jnp.float32), key)
-    mixed = _by_hand(partial(jnp.einsum, "...hqk,...khd->...qhd"))(jax.nn.softmax(scores), value)
+    # Neither product has weights: keys and values are cast as activations are.
+    score = _by_hand(partial(jnp.einsum, "...qhd,...khd->...hqk"), of_right=_SCALES[0])
+    mix = _by_hand(partial(jnp.einsum, "...hqk,...khd->...qhd"), of_right=_SCALES[0])
+    mixed = mix(jax.nn.softmax(score(query / jnp.sqrt(4).astype(jnp.float32), key)), value)
     return jnp.einsum("bthk,hkd->btd", mixed, params["out"]["kernel"])
 
 

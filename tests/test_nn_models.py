@@ -76,8 +76,7 @@ def recorded_step(model, x):
 class TestProducts:
     """Each kind of layer is its plain self on operands cast by hand, forward and backward."""
 
-    def check(self, layer, x, operands):
-        """``operands``: from a plain layer, its cast twin, with the input and kernel already on the grid."""
+    def check(self, layer, x):
         cast = quantize_model(layer, [Rule(".*", "E4M3", "E3M4", "E5M2", scaling=ONE, overflow="native")])
         gradient = normal(9, *jax.eval_shape(layer, x).shape)
         out, of_params, of_x = value_and_pullback(cast, x, gradient)
@@ -105,11 +104,11 @@ class TestProducts:
         ids=lambda value: type(value).__name__ if isinstance(value, nnx.Module) else None,
     )
     def test_layers_with_a_hook(self, layer, shape):
-        self.check(layer, 2 * normal(1, *shape), None)
+        self.check(layer, 2 * normal(1, *shape))
 
     def test_a_transposed_convolution(self):
         layer = nnx.ConvTranspose(3, 4, (3, 3), strides=(2, 2), use_bias=False, rngs=nnx.Rngs(0))
-        self.check(layer, normal(1, 2, 5, 5, 3), None)
+        self.check(layer, normal(1, 2, 5, 5, 3))
 
     def test_an_embedding(self):
         layer = nnx.Embed(7, 4, rngs=nnx.Rngs(0))
@@ -140,6 +139,16 @@ class TestProducts:
 
         ours = jax.jit(lambda *args: cast.attention_fn(*args, is_causal=is_causal, deterministic=True))
         np.testing.assert_array_equal(ours(query, key, value), by_hand(query, key, value))
+
+    def test_both_operands_of_attention_are_activations(self):
+        layer = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
+        cast = quantize_model(layer, [Rule("", None, "E4M3", None, scaling=ONE)])
+        assert summary(cast).rows[-1].formats == ("E4M3", None, None)
+        assert {each.get_value().operand for each in cast.attention_fn.scores.variables} == {"activations"}
+        both = quantize_model(layer, [Rule("", "E7M0", "E4M3", None, scaling=ONE)])
+        args = [normal(seed, 3, 5, 2, 4) for seed in range(3)]
+        attend = [jax.jit(partial(each.attention_fn, deterministic=True)) for each in (cast, both)]
+        np.testing.assert_array_equal(attend[0](*args), attend[1](*args))
 
     def test_attention_on_a_grid_that_holds_everything_is_plain_attention(self):
         layer = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0))
@@ -489,6 +498,12 @@ class TestModels:
                     [Rule("", "E4M3", granularity="channel")],
                 ),
                 "has no fixed number of amaxes",
+            ),
+            (
+                lambda: set_formats(
+                    quantize_model(Mlp(nnx.Rngs(0)), [Rule("up", "E4M3", None)]), {"up": Each("E5M2", None, None)}
+                ),
+                "the layer 'up' does not cast its activations; expected None for them",
             ),
             (
                 lambda: set_formats(quantize_model(Mlp(nnx.Rngs(0)), [Rule("up", "E4M3")]), {"down": "E5M2"}),

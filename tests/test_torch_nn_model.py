@@ -347,7 +347,7 @@ def test_formats_that_cannot_be_set_say_why_and_set_none(model):
     quantize_model(model, [Rule("head", "E4M3", gradients=None), *ALL])
     before = formats(model)
     for wanted, error, message in [
-        ({"blocks.0": "E5M2"}, InputError, r"pattern 'blocks\.0' decides about no quantised layer; they are embed, "),
+        ({"blocks.0": "E5M2"}, InputError, r"'blocks\.0' matches no layer that is cast .* the layers are embed, "),
         ({"head": Each(None, None, "E5M2")}, InputError, "'head' does not cast its gradients"),
         ({"embed": "E5M2", "head": "bf16"}, InputError, "bf16"),
         ({"embed": "E5M2", ".*": "E4M33"}, UnknownFormatError, "E4M33"),

@@ -19,7 +19,7 @@ class AttentionCasts:
     """The casts of attention. Both operands of both products are activations; neither holds weights.
 
     Attributes:
-        scores: of queries (in the place of ``activations``) and keys (of ``weights``).
+        scores: of queries (in the place of ``activations``) and keys (of ``weights``), both cast as activations are.
         mix: of attention weights and values, likewise.
     """
 

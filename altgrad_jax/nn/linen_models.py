@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jax
 import numpy as np
@@ -15,19 +15,17 @@ from flax.core import DenyList
 from flax.core.scope import CollectionFilter
 from flax.serialization import register_serialization_state
 from flax.typing import PRNGKey, RNGSequences
-from jax.tree_util import DictKey, KeyPath
+from jax.tree_util import DictKey, GetAttrKey, KeyPath
 
 from altgrad_core.errors import InputError
-from altgrad_core.formats import Format
 from altgrad_core.rules import (
     OPERANDS,
-    Each,
+    Formats,
     Rule,
     UnusedRuleWarning,
     choose_formats,
     describe_unused,
     match_rules,
-    option,
 )
 from altgrad_core.summary import LayerRow, Summary
 from altgrad_jax.control import set_format
@@ -184,14 +182,15 @@ def dequantize_linen(model: linen.Module) -> linen.Module:
     return model.module if isinstance(model, Quantized) else model
 
 
-def set_linen_formats(variables: Variables, formats: Mapping[str, str | Format | Each[str | Format]]) -> dict[str, Any]:
+def set_linen_formats(variables: Variables, formats: Formats) -> dict[str, Any]:
     """See :func:`altgrad_jax.nn.set_formats`."""
     casts = variables.get(CASTS, {})
-    chosen = choose_formats(list(_states_by_layer(casts)), formats)
+    by_layer = _states_by_layer(casts)
+    chosen = choose_formats({path: {state.operand for state in held} for path, held in by_layer.items()}, formats)
 
     def rewritten(path: KeyPath, state: CastState) -> CastState:
-        layer = _layer(path)
-        return set_format(state, option(chosen[layer], state.operand)) if layer in chosen else state
+        place = _layer(path), state.operand
+        return set_format(state, chosen[place]) if place in chosen else state
 
     return {**variables, CASTS: jax.tree.map_with_path(rewritten, casts, is_leaf=_is_state)}
 
@@ -244,9 +243,11 @@ def _numbered(casts: Variables, seed: int) -> Variables:
 
 
 def _order(item: tuple[KeyPath, CastState]) -> tuple[str, int, int]:
-    path, state = item
-    product = 0 if isinstance(path[-1], DictKey) else PRODUCTS.index(_names(path)[-1])
-    return _layer(path), product, OPERANDS.index(state.operand)
+    path, _ = item
+    last = path[-1]
+    if isinstance(last, DictKey):
+        return _layer(path), 0, OPERANDS.index(last.key)
+    return _layer(path), PRODUCTS.index(_names(path)[-1]), OPERANDS.index(cast(GetAttrKey, last).name)
 
 
 def _states(casts: Variables) -> list[tuple[KeyPath, CastState]]:
@@ -281,8 +282,6 @@ def _parameters(variables: Variables, path: str) -> int:
 
 def _row(path: str, kind: str, parameters: int, rule: Rule | None, states: Sequence[CastState]) -> LayerRow:
     of = {operand: [state for state in states if state.operand == operand] for operand in OPERANDS}
-    if kind == linen.MultiHeadDotProductAttention.__name__:  # which holds no weights: keys and values are activations
-        of = {**of, "activations": of["activations"] + of["weights"], "weights": []}
     return LayerRow(
         path=path,
         kind=kind,

@@ -130,7 +130,7 @@ class Casting(Ruled):
         else:
             states = {operand: scope.get_variable(CASTS, operand) for operand in OPERANDS}
             held = ProductCasts(**states, accumulate=spec.accumulate)
-        expected = {operand for operand in site.takes if getattr(spec, operand) is not None}
+        expected = {place for place in site.takes if site.spec_at(place, spec) is not None}
         if set(_states(held)) != expected or held.accumulate != spec.accumulate:
             raise InputError(
                 f"the variables hold casts of {_listed(_states(held))} for {call.path}, a {site.kind}; expected "

@@ -10,16 +10,14 @@ from typing import TypeVar
 
 from flax import nnx
 
-from altgrad_core.formats import Format
 from altgrad_core.rules import (
     OPERANDS,
-    Each,
+    Formats,
     Rule,
     UnusedRuleWarning,
     choose_formats,
     describe_unused,
     match_rules,
-    option,
 )
 from altgrad_core.summary import LayerRow, Summary
 from altgrad_jax.control import set_format
@@ -61,7 +59,7 @@ def dequantize_nnx(model: Model) -> Model:
 
 @contextmanager
 def record_nnx(model: nnx.Module, *, axis_name: str | tuple[str, ...] = ()) -> Iterator[Seen]:
-    """See :func:`altgrad_jax.nn.seen`."""
+    """See :func:`altgrad_jax.nn.recording`."""
     variables = variables_of(model)
     states = {name: variable.get_value() for name, variable in variables.items()}
     with record_casts(states, axis_name=axis_name) as seen:
@@ -70,15 +68,19 @@ def record_nnx(model: nnx.Module, *, axis_name: str | tuple[str, ...] = ()) -> I
         variables[name].set_value(state)
 
 
-def set_nnx_formats(model: nnx.Module, formats: Mapping[str, str | Format | Each[str | Format]]) -> None:
+def set_nnx_formats(model: nnx.Module, formats: Formats) -> None:
     """See :func:`altgrad_jax.nn.set_formats`."""
-    layers = {path: layer for path, layer in layers_of(model).items() if layer.products}
+    variables = {
+        path: [(variable, variable.get_value()) for product in layer.products for variable in product.variables]
+        for path, layer in layers_of(model).items()
+        if layer.products
+    }
+    chosen = choose_formats({path: {state.operand for _, state in held} for path, held in variables.items()}, formats)
     written = [
-        (variable, set_format(state, option(chosen, state.operand)))
-        for path, chosen in choose_formats(list(layers), formats).items()
-        for product in layers[path].products
-        for variable in product.variables
-        for state in (variable.get_value(),)
+        (variable, set_format(state, chosen[path, state.operand]))
+        for path, held in variables.items()
+        for variable, state in held
+        if (path, state.operand) in chosen
     ]
     for variable, state in written:  # all or none: an unknown format above leaves the model as it was
         variable.set_value(state)
@@ -115,10 +117,8 @@ def _path(path: tuple[object, ...]) -> str:
 
 def _row(layer: Layer) -> LayerRow:
     products = layer.products
-    states = [[getattr(each.casts, operand) for each in products] for operand in OPERANDS]
-    activations, weights, gradients = ([state for state in each if state is not None] for each in states)
-    if all(site.weights is None for site in layer.sites):
-        activations, weights = activations + weights, []
+    states = [variable.get_value() for product in products for variable in product.variables]
+    activations, weights, gradients = ([state for state in states if state.operand == each] for each in OPERANDS)
     return LayerRow(
         path=layer.path,
         kind=layer.kind,

@@ -76,7 +76,7 @@ class Site:
         Raises:
             InputError: for an option that the layer cannot honour.
         """
-        made = {operand: self._cast(operand, getattr(spec, operand), rows) for operand in self.takes}
+        made = {place: self._cast(place, self.spec_at(place, spec), rows) for place in self.takes}
         return ProductCasts(
             activations=made.get("activations"),
             weights=made.get("weights"),
@@ -84,10 +84,20 @@ class Site:
             accumulate=spec.accumulate,
         )
 
-    def _cast(self, operand: Operand, spec: CastSpec | None, rows: Rows) -> CastState | None:
+    def operand_at(self, place: Operand) -> Operand:
+        """What is cast in a place of the product: activations in that of weights, where there are none."""
+        return "activations" if place == "weights" and self.weights is None else place
+
+    def spec_at(self, place: Operand, spec: LayerSpec) -> CastSpec | None:
+        """How it is cast."""
+        found: CastSpec | None = getattr(spec, self.operand_at(place))
+        return found
+
+    def _cast(self, place: Operand, spec: CastSpec | None, rows: Rows) -> CastState | None:
         if spec is None:
             return None
-        of_weights = operand == "weights" and self.weights is not None
+        operand = self.operand_at(place)
+        of_weights = operand == "weights"
         granularity = self._granularity(spec, of_weights)
         shape = self._amax_shape(operand, granularity, of_weights) if _keeps_history(spec) else ()
         states = [
@@ -156,7 +166,7 @@ class Rows:
             (site, cast)
             for site, spec in products
             for operand in site.takes
-            if (cast := getattr(spec, operand)) is not None
+            if (cast := site.spec_at(operand, spec)) is not None
         ]
         if seed is not None:
             check_seed(seed, [cast for _, cast in casts])

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from torch import nn
 
 from altgrad_core.errors import InputError
-from altgrad_core.formats import Format
-from altgrad_core.patterns import compiled_pattern
-from altgrad_core.rules import OPERANDS, Each, Matches, Rule, UnusedRuleWarning, describe_unused, match_rules
+from altgrad_core.rules import (
+    OPERANDS,
+    Formats,
+    Matches,
+    Rule,
+    UnusedRuleWarning,
+    choose_formats,
+    describe_unused,
+    match_rules,
+)
 from altgrad_core.summary import LayerRow, Summary
 from altgrad_torch.nn.attention import QuantizedMultiheadAttention
 from altgrad_torch.nn.layers import (
@@ -140,7 +147,7 @@ def dequantize_model(model: Model) -> Model:
     return model
 
 
-def set_formats(model: nn.Module, formats: Mapping[str, str | Format | Each[str | Format | None]]) -> None:
+def set_formats(model: nn.Module, formats: Formats) -> None:
     """Write other formats into the casts of some layers, in place; nothing is compiled again.
 
     Args:
@@ -154,24 +161,24 @@ def set_formats(model: nn.Module, formats: Mapping[str, str | Format | Each[str 
         InputError: for a pattern that decides about no quantised layer, an operand that is not cast, and a format that
             compiled code cannot go over to, such as bf16 after E4M3.
 
+    >>> from altgrad_core.rules import Each
     >>> model = quantize_model(nn.Sequential(nn.Linear(4, 8)), [Rule(".*", "E4M3")])
     >>> set_formats(model, {"0": Each(None, None, "E5M2")})
     >>> summary(model).rows[0].formats
     ('E4M3', 'E4M3', 'E5M2')
     """
-    quantized = {path: layer for path, layer in quantized_layers(model) if layer.rule is not None}
-    writes = []
-    used: set[str] = set()
-    for path, layer in quantized.items():
-        pattern = next((each for each in formats if _matches(each, path)), None)
-        if pattern is not None:
-            used.add(pattern)
-            writes += _writes(path, layer, formats[pattern])
-    for pattern in formats:
-        if pattern not in used:
-            raise InputError(
-                f"the pattern {pattern!r} decides about no quantised layer; they are {', '.join(quantized)}"
-            )
+    sites = {
+        path: [site for site in layer.casts.values() if isinstance(site, Site)]
+        for path, layer in quantized_layers(model)
+        if layer.rule is not None
+    }
+    chosen = choose_formats({path: {site.placement.operand for site in held} for path, held in sites.items()}, formats)
+    writes = [
+        (site, chosen[path, site.placement.operand])
+        for path, held in sites.items()
+        for site in held
+        if (path, site.placement.operand) in chosen
+    ]
     for site, wanted in writes:
         site.check_format(wanted)
     for site, wanted in writes:
@@ -254,26 +261,6 @@ def _encoders_with_casts(model: nn.Module) -> list[nn.TransformerEncoder]:
     """Encoders that would hand nested tensors to layers with casts."""
     encoders = [module for module in model.modules() if isinstance(module, nn.TransformerEncoder)]
     return [each for each in encoders if any(isinstance(module, QuantizedLayer) for module in each.modules())]
-
-
-def _matches(pattern: str, path: str) -> bool:
-    compiled = compiled_pattern(pattern)
-    return any(compiled.fullmatch(each) for each in (path, path.replace(".", "/")))
-
-
-def _writes(
-    path: str, layer: QuantizedLayer, formats: str | Format | Each[str | Format | None]
-) -> list[tuple[Site, str | Format]]:
-    sites = [site for site in layer.casts.values() if isinstance(site, Site)]
-    if not isinstance(formats, Each):
-        return [(site, formats) for site in sites]
-    writes = []
-    for operand in OPERANDS:
-        wanted, of_operand = getattr(formats, operand), [site for site in sites if site.placement.operand == operand]
-        if wanted is not None and not of_operand:
-            raise InputError(f"the layer {path!r} does not cast its {operand}; expected None for them")
-        writes += [(site, wanted) for site in of_operand if wanted is not None]
-    return writes
 
 
 def _row(path: str, layer: nn.Module) -> LayerRow:
