@@ -28,7 +28,7 @@ from altgrad_core.settings import Policy as Policy
 from altgrad_core.stability import EmergencyMantissaShift as EmergencyMantissaShift
 from altgrad_jax.codes import CodeParams
 from altgrad_jax.consensus import Consensus, process_count
-from altgrad_jax.params import FormatParams, paths_of
+from altgrad_jax.params import FormatHolder, FormatParams, paths_of
 
 State = TypeVar("State")
 """Any pytree of arrays."""
@@ -79,9 +79,15 @@ def set_format(state: State, format: Formats | Mapping[str, str | Format]) -> St
         chosen = _of_layers({path: jax.tree_util.keystr(path, simple=True, separator="/") for path in places}, format)
     else:
         chosen = dict.fromkeys(places, _parsed(format))
-    return jax.tree.map_with_path(
-        lambda path, node: _rewritten(node, chosen[path]) if path in chosen else node, state, is_leaf=_is_format
-    )
+
+    def rewritten(path: Path, node: FormatParams | FormatHolder) -> FormatParams | FormatHolder:
+        if path not in chosen:
+            return node
+        if isinstance(node, FormatHolder):
+            return node.with_params(_rewritten(node.params, chosen[path]))
+        return _rewritten(node, chosen[path])
+
+    return jax.tree.map_with_path(rewritten, state, is_leaf=_is_format)
 
 
 def get_format(state: object) -> FormatParams:
@@ -97,10 +103,10 @@ def get_format(state: object) -> FormatParams:
     124.0
     """
     nodes = jax.tree.leaves(state, is_leaf=_is_format)
-    found = [node for node in nodes if isinstance(node, FormatParams)]
-    if not found:
+    found = next((node for node in nodes if _is_format(node)), None)
+    if found is None:
         raise ValueError("the state holds no FormatParams")
-    return found[0]
+    return found.params if isinstance(found, FormatHolder) else found
 
 
 def _is_code_params(node: object) -> bool:
@@ -108,7 +114,7 @@ def _is_code_params(node: object) -> bool:
 
 
 def _is_format(node: object) -> bool:
-    return isinstance(node, FormatParams)
+    return isinstance(node, FormatParams | FormatHolder)
 
 
 def _parsed(format: Formats) -> npt.NDArray[np.object_]:

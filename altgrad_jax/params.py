@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +163,54 @@ class FormatParams:
         if len(paths) != 1:
             raise ValueError(f"cannot stack params of the paths {sorted(paths)}; expected one path")
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+
+
+class FormatHolder(abc.ABC):
+    """A pytree node that keeps its params in another form, which :func:`altgrad_jax.set_format` can write."""
+
+    @property
+    @abc.abstractmethod
+    def params(self) -> FormatParams:
+        """The params."""
+
+    @abc.abstractmethod
+    def with_params(self, params: FormatParams) -> Self:
+        """The same with other params, of the same path."""
+
+
+WORDS = 8
+"""How many words params have."""
+
+_DTYPES = (jnp.int32, jnp.int32, jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.bool_)
+
+
+def to_words(params: FormatParams) -> jax.Array:
+    """The data of params in one array, to be carried where many arrays would be slow.
+
+    Returns:
+        int32 of shape ``(*shape, 8)``: the attributes in their order, of floats the bits.
+
+    >>> to_words(FormatParams.from_format("E5M2")).tolist()[:2]
+    [2, -14]
+    """
+    leaves = jnp.broadcast_arrays(*jax.tree.leaves(params))
+    return jnp.stack([_bits(leaf) if leaf.dtype == jnp.float32 else leaf.astype(jnp.int32) for leaf in leaves], -1)
+
+
+def from_words(words: jax.Array, path: CastPath) -> FormatParams:
+    """The params that :func:`to_words` wrote.
+
+    Args:
+        words: int32 of shape ``(*shape, 8)``.
+        path: which implementation casts.
+
+    >>> float(from_words(to_words(FormatParams.from_format("E5M2")), "fast").max_value)
+    57344.0
+    """
+    words = jnp.asarray(words)
+    apart = [words[..., k] for k in range(WORDS)]
+    leaves = [_float(x) if dtype == jnp.float32 else x.astype(dtype) for x, dtype in zip(apart, _DTYPES, strict=True)]
+    return FormatParams(*leaves, path=path)
 
 
 def paths_of(format: Format, rounding: Rounding = "nearest_even") -> tuple[CastPath, ...]:

@@ -206,7 +206,7 @@ def _observed(x: jax.Array, params: FormatParams, scale: jax.Array | None) -> tu
     for start in range(0, flat.size, _MOST_AT_ONCE):
         chunk = _part(flat, start).astype(jnp.float32)
         quotient = chunk if scaled is None else _part(scaled, start)
-        seen = _tally(_bits(chunk) & _MAGNITUDE, _bits(quotient) & _MAGNITUDE, limits)
+        seen = _tally(_bits(chunk) & _MAGNITUDE, _bits(quotient) & _MAGNITUDE, limits).together(chunk.size)
         counts, amax_bits = counts + CastCounts.of_tallies(seen), jnp.maximum(amax_bits, seen[-1])
     return counts, _float(amax_bits)
 
@@ -277,6 +277,35 @@ def tally(x: jax.Array, limits: Edges) -> jax.Array:
     >>> tally(jnp.array([1e6, 0.5]), edges(FormatParams.from_format("E5M2")))[:-1].tolist()
     [2, 1, 2, 0, 0]
     """
+    return tally_parts(x, limits).together(x.size)
+
+
+class TallyParts(NamedTuple):
+    """A tally before it is put together, which costs a kernel: int32 scalars.
+
+    Attributes:
+        nan: elements that are NaN.
+        overflow_or_nan: those that are, or overflow.
+        zero: those that are zero.
+        vanishing: those that are, or become zero.
+        amax: bits of the largest magnitude.
+    """
+
+    nan: jax.Array
+    overflow_or_nan: jax.Array
+    zero: jax.Array
+    vanishing: jax.Array
+    amax: jax.Array
+
+    def together(self, size: int) -> jax.Array:
+        """The tally of so many elements; see :func:`tally`."""
+        nan, overflow_or_nan, zero, vanishing, amax = self
+        counts = [jnp.full_like(nan, size), overflow_or_nan - nan, size - zero - nan, vanishing - zero, nan]
+        return jnp.stack([*counts, amax])
+
+
+def tally_parts(x: jax.Array, limits: Edges) -> TallyParts:
+    """:func:`tally` in parts."""
     magnitude = _bits(x.reshape(-1)) & _MAGNITUDE
     return _tally(magnitude, magnitude, limits)
 
@@ -286,7 +315,7 @@ def amax_of_tallies(tallies: jax.Array) -> jax.Array:
     return _float(tallies[..., -1])
 
 
-def _tally(magnitude: jax.Array, scaled: jax.Array, limits: Edges) -> jax.Array:
+def _tally(magnitude: jax.Array, scaled: jax.Array, limits: Edges) -> TallyParts:
     """Counts of flat magnitudes."""
     if magnitude.size < _WORTH_SPREADING:
         seen = _counts_and_max(_marked(magnitude, scaled, limits))
@@ -297,9 +326,7 @@ def _tally(magnitude: jax.Array, scaled: jax.Array, limits: Edges) -> jax.Array:
         rows = _counts_and_max(functools.reduce(_both, marked))
         rest = _counts_and_max(_marked(magnitude[whole:], scaled[whole:], limits))
         seen = _counts_and_max(tuple(jnp.append(*parts) for parts in zip(rows, rest, strict=True)))
-    nan, overflow_or_nan, zero, vanishing, amax = seen
-    size = jnp.full_like(nan, magnitude.size)
-    return jnp.stack([size, overflow_or_nan - nan, size - zero - nan, vanishing - zero, nan, amax])
+    return TallyParts(*seen)
 
 
 def _marked(magnitude: jax.Array, scaled: jax.Array, limits: Edges) -> tuple[jax.Array, ...]:

@@ -87,7 +87,7 @@ class Training:
             if recorded:
                 with recording(model) as seen:
                     loss, gradients = nnx.value_and_grad(loss_of)(model, tokens)
-                shown = loss, seen.gradients.overflow_rate, {k: each.overflow_rate for k, each in seen.counts.items()}
+                shown = loss, seen.gradients.overflow_rate, seen.all.overflow_rate
             else:
                 shown, gradients = nnx.value_and_grad(loss_of)(model, tokens)
             _, params, casts, rest = nnx.split(model, nnx.Param, CastVariable, ...)

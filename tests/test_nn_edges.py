@@ -6,14 +6,18 @@ import weakref
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from altgrad_core.errors import InputError
-from altgrad_jax import Static
-from altgrad_jax.nn import Rule, quantize_model, recording, set_formats
-from altgrad_jax.nn.record import Record, Sight
-from altgrad_jax.statistics import CastCounts
+from altgrad_jax import Delayed, Static, delayed_scale, get_format, set_format
+from altgrad_jax.nn import CastState, CastVariable, Rule, quantize_model, recording, set_formats
+from altgrad_jax.nn.record import Record, Sight, settled
+from altgrad_jax.params import edges
+from altgrad_jax.statistics import CastCounts, TallyParts
 
 
 def quantized(seed=0, width=4):
@@ -47,7 +51,7 @@ class TestWhereARecordingBelongs:
 
     def test_models_that_were_quantized_apart_cannot_share_one(self):
         models = nnx.List([quantized(0), quantized(1)])
-        with pytest.raises(InputError, match="6 casts would write into 3 rows"), recording(models):
+        with pytest.raises(InputError, match="6 casts, of models with 3"), recording(models):
             pass
 
 
@@ -79,15 +83,26 @@ class TestWhatARecordingKeeps:
         assert seen.activations.as_integers()["elements"] == 0
 
     def test_counts_beyond_int32_are_right(self):
-        largest = [2**30, 2**30 - 1, 2**30, 1, 0]
-        record = Record(jax.new_ref(jnp.zeros((2, 11), jnp.int32)), {}, ())
+        record = Record(jax.new_ref(jnp.zeros((2, 2, 6), jnp.int32)), None, ())
+        parts = TallyParts(*map(jnp.int32, (0, 2**30 - 1, 0, 1, 7)))
         for _ in range(5):
-            record.write(jnp.int32(1), Sight(jnp.array([*largest, 7], jnp.int32), None))
-        seen = record.seen[...]
-        assert not seen[0].any()
-        counts = CastCounts(jnp.stack([seen[1, :5], seen[1, 5:10]], axis=-1)).as_integers()
-        assert list(counts.values()) == [5 * each for each in largest]
-        assert int(seen[1, -1]) == 7
+            record.write(jnp.int32(1), 2**30, Sight(parts, None))
+        found = settled(record.seen[...])
+        assert CastCounts(found.limbs[0]).as_integers()["elements"] == 0
+        counts = CastCounts(found.limbs[1]).as_integers()
+        assert list(counts.values()) == [5 * each for each in (2**30, 2**30 - 1, 2**30, 1, 0)]
+        assert found.took_place.tolist() == [False, True]
+        assert lax.bitcast_convert_type(found.amaxes[1], jnp.int32) == 7
+
+    @pytest.mark.parametrize("count", [2**30, 2**30 - 1, 2**15 - 1])
+    def test_as_many_passes_as_are_promised_have_room(self, count):
+        record = Record(jax.new_ref(jnp.zeros((2, 6), jnp.int32)), None, ())
+        record.write(None, count, Sight(TallyParts(*map(jnp.int32, (0, 0, 0, 0, 0))), None))
+        one = np.asarray(record.seen[...]).astype(object)
+        after = 65_535 * one
+        assert after.max() < 2**31
+        counts = CastCounts(settled(jnp.asarray(after.astype(np.int32))[None]).limbs[0]).as_integers()
+        assert counts["elements"] == 65_535 * count
 
     def test_of_a_trace_nothing_is_kept(self):
         traced = []
@@ -132,3 +147,55 @@ def test_rules_are_a_list(rules):
 def test_what_is_no_format_is_not_set(format):
     with pytest.raises(InputError, match="a format is named by a string or is a Format; got"):
         set_formats(quantized(), {".*": format})
+
+
+def check_grid(state, reduce):
+    scaled = state.params.scaled(delayed_scale(state.history, state.params.max_value, reduce=reduce))
+    expected = jax.tree.leaves((scaled, edges(scaled)))
+    for found, wanted in zip(jax.tree.leaves(state.grid), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+class TestWhatAStateHolds:
+    @pytest.mark.parametrize("reduce", ["max", "most_recent"])
+    def test_its_grid_is_that_of_its_params_and_history(self, reduce):
+        rule = Rule(".*", "E4M3", gradients="E5M2", scaling=Delayed(4, reduce))
+        model = quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [rule])
+        for scale, name in ((1.0, None), (2.0**-9, "E2M5"), (2.0**12, None)):
+            with recording(model):
+                nnx.grad(loss_of)(model, scale * jnp.ones((2, 4)))
+            if name is not None:
+                set_formats(model, {".*": name})
+            for variable in model.dot_general.variables:
+                check_grid(variable.get_value(), reduce)
+
+    def test_set_format_writes_into_it_wherever_it_is(self):
+        states = nnx.state(quantized(), CastVariable)
+        after = set_format(states, "E5M2")
+        for state in jax.tree.leaves(after, is_leaf=lambda node: isinstance(node, CastState)):
+            assert float(state.params.max_value) == float(get_format(state).max_value) == 57344.0
+            check_grid(state, "max")
+        assert jax.tree.structure(after) == jax.tree.structure(states)
+
+    def test_what_all_casts_saw_is_what_each_saw(self):
+        model = quantized()
+        with recording(model) as seen:
+            nnx.grad(loss_of)(model, jnp.array([[1e6, 1.0, 1e-9, 0.0]]))
+        assert sorted(seen.names) == sorted(seen.counts)
+        for place, name in enumerate(seen.names):
+            counts = seen.counts[name]
+            np.testing.assert_array_equal(seen.all.limbs[place], counts.limbs)
+            assert seen.overflow_rates[name] == counts.overflow_rate
+            assert seen.underflow_rates[name] == counts.underflow_rate
+        assert sorted(float(each) for each in seen.overflow_rates.values()) == [0.0, 0.0, 0.25]
+
+    def test_a_change_of_format_leaves_it_where_it_lies_and_compiles_nothing(self):
+        everywhere = NamedSharding(jax.make_mesh((1,), ("devices",)), PartitionSpec())
+        graph, state = nnx.split(quantized())
+        compute = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
+        state, x = jax.device_put((state, jnp.full((2, 4), 1.1)), everywhere)
+        first = compute(state, x)
+        model = nnx.merge(graph, state)
+        set_formats(model, {".*": "E5M2"})
+        assert not np.array_equal(compute(nnx.state(model), x), first)
+        assert compute._cache_size() == 1

@@ -28,7 +28,8 @@ from altgrad_jax.nn import (
     summary,
     unpack,
 )
-from altgrad_jax.nn.casts import begun_anew, cast_operand
+from altgrad_jax.nn.cast_state import begun_anew
+from altgrad_jax.nn.casts import cast_operand
 from altgrad_jax.packed_files import load_packed, save_packed
 from altgrad_jax.packing import PackedTensor, unpack_tensor
 from altgrad_jax.scaling import power_of_two_scale

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from flax import nnx
 
-from altgrad_jax.nn.casts import CastState
+from altgrad_jax.nn.cast_state import CastState
 from altgrad_jax.nn.nnx_models import variables_of
 from altgrad_jax.nn.nnx_products import CastVariable
+from altgrad_jax.params import WORDS
 from altgrad_jax.scaling import Static
 
 _PARTS = ("grid", "history", "scale", "step")
@@ -43,10 +44,8 @@ def arrays_of(name: str, variable: CastVariable) -> Iterator[tuple[str, jax.Arra
 
 
 def grid_of(state: CastState) -> npt.NDArray[np.int32]:
-    """The params as int32 of shape ``(*stack, 8)``: of floats their bits."""
-    fields = [np.asarray(each) for each in jax.device_get(jax.tree.leaves(state.params))]
-    as_bits = (x.view(np.int32) if x.dtype == np.float32 else x.astype(np.int32) for x in fields)
-    return np.stack(np.broadcast_arrays(*as_bits), axis=-1)
+    """The params as :func:`~altgrad_jax.params.to_words` writes them: int32 of shape ``(*stack, 8)``."""
+    return np.asarray(state.words)[..., :WORDS]
 
 
 def load_casts(casts: Sequence[tuple[str, CastVariable]], arrays: Mapping[str, jax.Array]) -> None:
@@ -57,4 +56,4 @@ def load_casts(casts: Sequence[tuple[str, CastVariable]], arrays: Mapping[str, j
         if isinstance(scaling, Static):
             scaling = replace(scaling, value=arrays[f"{name}/scale"])
         history, step = arrays.get(f"{name}/history"), arrays[f"{name}/step"]
-        variable.set_value(replace(state, scaling=scaling, history=history, step=step))
+        variable.set_value(replace(state.with_history(history, step), scaling=scaling))

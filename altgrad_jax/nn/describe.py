@@ -13,7 +13,7 @@ import numpy as np
 from altgrad_core.errors import InputError
 from altgrad_core.formats import FORMAT_REGISTRY, Format
 from altgrad_core.scaling import PerBlock, PerChannel
-from altgrad_jax.nn.casts import CastState
+from altgrad_jax.nn.cast_state import CastState
 from altgrad_jax.params import FormatParams
 from altgrad_jax.scaling import Delayed, Static
 

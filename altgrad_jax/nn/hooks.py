@@ -15,7 +15,8 @@ from altgrad_core.formats import Format, Overflow, Rounding
 from altgrad_core.rules import ACCUMULATES, Accumulate, Each, Operand, option
 from altgrad_core.scaling import Granularity, PerBlock, parse_granularity
 from altgrad_jax.nn.accumulate import exact_product
-from altgrad_jax.nn.casts import CastState, cast_gradient, cast_operand
+from altgrad_jax.nn.cast_state import CastState
+from altgrad_jax.nn.casts import cast_gradient, cast_operand
 from altgrad_jax.nn.products import DotDimensionNumbers
 from altgrad_jax.params import FormatParams, as_params
 from altgrad_jax.scaling import Current, Static

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
 import jax
-import numpy as np
 from flax import linen
 from flax.core import DenyList
 from flax.core.scope import CollectionFilter
@@ -29,11 +28,11 @@ from altgrad_core.rules import (
 )
 from altgrad_core.summary import LayerRow, Summary
 from altgrad_jax.control import set_format
-from altgrad_jax.nn.casts import CastState
+from altgrad_jax.nn.cast_state import CastState
 from altgrad_jax.nn.describe import format_names, scaling_names
 from altgrad_jax.nn.hooks import ProductCasts
 from altgrad_jax.nn.linen_scopes import CASTS, PRODUCTS, RULES, Casting, Interceptor, Making, Ruled
-from altgrad_jax.nn.sites import Rows, check_seed
+from altgrad_jax.nn.sites import Numbers, check_seed
 
 Variables = Mapping[str, Any]
 """Collections by name, as ``init`` makes and ``apply`` takes them."""
@@ -230,15 +229,10 @@ def _intercepted(interceptor: Interceptor) -> Iterator[None]:
 
 
 def _numbered(casts: Variables, seed: int) -> Variables:
-    """The casts in rows: by layer, in the order of their names, and by product and operand."""
+    """The casts with numbers: by layer, in the order of their names, and by product and operand."""
     states = dict(_states(casts))
-    rows = Rows(sum(math.prod(state.row.shape) for state in states.values()), seed)
-    numbered = {
-        path: state.numbered(
-            np.array(rows.take(math.prod(state.row.shape))).reshape(state.row.shape), rows=rows.total, seed=seed
-        )
-        for path, state in sorted(states.items(), key=_order)
-    }
+    numbers = Numbers(len(states), seed)
+    numbered = {path: numbers.number(state) for path, state in sorted(states.items(), key=_order)}
     return jax.tree.map_with_path(lambda path, _: numbered[path], casts, is_leaf=_is_state)
 
 

@@ -15,7 +15,7 @@ from altgrad_core.errors import InputError
 from altgrad_core.rules import OPERANDS, LayerSpec, Rule, match_rules
 from altgrad_jax.nn.hooks import ProductCasts
 from altgrad_jax.nn.linen_layers import Call, kind_of
-from altgrad_jax.nn.sites import Rows, Site
+from altgrad_jax.nn.sites import Numbers, Site
 
 CASTS = "casts"
 """The collection that holds the states of casts."""
@@ -110,7 +110,7 @@ class Making(Ruled):
                 f"{call.path} is the path of two layers, which cannot have casts of one name; expected Rule("
                 f"{call.path!r}, None)"
             )
-        made = site.casts(spec, Rows(total=0, seed=0))
+        made = site.casts(spec, Numbers(total=0, seed=0))
         values = {product: made} if product else _states(made)
         for name, value in values.items():
             if not scope.has_variable(CASTS, name):

@@ -25,7 +25,7 @@ from altgrad_jax.nn.describe import format_names, scaling_names
 from altgrad_jax.nn.nnx_layers import Layer, cast_name, layer_at
 from altgrad_jax.nn.nnx_products import CastVariable
 from altgrad_jax.nn.seen import Seen, record_casts
-from altgrad_jax.nn.sites import Rows
+from altgrad_jax.nn.sites import Numbers
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -42,9 +42,9 @@ def quantize_nnx(model: Model, rules: Sequence[Rule], *, seed: int | None = None
         for path, rule in matches.rules.items()
         if rule is not None and rule.spec is not None
     ]
-    rows = Rows.of([(site, spec) for layer, spec, _ in chosen for site in layer.sites], seed)
+    numbers = Numbers.of([(site, spec) for layer, spec, _ in chosen for site in layer.sites], seed)
     for layer, spec, pattern in chosen:
-        layer.install([site.casts(spec, rows) for site in layer.sites], pattern)
+        layer.install([site.casts(spec, numbers) for site in layer.sites], pattern)
     return model
 
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 from altgrad_core.rules import Accumulate
 from altgrad_jax.nn.attention import AttentionCasts
-from altgrad_jax.nn.casts import CastState, cast_gradient, cast_operand
+from altgrad_jax.nn.cast_state import CastState
+from altgrad_jax.nn.casts import cast_gradient, cast_operand
 from altgrad_jax.nn.hooks import ProductCasts
 
 Operation = Literal["dot_general", "einsum", "conv_general_dilated"]

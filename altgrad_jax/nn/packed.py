@@ -18,7 +18,8 @@ from altgrad_core.formats import Format
 from altgrad_core.scaling import Granularity, PerBlock, PerChannel, PerTensor, checked_axes
 from altgrad_jax.granularity import amaxes
 from altgrad_jax.nn.cast_arrays import arrays_of, casts_of, grid_of, is_of_a_cast, load_casts
-from altgrad_jax.nn.casts import CastState, begun_anew, cast_operand, scale_of
+from altgrad_jax.nn.cast_state import CastState, begun_anew, scale_of
+from altgrad_jax.nn.casts import cast_operand
 from altgrad_jax.nn.describe import format_names, formats_of
 from altgrad_jax.nn.nnx_layers import Layer
 from altgrad_jax.nn.nnx_models import layers_of

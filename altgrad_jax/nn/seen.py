@@ -2,52 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from altgrad_core.errors import InputError
 from altgrad_core.rules import Operand
-from altgrad_jax.nn.casts import CastState
-from altgrad_jax.nn.record import COUNTS, OPEN, begin_recording, end_recording
+from altgrad_jax.nn.border import as_one_value
+from altgrad_jax.nn.cast_state import CastState
+from altgrad_jax.nn.record import OPEN, Settled, begin_recording, end_recording, settled
 from altgrad_jax.statistics import CastCounts
 
 Tree = TypeVar("Tree")
-"""A pytree that holds :class:`~altgrad_jax.nn.casts.CastState`, among other things or alone."""
+"""A pytree that holds :class:`~altgrad_jax.nn.cast_state.CastState`, among other things or alone."""
 
 
 class Seen:
     """What the casts of a model saw during a recording; to be read once it is over, under the same trace.
 
-    Attributes:
-        rows: of each cast by name, such as ``blocks/0/up/weights``, its rows in the record: int32, scalar or, of
-            stacked layers, with their axes.
+    What is said of casts by name, such as ``blocks/0/up/weights``, has the axes of a stack where layers are stacked.
     """
 
     def __init__(self, states: Mapping[str, CastState], axis_name: tuple[str, ...]) -> None:
         """Begin with nothing seen."""
-        self.rows = {name: state.row for name, state in states.items()}
-        self._operands = {name: state.operand for name, state in states.items()}
-        self.total = _total(states)
-        nothing = 0 * next(iter(states.values())).row.reshape(-1)[0]  # mapped, where the states are
-        shapes = frozenset(state.amax_shape for state in states.values() if state.writes_amaxes)
-        self.recording = begin_recording(self.total, shapes, axis_name, nothing)
-        self._read: tuple[jax.Array, dict[tuple[int, ...], jax.Array]] | None = None
+        self._states = states
+        ordered = _by_number(states)
+        # What each saw will be found among that of all casts, those of a stack one after the other.
+        ends = list(itertools.accumulate(math.prod(state.stack) for state in ordered))
+        self._places = [np.arange(a, b) for a, b in itertools.pairwise([0, *ends])]
+        nothing = 0 * ordered[0].words.reshape(-1)[0]  # mapped, where the states are
+        self.recording = begin_recording(tuple(state.shape for state in ordered), axis_name, nothing)
+        self._read: _Read | None = None
 
     def read(self) -> None:
-        """Take what was seen out of the record."""
-        record = self.recording.record
-        if record is not None:
-            self._read = record.seen[...], {shape: ref[...] for shape, ref in record.amaxes.items()}
+        """Take what was seen out of the records."""
+        records = self.recording.records
+        if records:
+            seen = [record.seen[...] for record in records]
+            together = jnp.concatenate([each.reshape(-1, *each.shape[-2:]) for each in seen])
+            amaxes = [None if record.amaxes is None else record.amaxes[...] for record in records]
+            self._read = _Read(as_one_value(settled, together), amaxes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all casts, in the order of :attr:`all`; of a stack with its indices, as ``up/weights[0]``."""
+        in_order = sorted(self._states.items(), key=lambda item: item[1].number)
+        return tuple(
+            name + "".join(f"[{k}]" for k in index)
+            for name, state in in_order
+            for index in itertools.product(*map(range, state.stack))
+        )
+
+    @property
+    def all(self) -> CastCounts:
+        """The counts of all casts in one array, of shape ``(casts,)``: less to compile and to hand out than many."""
+        return CastCounts(self._finished().all.limbs)
 
     @property
     def counts(self) -> dict[str, CastCounts]:
-        """The counts of each cast by name, of the shape of its rows."""
-        return {name: self._counts(rows) for name, rows in self.rows.items()}
+        """The counts of each cast by name."""
+        limbs = self._finished().all.limbs
+        return {name: CastCounts(each) for name, each in self._by_name(limbs).items()}
+
+    @property
+    def overflow_rates(self) -> dict[str, jax.Array]:
+        """float32: the overflow rate of each cast by name, worked out together."""
+        return self._by_name(as_one_value(_overflow_rate, self._finished().all.limbs))
+
+    @property
+    def underflow_rates(self) -> dict[str, jax.Array]:
+        """float32: the underflow rate of each cast by name, as :attr:`overflow_rates`."""
+        return self._by_name(as_one_value(_underflow_rate, self._finished().all.limbs))
 
     @property
     def activations(self) -> CastCounts:
@@ -70,34 +103,77 @@ class Seen:
         Args:
             states: a pytree with the states that the recording began with.
         """
-        return jax.tree.map(lambda node: self._after(node) if _is_state(node) else node, states, is_leaf=_is_state)
+        alike: dict[tuple[object, ...], list[CastState]] = {}
+        for state in named_states(states).values():
+            alike.setdefault((state.words.shape[-1], state.shape.amaxes), []).append(state)
+        words: dict[int, jax.Array] = {}
+        for group in alike.values():
+            words |= self._words_after(group)
+        return jax.tree.map(
+            lambda node: replace(node, words=words[node.number]) if _is_state(node) else node, states, is_leaf=_is_state
+        )
 
-    def _after(self, state: CastState) -> CastState:
-        seen, amaxes = self._finished()
-        bits = amaxes[state.amax_shape][state.row] if state.writes_amaxes else seen[state.row, -1]
-        took_place = jnp.any(seen[state.row, : 2 * COUNTS] != 0, axis=-1)
+    def _words_after(self, states: Sequence[CastState]) -> dict[int, jax.Array]:
+        """The words after this step of casts that differ in data alone, by number: worked out together."""
+        read, places = self._finished(), [self._places[state.number] for state in states]
+        took_place, largest = (_at(of_all, np.concatenate(places)) for of_all in (read.all.took_place, read.all.amaxes))
+        if states[0].writes_amaxes:
+            found = [(state, read.amaxes[state.number]) for state in states]
+            bits = [each.reshape(-1, *state.amax_shape) for state, each in found if each is not None]
+            largest = lax.bitcast_convert_type(jnp.concatenate(bits), jnp.float32)
+        before = jnp.concatenate([state.words.reshape(-1, state.words.shape[-1]) for state in states])
+        one = replace(states[0].anonymous(), words=before[0])
+        after = as_one_value(_updated, one, before, took_place, largest)
+        apart = jnp.split(after, np.cumsum([len(each) for each in places])[:-1])
+        return {state.number: each.reshape(state.words.shape) for state, each in zip(states, apart, strict=True)}
 
-        def one(state: CastState, took_place: jax.Array, bits: jax.Array) -> CastState:
-            return state.updated(took_place, lax.bitcast_convert_type(bits, jnp.float32))
-
-        for _ in range(state.row.ndim):
-            one = jax.vmap(one)
-        return one(state, took_place, bits)
+    def _by_name(self, of_all: jax.Array) -> dict[str, jax.Array]:
+        found = {name: (state, _at(of_all, self._places[state.number])) for name, state in self._states.items()}
+        return {name: each.reshape(*state.stack, *each.shape[1:]) for name, (state, each) in found.items()}
 
     def _pooled(self, operand: Operand) -> CastCounts:
-        rows = [rows.reshape(-1) for name, rows in self.rows.items() if self._operands[name] == operand]
-        if not rows:
+        places = [self._places[state.number] for state in self._states.values() if state.operand == operand]
+        if not places:
             raise InputError(f"no {operand} are cast in this model, so there are no counts of them")
-        return self._counts(jnp.concatenate(rows)).pooled()
+        return CastCounts(_at(self._finished().all.limbs, np.concatenate(places))).pooled()
 
-    def _counts(self, rows: jax.Array) -> CastCounts:
-        seen = self._finished()[0][rows]
-        return CastCounts(jnp.stack([seen[..., :COUNTS], seen[..., COUNTS:-1]], axis=-1))
-
-    def _finished(self) -> tuple[jax.Array, dict[tuple[int, ...], jax.Array]]:
+    def _finished(self) -> _Read:
         if self._read is None:
             raise InputError("the recording is still going on; expected this after the with statement")
         return self._read
+
+
+class _Read(NamedTuple):
+    """What was in the records.
+
+    Attributes:
+        all: counts and amaxes of all casts.
+        amaxes: bits of float32, of each cast by its number; None where it has not many.
+    """
+
+    all: Settled
+    amaxes: Sequence[jax.Array | None]
+
+
+def _at(of_all: jax.Array, places: np.ndarray) -> jax.Array:
+    """What is said of some of all casts, a slice where they follow upon each other."""
+    first, last = int(places[0]), int(places[-1])
+    return of_all[first : last + 1] if np.array_equal(places, np.arange(first, last + 1)) else of_all[places]
+
+
+def _overflow_rate(limbs: jax.Array) -> jax.Array:
+    return CastCounts(limbs).overflow_rate
+
+
+def _underflow_rate(limbs: jax.Array) -> jax.Array:
+    return CastCounts(limbs).underflow_rate
+
+
+def _updated(one: CastState, words: jax.Array, took_place: jax.Array, largest: jax.Array) -> jax.Array:
+    def update(words: jax.Array, took_place: jax.Array, largest: jax.Array) -> jax.Array:
+        return replace(one, words=words).updated(took_place, largest).words
+
+    return jax.vmap(update)(words, took_place, largest)
 
 
 @contextmanager
@@ -108,7 +184,7 @@ def record_casts(states: Tree, *, axis_name: str | tuple[str, ...] = ()) -> Iter
     amaxes the largest stays. Without it scales stand still and nothing is measured: that is how a model is evaluated.
 
     Args:
-        states: a pytree with the model's :class:`~altgrad_jax.nn.casts.CastState`.
+        states: a pytree with the model's :class:`~altgrad_jax.nn.cast_state.CastState`.
         axis_name: inside ``shard_map``, axes over which the tensors are parts: what is seen is of all.
 
     Yields:
@@ -134,19 +210,27 @@ def named_states(tree: object) -> dict[str, CastState]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): node for path, node in leaves if _is_state(node)}
 
 
-def _total(states: Mapping[str, CastState]) -> int:
-    totals = {state.rows for state in states.values()}
+def _by_number(states: Mapping[str, CastState]) -> list[CastState]:
+    """The states of a whole model in the order of their numbers."""
+    totals = {state.total for state in states.values()}
     if not totals:
         raise InputError("there is nothing to record: expected a model with casts, see quantize_model")
     if len(totals) > 1:
         raise InputError(f"the casts belong to models of {sorted(totals)} casts; expected one, quantized together")
-    total, found = totals.pop(), sum(state.row.size for state in states.values())
-    if found > total:
+    total = totals.pop()
+    ordered = sorted(states.values(), key=lambda state: state.number)
+    if [state.number for state in ordered] != list(range(total)):
         raise InputError(
-            f"{found} casts would write into {total} rows: models that were quantized apart; expected them to be one "
-            "model, quantized together, or, if each is to have a record, the recording under the vmap over them"
+            f"there are {len(ordered)} casts, of models with {total}: quantized apart, or not whole; expected one "
+            "model, quantized together, and all of it"
         )
-    return total
+    for state in ordered:
+        if state.words.shape[:-1] != state.stack:
+            raise InputError(
+                f"a cast has leading axes {state.words.shape[:-1]}, and was quantized with {state.stack}; expected, if "
+                "models are mapped and each is to have a record, the recording under the vmap over them"
+            )
+    return ordered
 
 
 def _is_state(node: object) -> bool:

@@ -13,7 +13,7 @@ from altgrad_core.errors import InputError
 from altgrad_core.hashing import check_word
 from altgrad_core.rules import CastSpec, LayerSpec, Operand
 from altgrad_core.scaling import Granularity, PerBlock, PerChannel, PerTensor, checked_axes
-from altgrad_jax.nn.casts import CastState, begun_anew, scaling_of
+from altgrad_jax.nn.cast_state import CastState, begun_anew, scaling_of, seeds_of
 from altgrad_jax.nn.hooks import ProductCasts
 from altgrad_jax.scaling import Delayed
 
@@ -70,13 +70,13 @@ class Site:
             features=(sizes.get(inputs[-1:]), sizes.get(result[-1:])),
         )
 
-    def casts(self, spec: LayerSpec, rows: Rows) -> ProductCasts:
+    def casts(self, spec: LayerSpec, numbers: Numbers) -> ProductCasts:
         """The casts of the product.
 
         Raises:
             InputError: for an option that the layer cannot honour.
         """
-        made = {place: self._cast(place, self.spec_at(place, spec), rows) for place in self.takes}
+        made = {place: self._cast(place, self.spec_at(place, spec), numbers) for place in self.takes}
         return ProductCasts(
             activations=made.get("activations"),
             weights=made.get("weights"),
@@ -93,18 +93,16 @@ class Site:
         found: CastSpec | None = getattr(spec, self.operand_at(place))
         return found
 
-    def _cast(self, place: Operand, spec: CastSpec | None, rows: Rows) -> CastState | None:
+    def _cast(self, place: Operand, spec: CastSpec | None, numbers: Numbers) -> CastState | None:
         if spec is None:
             return None
         operand = self.operand_at(place)
         of_weights = operand == "weights"
         granularity = self._granularity(spec, of_weights)
         shape = self._amax_shape(operand, granularity, of_weights) if _keeps_history(spec) else ()
-        states = [
-            CastState.of(spec, operand, granularity, shape, row=row, rows=rows.total, seed=rows.seed)
-            for row in rows.take(math.prod(self.stack))
-        ]
-        state = jax.tree.map(lambda *leaves: jnp.stack(leaves).reshape(*self.stack, *leaves[0].shape), *states)
+        one = CastState.of(spec, operand, granularity, shape)
+        of_each = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*self.stack, *jnp.shape(leaf))), one)
+        state = numbers.number(of_each)
         if not (of_weights and self.weights is not None):
             return state
         begin = begun_anew
@@ -143,39 +141,44 @@ class Site:
 
 
 @dataclass
-class Rows:
-    """Hands out the rows of a record.
+class Numbers:
+    """Numbers the casts of a model, and gives each a seed of its own.
 
     Attributes:
-        total: how many there will be.
+        total: how many there will be, a stack of them counted as one.
         seed: of stochastic rounding.
+        taken: how many have a number.
+        seeded: how many have a seed, all those of stacks counted.
     """
 
     total: int
     seed: int
     taken: int = 0
+    seeded: int = 0
 
     @classmethod
-    def of(cls, products: Sequence[tuple[Site, LayerSpec]], seed: int | None) -> Rows:
-        """The rows that the products of a model need.
+    def of(cls, products: Sequence[tuple[Site, LayerSpec]], seed: int | None) -> Numbers:
+        """Those that the products of a model need.
 
         Raises:
             InputError: for a seed, if nothing rounds stochastically, and for one that is no uint32.
         """
         casts = [
-            (site, cast)
+            cast
             for site, spec in products
             for operand in site.takes
             if (cast := site.spec_at(operand, spec)) is not None
         ]
         if seed is not None:
-            check_seed(seed, [cast for _, cast in casts])
-        return cls(sum(math.prod(site.stack) for site, _ in casts), seed or 0)
+            check_seed(seed, casts)
+        return cls(len(casts), seed or 0)
 
-    def take(self, count: int) -> range:
-        """The next rows."""
-        first, self.taken = self.taken, self.taken + count
-        return range(first, self.taken)
+    def number(self, state: CastState) -> CastState:
+        """A state, or a stack of them, as the next."""
+        stack = state.words.shape[:-1]
+        numbered = state.numbered(self.taken, self.total, seeds_of(self.seed, self.seeded, stack))
+        self.taken, self.seeded = self.taken + 1, self.seeded + math.prod(stack)
+        return numbered
 
 
 def check_seed(seed: int, casts: Iterable[CastSpec]) -> None:

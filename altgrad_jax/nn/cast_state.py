@@ -1,0 +1,308 @@
+"""All that the cast of an operand carries from step to step: format, rounding, scale and history, as data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from altgrad_core.errors import InputError
+from altgrad_core.formats import CastPath, Format
+from altgrad_core.rules import DEFAULT_WINDOW, CastSpec, Operand, check_block_scaling
+from altgrad_core.scaling import Granularity, PerBlock, PerTensor
+from altgrad_jax.casting import refuse_missing_random_bits
+from altgrad_jax.granularity import amaxes
+from altgrad_jax.nn.record import Shape
+from altgrad_jax.params import WORDS, Edges, FormatHolder, FormatParams, edges, from_words, to_words
+from altgrad_jax.scaling import Current, Delayed, Scaling, Static, push_amax
+
+_PLACE, _STEP, _GRID = WORDS, WORDS + 2, WORDS + 3
+"""Where the place in a stack, the seed, the step and the grid are, behind the params; the history is what follows."""
+_GRID_WORDS = 5
+
+_GOLDEN = 0x9E3779B9
+"""2^32 over the golden ratio, odd: multiples of it are far apart, so neighbouring casts start from unlike seeds."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CastState(FormatHolder):
+    """How one operand of a layer is cast, and what was seen of it: a pytree, to be carried like any other state.
+
+    All that is data is in one array, since a jitted step takes longer to hand a hundred scalars in and out than a small
+    model to compute; only what :class:`~altgrad_jax.scaling.Static` scales by is apart. In a model whose layers are
+    stacked, to be scanned over, the arrays have the leading axes of the stack.
+
+    Attributes:
+        words: int32 ``(16 + window * amaxes,)``: the params, as :func:`~altgrad_jax.params.to_words` writes them, the
+            place in the stack, seed, step, the grid of the next cast, and the bits of the history.
+        scaling: where scales come from.
+        path: which implementation casts (static).
+        amax_shape: the shape of what has a scale of its own, such as ``()`` (static).
+        granularity: which elements share a scale (static).
+        operand: what is cast (static).
+        number: which of the model's casts it is (static).
+        total: how many the model has, a stack of them counted as one; 0 for a cast of no model (static).
+        stack: leading axes of the arrays, where layers are stacked (static).
+    """
+
+    words: jax.Array
+    scaling: Scaling
+    path: CastPath = field(metadata={"static": True})
+    amax_shape: tuple[int, ...] = field(metadata={"static": True})
+    granularity: Granularity = field(metadata={"static": True})
+    operand: Operand = field(metadata={"static": True})
+    number: int = field(default=0, metadata={"static": True})
+    total: int = field(default=0, metadata={"static": True})
+    stack: tuple[int, ...] = field(default=(), metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls,
+        spec: CastSpec,
+        operand: Operand,
+        granularity: Granularity,
+        amax_shape: tuple[int, ...] = (),
+    ) -> CastState:
+        """The state before the first step, of a cast of no model yet.
+
+        Args:
+            spec: what a rule says.
+            operand: what is cast.
+            granularity: that of the spec, with the axes of this operand.
+            amax_shape: shape of what shares no scale, such as ``()`` or ``(features,)``.
+
+        Raises:
+            InputError: for scaling that is none, or that cannot serve the granularity; for a format without a sign.
+        """
+        _check_signed(spec.format)
+        params = FormatParams.from_format(spec.format, rounding=spec.rounding, overflow=spec.overflow)
+        return cls._before_steps(params, scaling_of(spec), operand, granularity, amax_shape)
+
+    @classmethod
+    def without_history(
+        cls, params: FormatParams, scaling: Static | Current, operand: Operand, granularity: Granularity
+    ) -> CastState:
+        """The state of a cast that nothing is carried for from step to step.
+
+        Raises:
+            InputError: for delayed scales and stochastic rounding, which need a history and a step.
+            ValueError: for params that round stochastically.
+        """
+        if not isinstance(scaling, Static | Current):
+            raise InputError(f"scaling={scaling!r} needs a state; expected Static or Current, or quantize_model")
+        refuse_missing_random_bits(params)
+        return cls._before_steps(params, scaling, operand, granularity, ())
+
+    @classmethod
+    def _before_steps(
+        cls,
+        params: FormatParams,
+        scaling: Scaling,
+        operand: Operand,
+        granularity: Granularity,
+        amax_shape: tuple[int, ...],
+    ) -> CastState:
+        window = scaling.window if isinstance(scaling, Delayed) else 0
+        others = jnp.zeros(_GRID + _GRID_WORDS - _PLACE + window * math.prod(amax_shape), jnp.int32)
+        words = jnp.concatenate([to_words(params), others])
+        return cls(words, scaling, params.path, amax_shape, granularity, operand)._with_grid()
+
+    def numbered(self, number: int, total: int, seeds: np.ndarray) -> CastState:
+        """The state as one of a model, or as a stack of such.
+
+        Args:
+            number: which it is.
+            total: of how many.
+            seeds: uint32, of stochastic rounding; of the shape of the stack.
+        """
+        stack = self.words.shape[:-1]
+        places = np.arange(math.prod(stack), dtype=np.int32).reshape(stack)
+        numbers = np.stack([places, seeds.view(np.int32)], axis=-1)
+        words = self.words.at[..., _PLACE:_STEP].set(numbers)
+        return replace(self, words=words, number=number, total=total, stack=stack)
+
+    @property
+    def params(self) -> FormatParams:
+        """Format, rounding and overflow policy."""
+        return from_words(self.words[..., :_PLACE], self.path)
+
+    def with_params(self, params: FormatParams) -> CastState:
+        """The state with another format of the same path; its array lies where it lay."""
+        words = jnp.concatenate([to_words(params), self.words[..., _PLACE:]], axis=-1)
+        after = replace(self, words=words)._with_grid()
+        if isinstance(self.words, jax.core.Tracer) or not self.words.committed:
+            return after
+        return replace(after, words=jax.jit(lambda words: words, out_shardings=self.words.sharding)(after.words))
+
+    @property
+    def place(self) -> jax.Array | None:
+        """int32, which of a stack it is; None for one alone."""
+        return self.words[..., _PLACE] if self.stack else None
+
+    @property
+    def seed(self) -> jax.Array:
+        """uint32, of stochastic rounding."""
+        return lax.bitcast_convert_type(self.words[..., _PLACE + 1], jnp.uint32)
+
+    @property
+    def step(self) -> jax.Array:
+        """uint32, recordings so far: another step, other random bits."""
+        return lax.bitcast_convert_type(self.words[..., _STEP], jnp.uint32)
+
+    @property
+    def history(self) -> jax.Array | None:
+        """float32 ``(window, *amax)``, the amaxes of earlier steps; None unless scales are delayed."""
+        if not isinstance(self.scaling, Delayed):
+            return None
+        shape = *self.words.shape[:-1], self.scaling.window, *self.amax_shape
+        return lax.bitcast_convert_type(self.words[..., _GRID + _GRID_WORDS :], jnp.float32).reshape(shape)
+
+    @property
+    def writes_amaxes(self) -> bool:
+        """Whether there is more to record of an amax than the largest of all."""
+        return isinstance(self.scaling, Delayed) and not isinstance(self.granularity, PerTensor)
+
+    @property
+    def shape(self) -> Shape:
+        """Of what it writes to."""
+        return Shape(math.prod(self.stack) if self.stack else None, self.amax_shape if self.writes_amaxes else None)
+
+    def with_history(self, history: jax.Array | None, step: jax.Array) -> CastState:
+        """The state with another history, and at another step.
+
+        Args:
+            history: of the shape of this one.
+            step: uint32.
+        """
+        parts = [self.words[..., :_STEP], _as_words(step)[..., None], self.words[..., _GRID : _GRID + _GRID_WORDS]]
+        if history is not None:
+            parts.append(_as_words(history).reshape(*self.words.shape[:-1], -1))
+        return replace(self, words=jnp.concatenate(parts, axis=-1))._with_grid()
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether all of a tensor is cast on one grid that is known before: that of the params, scaled."""
+        return isinstance(self.scaling, Delayed) and self.scaling.power_of_two and not self.writes_amaxes
+
+    @property
+    def grid(self) -> tuple[FormatParams, Edges]:
+        """The params, scaled, and where they end, if they are known before: worked out when the history changed."""
+        minimum, maximum, native, *limits = (self.words[..., _GRID + k] for k in range(_GRID_WORDS))
+        scaled = replace(
+            self.params, min_exponent=minimum, max_value=_as_floats(maximum), native_overflow=_as_floats(native)
+        )
+        return scaled, Edges(*limits)
+
+    def _with_grid(self) -> CastState:
+        """The state whose grid is that of its params and history."""
+        if not self.has_grid:
+            return self
+        return replace(self, words=_words_with_grid(self.anonymous()))
+
+    def anonymous(self) -> CastState:
+        """The state of whichever cast: those that differ in data alone share what JAX traces of them."""
+        return replace(self, operand="activations", number=0, total=0, stack=())
+
+    def updated(self, seen: jax.Array, largest: jax.Array) -> CastState:
+        """The state after a step; of one layer, where layers are stacked.
+
+        Args:
+            seen: bool scalar, whether the cast took place.
+            largest: float32, the amaxes, of the shape of a row of the history.
+        """
+        history = self.history
+        if history is not None:
+            history = jnp.where(seen, push_amax(history, largest.reshape(self.amax_shape)), history)
+        return self.with_history(history, self.step + 1)
+
+
+@partial(jax.jit, inline=True)  # one program also outside of jit
+def _words_with_grid(state: CastState) -> jax.Array:
+    scaling, history, params = state.scaling, state.history, state.params
+    assert isinstance(scaling, Delayed)
+    assert history is not None
+    scaled = params.scaled(scaling.scale(0, params.max_value, jnp.moveaxis(history, -1, 0)))
+    found = scaled.min_exponent, _as_words(scaled.max_value), _as_words(scaled.native_overflow), *edges(scaled)
+    return jnp.concatenate(
+        [state.words[..., :_GRID], jnp.stack(found, axis=-1), state.words[..., _GRID + _GRID_WORDS :]], axis=-1
+    )
+
+
+def scale_of(state: CastState, own: jax.Array | None) -> jax.Array:
+    """The scales that a cast goes by.
+
+    Args:
+        state: of the cast.
+        own: the tensor's own amaxes, as :func:`~altgrad_jax.granularity.amaxes` gives them; needed by current scales.
+
+    Returns:
+        float32: a scalar where all elements share one, else of a shape that :func:`~altgrad_jax.granularity.spread`
+        takes.
+    """
+    match state.scaling:
+        case Current() as current if own is not None:
+            return current.scale(own if own.size > 1 else own.reshape(()), state.params.max_value)
+        case Delayed() as delayed if state.history is not None:
+            return delayed.scale(0, state.params.max_value, state.history)
+        case Static() as static:
+            return static.scale(0, state.params.max_value)
+        case _:
+            raise AssertionError(f"{state.scaling} without what it scales by")
+
+
+def seeds_of(seed: int, first: int, stack: tuple[int, ...]) -> np.ndarray:
+    """Seeds of stochastic rounding, unlike for each cast of a model: uint32, of the shape of the stack.
+
+    Args:
+        seed: of the whole model.
+        first: how many casts come before, all those of stacks counted.
+        stack: of casts.
+    """
+    places = first + np.arange(math.prod(stack), dtype=np.uint64).reshape(stack)
+    return np.asarray((seed + places * _GOLDEN) % 2**32).astype(np.uint32)
+
+
+def _as_words(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _as_floats(words: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(words, jnp.float32)
+
+
+def scaling_of(spec: CastSpec) -> Scaling:
+    """Where the scales of a cast come from: delayed by default, of blocks current.
+
+    Raises:
+        InputError: for what is no scaling of this framework, and for one that cannot serve blocks.
+    """
+    scaling = spec.scaling
+    if scaling is None:
+        return Current() if isinstance(spec.granularity, PerBlock) else Delayed(DEFAULT_WINDOW)
+    if not isinstance(scaling, Scaling):
+        raise InputError(f"scaling is {scaling!r}; expected a Static, Current or Delayed of altgrad_jax")
+    check_block_scaling(spec, isinstance(scaling, Current))
+    return (
+        Static(jnp.asarray(scaling.value, jnp.float32), scaling.power_of_two)
+        if isinstance(scaling, Static)
+        else scaling
+    )
+
+
+def _check_signed(format: Format) -> None:
+    if not format.is_signed:
+        raise InputError(f"{format} has no sign and no zero; expected a signed format for the operands of a layer")
+
+
+def begun_anew(state: CastState, x: jax.Array) -> CastState:
+    """The state whose history begins with the amax of ``x``: of a weight, which is known before any step."""
+    if state.history is None:
+        return state
+    largest = amaxes(x, state.granularity).reshape(state.amax_shape)
+    return state.with_history(push_amax(jnp.zeros_like(state.history), largest), state.step)
