@@ -16,7 +16,7 @@ from altgrad.cli import main
 from altgrad.parity import Make, compare, lockstep
 from altgrad.parity.show import comparison_table, lockstep_report
 from altgrad.parity.weights import load_weights, save_weights
-from altgrad_core.twins import MLPShape, Recipe, Shape
+from altgrad_core.twins import GPTShape, MLPShape, Recipe, Shape
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = """
@@ -100,6 +100,7 @@ def test_a_pair_that_stays_together(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["--weights", "a_pair.py"], "a_pair.py is no whole safetensors file"),
         (["--jax", "a:b", "--seed", "1"], "--seed would have no effect with --jax and --torch"),
         (["--format", "E5N2"], "unknown format 'E5N2'"),
+        (["--activation", "gelu"], "--activation gelu would have no effect: it is for --model gpt"),
         (["--rounding", "stochastic"], "only committed weights are rounded"),
         (["--html", "no/such/file"], "expected a file in a folder that exists"),
         (["--jax", "a_pair:jax_side"], "--torch is missing; expected both sides"),
@@ -159,6 +160,20 @@ def test_weights_come_from_files_and_go_to_them(
         np.testing.assert_array_equal(weight.view(np.int32), ends["by file"][name].view(np.int32))
     for name in ("start 7", "other"):
         assert np.any(ends[name]["layer0.weight"] != ends["by seed"]["layer0.weight"])
+
+
+def test_the_gpt_with_gelu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    def sides(shape: Shape, recipe: Recipe, weights: object) -> tuple[Make[float], Make[float]]:
+        asked.append(shape)
+        return (lambda: (0.0, lambda state, step: (state, {"w": np.float32(1)})),) * 2
+
+    monkeypatch.setattr("altgrad.parity.twins.sides_of", sides)
+    assert run(monkeypatch, "--model", "gpt", "--activation", "gelu", "--steps", "1") == 0
+    assert "GPT of 2 layers with GELU in E5M2" in capsys.readouterr().out
+    assert run(monkeypatch, "--model", "gpt", "--steps", "1") == 0
+    assert asked == [GPTShape(activation="gelu"), GPTShape(activation="relu")]
 
 
 def test_weights_that_differ_are_not_saved(

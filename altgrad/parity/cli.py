@@ -20,6 +20,7 @@ from altgrad.parity.weights import keeping_weights, load_weights, save_weights
 from altgrad_core.errors import InputError
 from altgrad_core.twins import (
     Accumulation,
+    Activation,
     CommitRounding,
     GPTShape,
     MLPShape,
@@ -31,7 +32,7 @@ from altgrad_core.twins import (
 ModelName = Literal["mlp", "gpt"]
 
 _OF_THE_RECIPE = ("format", "optimizer", "storage", "rounding", "accumulate", "seed")
-_OF_THE_PAIR = ("model", *_OF_THE_RECIPE, "weights", "save_weights")
+_OF_THE_PAIR = ("model", "activation", *_OF_THE_RECIPE, "weights", "save_weights")
 _MODELS: Mapping[ModelName, str] = {"mlp": "MLP 784-512-512-10", "gpt": "GPT of 2 layers"}
 _OPTIMIZERS: Mapping[OptimizerName, str] = {"sgd": "SGD", "adamw": "AdamW"}
 _ROUNDED: Mapping[CommitRounding, str] = {"nearest_even": "to nearest", "stochastic": "stochastically"}
@@ -48,6 +49,8 @@ class ParityConfig:
     """What the built-in pair casts every operand and gradient of a product to; E5M2 unless said."""
     model: ModelName | None = None
     """Of the built-in pair: an MLP of 784-512-512-10 or a GPT of 2 layers; mlp unless said."""
+    activation: Activation | None = None
+    """Of the built-in GPT: ReLU, or GELU in its tanh form; relu unless said."""
     optimizer: OptimizerName | None = None
     """Of the built-in pair: SGD with momentum or AdamW; sgd unless said."""
     storage: Storage | None = None
@@ -88,6 +91,8 @@ class ParityConfig:
         given = [f"--{name.replace('_', '-')}" for name in _OF_THE_PAIR if getattr(self, name) is not None]
         if self.jax is None and self.torch is None:
             self.recipe()
+            if self.activation is not None and self.model != "gpt":
+                raise InputError(f"--activation {self.activation} would have no effect: it is for --model gpt")
         elif given:
             raise InputError(f"{given[0]} would have no effect with --jax and --torch: it is for the built-in pair")
         else:
@@ -108,10 +113,11 @@ class ParityConfig:
             return f"{self.jax} and {self.torch}"
         recipe = self.recipe()
         rounding = f", rounded {_ROUNDED[recipe.commit_rounding]}" if recipe.storage == "committed" else ""
+        model = _MODELS[self.model or "mlp"] + (" with GELU" if self.activation == "gelu" else "")
+        start = "" if self.weights is None else f", from {self.weights}"
         return (
-            f"{_MODELS[self.model or 'mlp']} in {recipe.format}, {_OPTIMIZERS[recipe.optimizer]}, {recipe.storage} "
-            f"weights{rounding}, {recipe.accumulate} sums, seed {recipe.seed}"
-            f"{f', from {self.weights}' if self.weights is not None else ''}"
+            f"{model} in {recipe.format}, {_OPTIMIZERS[recipe.optimizer]}, {recipe.storage} weights{rounding}, "
+            f"{recipe.accumulate} sums, seed {recipe.seed}{start}"
         )
 
 
@@ -161,7 +167,7 @@ def _sides(config: ParityConfig) -> tuple[Make[Any], Make[Any]]:
         return _make(config.jax, "--jax"), _make(config.torch, "--torch")
     from altgrad.parity.twins import sides_of
 
-    shape = GPTShape() if config.model == "gpt" else MLPShape()
+    shape = GPTShape(activation=config.activation or "relu") if config.model == "gpt" else MLPShape()
     weights = None if config.weights is None else load_weights(config.weights, shape)
     return sides_of(shape, config.recipe(), weights=weights)
 
