@@ -25,6 +25,7 @@ Accumulation = Literal["exact", "native"]
 """``exact``: products are exact sums, rounded once to float32. ``native``: those of the framework, in float32."""
 
 CommitRounding = Literal["nearest_even", "stochastic"]
+Activation = Literal["relu", "gelu"]
 
 Single: TypeAlias = npt.NDArray[np.float32]
 Batch: TypeAlias = tuple[npt.NDArray[np.generic], npt.NDArray[np.int32]]
@@ -187,7 +188,7 @@ class MLPShape:
 
 @dataclass(frozen=True)
 class GPTShape:
-    """A decoder-only transformer: learned positions, RMS norms before each part, ReLU, logits by a matrix of their own.
+    """A decoder-only transformer: learned positions, RMS norms before each part, logits by a matrix of their own.
 
     Args:
         vocabulary: number of distinct tokens; the text that ships has 68.
@@ -196,9 +197,10 @@ class GPTShape:
         width: size of the residual stream.
         heads: attention heads; divides ``width``.
         batch: windows in a batch.
+        activation: in a block's MLP, ReLU or GELU, in the tanh form of :mod:`altgrad_core.gelu`.
 
     Raises:
-        InputError: for a number that is not positive, and heads that do not divide the width.
+        InputError: for a number that is not positive, heads that do not divide the width, and an unknown activation.
     """
 
     vocabulary: int = 68
@@ -207,6 +209,7 @@ class GPTShape:
     width: int = 64
     heads: int = 4
     batch: int = 8
+    activation: Activation = "relu"
 
     def __post_init__(self) -> None:
         """Check the shape."""
@@ -216,6 +219,7 @@ class GPTShape:
         )  # fmt: skip
         if self.width % self.heads:
             raise InputError(f"heads is {self.heads}; expected a divisor of the width, {self.width}")
+        check_choice("activation", self.activation, get_args(Activation))
 
     def initial_weights(self, seed: int) -> dict[str, Single]:
         """Weights by name, in the order in which they are used.

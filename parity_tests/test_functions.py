@@ -117,6 +117,7 @@ CASES = (
     Case("gained", (draws(5, 6, 5), draws(6, 5)), (), torch.mul),
     Case("scaled", (draws(7, 6, 5),), (12**-0.5,), torch.mul),
     Case("relu", (draws(8, 6, 5),), (), torch.relu),
+    Case("gelu", (draws(13, 600, 5, spread=1.0),), (), lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
     Case("embed", (draws(9, 11, 4),), (TOKENS,), lambda table, at: table[at]),
     Case("rms_norm", (draws(10, 40, 24),), (1e-5,), lambda x, e: x * (x * x).mean(-1, keepdim=True).add(e).rsqrt()),
     Case(
@@ -157,6 +158,52 @@ def test_functions(case: Case) -> None:
         same_bits(one, other)
         # Eight roundings to float32 at most follow each other, of what may cancel down from the largest.
         np.testing.assert_allclose(one, exact, rtol=2.0**-21, atol=2.0**-21 * float(exact.abs().max()))
+
+
+def test_gelu_is_as_exact_as_it_says() -> None:
+    """Held against float64, where what is asked is off by less than 2^-44: 88, the largest of |v|, times a few ulps.
+
+    ``u`` bounds the error of each rounding. ``v`` takes four (constants, square, sum, product), the gate's logarithm
+    changes by ``1 - gate`` of what ``v`` does, and exponential, sum, quotient and product are rounded after it. What
+    vanishes below 2^-126 comes on top. Of the derivative, gate + x v' gate (1 - gate), likewise.
+    """
+    grid = np.linspace(-12, 12, 240_001).astype(np.float32)
+    x = np.unique(np.concatenate([grid, draws(0, 20_000, spread=1.0), draws(1, 20_000, spread=40.0)]))
+    x = x[np.abs(x) >= 2.0**-126]
+    value, pull = jax.vjp(jax.jit(jax_functions.gelu), x)
+    of_torch = to_torch(x).requires_grad_()
+    torch_functions.gelu(of_torch).sum().backward()
+    (derivative,), u, least = pull(jnp.ones_like(value)), 2.0**-24, 2.0**-126
+    same_bits(value, torch_functions.gelu(to_torch(x)).cpu())
+    same_bits(derivative, of_torch.grad.cpu())
+
+    wide = x.astype(np.float64)
+    near = wide.clip(-12, 12)  # beyond, gate and derivative are 0 or 1 in float32
+    slope, cubic = np.sqrt(8 / np.pi), 0.044715 * np.sqrt(8 / np.pi)
+    v, v_slope = near * (slope + cubic * near**2), slope + 3 * cubic * near**2
+    gate, rest = 1 / (1 + np.exp(-v)), 1 / (1 + np.exp(v))
+    bound = (4 * np.abs(v) * rest + 5) * u * np.abs(wide * gate) + (1 + np.abs(wide)) * least
+    assert np.all(np.abs(np.asarray(value, np.float64) - wide * gate) <= bound)
+    rise = near * v_slope * gate * rest
+    bound = gate * (4 * np.abs(v) * rest + 4) + np.abs(rise) * (4 * np.abs(v) + 14) + np.abs(gate + rise)
+    bound = bound * u + (1 + np.abs(near * v_slope)) * least
+    assert np.all(np.abs(np.asarray(derivative, np.float64) - (gate + rise)) <= bound)
+
+    ulps = np.abs(np.asarray(value, np.float64) - wide * gate) / np.spacing(np.abs(value)).astype(np.float64)
+    for above, most in ((-1, 3), (-3, 13), (-5, 31)):
+        assert ulps[x > above].max() <= most
+
+
+def test_gelu_at_its_ends() -> None:
+    x = np.float32([np.inf, 3e38, -3e38, 0.0, -0.0, 1e-40, np.nan, -np.inf])
+    value, pull = jax.vjp(jax_functions.gelu, x)
+    of_torch = to_torch(x).requires_grad_()
+    torch_functions.gelu(of_torch).sum().backward()
+    for found in (value, torch_functions.gelu(to_torch(x)).cpu()):
+        same_bits(found[:6], np.float32([np.inf, 3e38, -0.0, 0.0, -0.0, 0.0]))
+        assert np.isnan(np.asarray(found[6:])).all()
+    for found in (pull(jnp.ones_like(value))[0], of_torch.grad.cpu()):
+        np.testing.assert_array_equal(found, np.float32([1, 1, 0, 0.5, 0.5, 0.5, np.nan, 0]))
 
 
 @pytest.mark.exhaustive

@@ -6,17 +6,25 @@ from collections.abc import Mapping
 from functools import cache
 from itertools import product
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
+import altgrad_jax.nn.functions as jax_functions
 import altgrad_jax.twins
+import altgrad_jax.twins.models as jax_models
+import altgrad_torch.nn.functions as torch_functions
 import altgrad_torch.twins
+import altgrad_torch.twins.models as torch_models
 from altgrad.parity import Lockstep, assert_in_lockstep, lockstep
 from altgrad.parity.twins import sides_of
 from altgrad_core.errors import InputError
-from altgrad_core.formats import EIGHT
-from altgrad_core.twins import GPTShape, MLPShape, Recipe, Shape
+from altgrad_core.formats import EIGHT, parse
+from altgrad_core.twins import Activation, GPTShape, MLPShape, Recipe, Shape
+from altgrad_jax.params import FormatParams
+from altgrad_jax.twins.products import Products as JaxProducts
+from altgrad_torch.twins.products import Products as TorchProducts
 from parity_tests.support import TORCH_DEVICE
 
 SMALL: dict[str, Shape] = {
@@ -50,6 +58,31 @@ def test_twenty_steps(model: str, recipe: Recipe) -> None:
 def test_weights_committed_to_nearest(format: str) -> None:
     recipe = Recipe(format, "sgd", "committed", rounding="nearest_even", momentum=0.0)
     assert_in_lockstep(*sides_of(SMALL["mlp"], recipe, device=TORCH_DEVICE), steps=5, repeat_steps=0)
+
+
+@pytest.mark.exhaustive  # the GPT is compiled again for it
+@pytest.mark.parametrize("recipe", [Recipe("E5M2"), Recipe("E4M3", "adamw", "committed")], ids=case_id)
+def test_the_gpt_with_gelu(recipe: Recipe) -> None:
+    shape = GPTShape(context=8, layers=1, width=16, heads=2, batch=2, activation="gelu")
+    assert_in_lockstep(*sides_of(shape, recipe, device=TORCH_DEVICE), steps=50, repeat_steps=0)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_the_activation_of_the_gpt(activation: Activation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that is asked for, in both frameworks; forward alone, without exact sums, which take long to compile."""
+    for models in (jax_models, torch_models):
+        monkeypatch.setattr(models, "cross_entropy", lambda logits, targets: logits)
+    shape = GPTShape(context=4, layers=1, width=4, heads=1, batch=1, activation=activation)
+    weights, tokens = shape.initial_weights(0), np.arange(4, dtype=np.int32).reshape(1, 4)
+    in_jax = JaxProducts(FormatParams.from_format("E4M3"), "native")
+    in_torch = TorchProducts(parse("E4M3"), "native")
+    jax_models.loss(shape, in_jax, {name: jnp.asarray(w) for name, w in weights.items()}, tokens, tokens)
+    on_device = {name: torch.tensor(w, device=TORCH_DEVICE) for name, w in weights.items()}
+    torch_models.loss(shape, in_torch, on_device, *(torch.tensor(tokens, device=TORCH_DEVICE).long(),) * 2)
+    for seen, functions in ((in_jax.seen, jax_functions), (in_torch.seen, torch_functions)):
+        activated, down = getattr(functions, activation)(seen["block0.up.product"]), in_float64(seen["block0.down.lhs"])
+        np.testing.assert_allclose(down, in_float64(activated), rtol=2.0**-4, atol=2.0**-9)  # an ulp of E4M3
+        assert np.any(down < 0) == (activation == "gelu")
 
 
 @pytest.mark.exhaustive

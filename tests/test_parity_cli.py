@@ -13,9 +13,10 @@ import pytest
 from rich.console import Console
 
 from altgrad.cli import main
-from altgrad.parity import compare, lockstep
+from altgrad.parity import Make, compare, lockstep
 from altgrad.parity.show import comparison_table, lockstep_report
-from altgrad_core.twins import MLPShape
+from altgrad.parity.weights import load_weights, save_weights
+from altgrad_core.twins import GPTShape, MLPShape, Recipe, Shape
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = """
@@ -93,8 +94,13 @@ def test_a_pair_that_stays_together(monkeypatch: pytest.MonkeyPatch, capsys: pyt
             ["--jax", "a:b", "--torch", "a:b", "--format", "E5M2"],
             "--format would have no effect with --jax and --torch",
         ),
+        (["--jax", "a:b", "--save-weights", "w"], "--save-weights would have no effect with --jax and --torch"),
+        (["--save-weights", "no/such/file"], "--save-weights is no/such/file; expected a file in a folder that exists"),
+        (["--weights", "no_such_file"], "No such file or directory: 'no_such_file'"),
+        (["--weights", "a_pair.py"], "a_pair.py is no whole safetensors file"),
         (["--jax", "a:b", "--seed", "1"], "--seed would have no effect with --jax and --torch"),
         (["--format", "E5N2"], "unknown format 'E5N2'"),
+        (["--activation", "gelu"], "--activation gelu would have no effect: it is for --model gpt"),
         (["--rounding", "stochastic"], "only committed weights are rounded"),
         (["--html", "no/such/file"], "expected a file in a folder that exists"),
         (["--jax", "a_pair:jax_side"], "--torch is missing; expected both sides"),
@@ -134,6 +140,55 @@ def test_the_built_in_pair(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "jax and torch are identical in 3 steps, every bit" in page
     assert "0 to 2" in page
     assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_weights_come_from_files_and_go_to_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = MLPShape((6, 4, 3), batch=2)
+    monkeypatch.setattr("altgrad.parity.cli.MLPShape", lambda: shape)
+    for seed in (7, 8):
+        save_weights(folder / f"start {seed}", shape.initial_weights(seed))
+    # So few products of so few bits are exact in float32, too, and native sums compile in no time.
+    options = ("--accumulate", "native", "--format", "E0M7", "--steps", "2", "--seed", "7")
+    assert run(monkeypatch, *options, "--save-weights", "by seed") == 0
+    assert run(monkeypatch, *options, "--weights", "start 7", "--save-weights", "by file") == 0
+    assert ", seed 7, from start 7" in " ".join(capsys.readouterr().out.split())
+    assert run(monkeypatch, *options, "--weights", "start 8", "--save-weights", "other") == 0
+    ends = {name: load_weights(folder / name, shape) for name in ("start 7", "by seed", "by file", "other")}
+    for name, weight in ends["by seed"].items():
+        np.testing.assert_array_equal(weight.view(np.int32), ends["by file"][name].view(np.int32))
+    for name in ("start 7", "other"):
+        assert np.any(ends[name]["layer0.weight"] != ends["by seed"]["layer0.weight"])
+
+
+def test_the_gpt_with_gelu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    def sides(shape: Shape, recipe: Recipe, weights: object) -> tuple[Make[float], Make[float]]:
+        asked.append(shape)
+        return (lambda: (0.0, lambda state, step: (state, {"w": np.float32(1)})),) * 2
+
+    monkeypatch.setattr("altgrad.parity.twins.sides_of", sides)
+    assert run(monkeypatch, "--model", "gpt", "--activation", "gelu", "--steps", "1") == 0
+    assert "GPT of 2 layers with GELU in E5M2" in capsys.readouterr().out
+    assert run(monkeypatch, "--model", "gpt", "--steps", "1") == 0
+    assert asked == [GPTShape(activation="gelu"), GPTShape(activation="relu")]
+
+
+def test_weights_that_differ_are_not_saved(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def parting(shape: Shape, recipe: Recipe, weights: object) -> tuple[Make[float], Make[float]]:
+        def side(end: float) -> Make[float]:
+            return lambda: (0.0, lambda state, step: (state, {"weight.w": np.float32(end)}))
+
+        return side(1), side(2)
+
+    monkeypatch.setattr("altgrad.parity.twins.sides_of", parting)
+    assert run(monkeypatch, "--steps", "1", "--save-weights", "ends") == 1
+    assert "ends is not written: the two do not end with the same weights" in capsys.readouterr().out
+    assert not (folder / "ends").exists()
 
 
 def test_a_page_names_the_first_difference(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,11 @@ from rich.console import Console
 from altgrad.parity.lockstep import Make, lockstep
 from altgrad.parity.records import Kind
 from altgrad.parity.show import print_lockstep
+from altgrad.parity.weights import keeping_weights, load_weights, save_weights
 from altgrad_core.errors import InputError
 from altgrad_core.twins import (
     Accumulation,
+    Activation,
     CommitRounding,
     GPTShape,
     MLPShape,
@@ -29,7 +31,8 @@ from altgrad_core.twins import (
 
 ModelName = Literal["mlp", "gpt"]
 
-_OF_THE_PAIR = ("format", "model", "optimizer", "storage", "rounding", "accumulate", "seed")
+_OF_THE_RECIPE = ("format", "optimizer", "storage", "rounding", "accumulate", "seed")
+_OF_THE_PAIR = ("model", "activation", *_OF_THE_RECIPE, "weights", "save_weights")
 _MODELS: Mapping[ModelName, str] = {"mlp": "MLP 784-512-512-10", "gpt": "GPT of 2 layers"}
 _OPTIMIZERS: Mapping[OptimizerName, str] = {"sgd": "SGD", "adamw": "AdamW"}
 _ROUNDED: Mapping[CommitRounding, str] = {"nearest_even": "to nearest", "stochastic": "stochastically"}
@@ -46,6 +49,8 @@ class ParityConfig:
     """What the built-in pair casts every operand and gradient of a product to; E5M2 unless said."""
     model: ModelName | None = None
     """Of the built-in pair: an MLP of 784-512-512-10 or a GPT of 2 layers; mlp unless said."""
+    activation: Activation | None = None
+    """Of the built-in GPT: ReLU, or GELU in its tanh form; relu unless said."""
     optimizer: OptimizerName | None = None
     """Of the built-in pair: SGD with momentum or AdamW; sgd unless said."""
     storage: Storage | None = None
@@ -56,6 +61,11 @@ class ParityConfig:
     """How the built-in pair adds up products: exact, rounded once, or native, each framework in its own way."""
     seed: int | None = None
     """Of the built-in pair's weights, batches and random bits; 0 unless said."""
+    weights: Path | None = None
+    """A safetensors file with the weights that the built-in pair begins with, in place of the seed's."""
+    save_weights: Path | None = None
+    """Where to write the weights that the built-in pair ends with, as such a file, unless the two part; those of JAX
+    where a tolerance lets them differ."""
     jax: str | None = None
     """JAX's side, as package.module:make: a function that returns (state, step), and step(state, k) in turn the next
     state and the step's tensors by name."""
@@ -78,22 +88,23 @@ class ParityConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run before anything is imported."""
-        given = {f"--{name}": getattr(self, name) for name in _OF_THE_PAIR if getattr(self, name) is not None}
+        given = [f"--{name.replace('_', '-')}" for name in _OF_THE_PAIR if getattr(self, name) is not None]
         if self.jax is None and self.torch is None:
             self.recipe()
+            if self.activation is not None and self.model != "gpt":
+                raise InputError(f"--activation {self.activation} would have no effect: it is for --model gpt")
         elif given:
-            option = next(iter(given))
-            raise InputError(f"{option} would have no effect with --jax and --torch: it is for the built-in pair")
+            raise InputError(f"{given[0]} would have no effect with --jax and --torch: it is for the built-in pair")
         else:
             _check_named("--jax", self.jax)
             _check_named("--torch", self.torch)
-        for option, path in (("--json", self.json), ("--html", self.html)):
+        for option, path in (("--json", self.json), ("--html", self.html), ("--save-weights", self.save_weights)):
             if path is not None and not path.absolute().parent.is_dir():
                 raise InputError(f"{option} is {path}; expected a file in a folder that exists")
 
     def recipe(self) -> Recipe:
         """How the built-in pair trains."""
-        given = {name: getattr(self, name) for name in _OF_THE_PAIR if name != "model"}
+        given = {name: getattr(self, name) for name in _OF_THE_RECIPE}
         return Recipe(**{name: value for name, value in given.items() if value is not None})
 
     def about(self) -> str:
@@ -102,9 +113,11 @@ class ParityConfig:
             return f"{self.jax} and {self.torch}"
         recipe = self.recipe()
         rounding = f", rounded {_ROUNDED[recipe.commit_rounding]}" if recipe.storage == "committed" else ""
+        model = _MODELS[self.model or "mlp"] + (" with GELU" if self.activation == "gelu" else "")
+        start = "" if self.weights is None else f", from {self.weights}"
         return (
-            f"{_MODELS[self.model or 'mlp']} in {recipe.format}, {_OPTIMIZERS[recipe.optimizer]}, {recipe.storage} "
-            f"weights{rounding}, {recipe.accumulate} sums, seed {recipe.seed}"
+            f"{model} in {recipe.format}, {_OPTIMIZERS[recipe.optimizer]}, {recipe.storage} weights{rounding}, "
+            f"{recipe.accumulate} sums, seed {recipe.seed}{start}"
         )
 
 
@@ -115,10 +128,16 @@ def parity(config: ParityConfig, console: Console | None = None) -> bool:
         Whether both sides repeat themselves and stay together.
 
     Raises:
-        InputError: for a side that cannot be found, or is no pair of state and step.
+        InputError: for a side that cannot be found, or is no pair of state and step, and a file of other weights.
+        OSError: for a file that cannot be read or written.
     """
+    console, kept = console or Console(), {}
+    jax_side, torch_side = _sides(config)
+    if config.save_weights is not None:
+        jax_side = keeping_weights(jax_side, kept)
     found = lockstep(
-        *_sides(config),
+        jax_side,
+        torch_side,
         steps=config.steps,
         tolerance_ulps={**config.tolerances, ".*": config.tolerance_ulps}
         if config.tolerances
@@ -127,7 +146,7 @@ def parity(config: ParityConfig, console: Console | None = None) -> bool:
         labels=("jax", "torch"),
         repeat_steps=config.repeat_steps,
     )
-    print_lockstep(found, console or Console(), config.about())
+    print_lockstep(found, console, config.about())
     if config.json is not None:
         about = {"about": config.about(), **found.as_dict()}
         config.json.write_text(json.dumps(about, indent=1, allow_nan=False) + "\n")
@@ -135,6 +154,11 @@ def parity(config: ParityConfig, console: Console | None = None) -> bool:
         from altgrad.parity.page import page_of
 
         config.html.write_text(page_of(found, config.about()), encoding="utf-8")
+    if config.save_weights is not None:
+        if found.passed:
+            save_weights(config.save_weights, kept)
+        else:
+            console.print(f"{config.save_weights} is not written: the two do not end with the same weights")
     return found.passed
 
 
@@ -143,7 +167,9 @@ def _sides(config: ParityConfig) -> tuple[Make[Any], Make[Any]]:
         return _make(config.jax, "--jax"), _make(config.torch, "--torch")
     from altgrad.parity.twins import sides_of
 
-    return sides_of(GPTShape() if config.model == "gpt" else MLPShape(), config.recipe())
+    shape = GPTShape(activation=config.activation or "relu") if config.model == "gpt" else MLPShape()
+    weights = None if config.weights is None else load_weights(config.weights, shape)
+    return sides_of(shape, config.recipe(), weights=weights)
 
 
 def _check_named(option: str, named: str | None) -> None:

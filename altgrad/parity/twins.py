@@ -11,7 +11,7 @@ import numpy as np
 from altgrad.parity.lockstep import Make, Step
 from altgrad.parity.operation import made_by
 from altgrad_core.errors import InputError
-from altgrad_core.twins import Batch, Batches, GPTShape, MLPShape, Recipe, Shape
+from altgrad_core.twins import Batch, Batches, GPTShape, MLPShape, Recipe, Shape, Single
 
 if TYPE_CHECKING:
     import torch
@@ -26,13 +26,19 @@ _PRODUCT = ".product"
 
 
 def sides_of(
-    shape: Shape, recipe: Recipe, *, device: torch.device | str | None = None
+    shape: Shape,
+    recipe: Recipe,
+    *,
+    weights: Mapping[str, Single] | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[Make[JaxState], Make[TorchState]]:
     """Both sides of a training, from the same weights, on the same batches: of a GPT those of the text that ships.
 
     Args:
         shape: of the network; a GPT's vocabulary has to hold that of the text, 68 characters.
         recipe: how to train it.
+        weights: the initial ones by name, as :func:`altgrad.parity.weights.load_weights` reads them from a file; those
+            of the recipe's seed unless given.
         device: of torch's side. JAX's is its default.
 
     Raises:
@@ -49,10 +55,11 @@ def sides_of(
     import altgrad_jax.twins
     import altgrad_torch.twins
 
-    weights, batches = shape.initial_weights(recipe.seed), _batches(shape, recipe.seed)
+    start = shape.initial_weights(recipe.seed) if weights is None else weights
+    batches = _batches(shape, recipe.seed)
     return (
-        _telling(lambda: altgrad_jax.twins.make(shape, recipe, weights, batches)),
-        _telling(lambda: altgrad_torch.twins.make(shape, recipe, weights, batches, device=device)),
+        _telling(lambda: altgrad_jax.twins.make(shape, recipe, start, batches)),
+        _telling(lambda: altgrad_torch.twins.make(shape, recipe, start, batches, device=device)),
     )
 
 

@@ -1,8 +1,8 @@
 """What a network does beside products, forward and backward, with the same bits in both frameworks.
 
 Each is made of the steps of :mod:`altgrad_jax.rounded`, which says what is proved of them: of all functions here, but
-for the exponentials of :func:`softmax` and the logarithm of :func:`cross_entropy`. Sums over a batch are exact, so that
-they depend on no order; sums within a row, over the last axis, are made in one that is written down.
+for the exponentials of :func:`softmax` and :func:`gelu` and the logarithm of :func:`cross_entropy`. Sums over a batch
+are exact, so that they depend on no order; sums within a row, over the last axis, are made in one that is written down.
 ``altgrad_torch/nn/functions.py`` does the same. In reverse mode, once.
 """
 
@@ -13,6 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from altgrad_core.gelu import CUBIC, CUBIC_SLOPE, SLOPE
 from altgrad_jax.nn.accumulate import exact_product
 from altgrad_jax.rounded import (
     add,
@@ -22,6 +23,7 @@ from altgrad_jax.rounded import (
     exponential,
     logarithm,
     multiply,
+    multiply_add,
     square_root,
     subtract,
     sum_of_last,
@@ -97,6 +99,43 @@ def relu(x: jax.Array) -> jax.Array:
 
 
 relu.defvjp(lambda x: (relu(x), x > 0), lambda is_on, gradient: (jnp.where(is_on, gradient, jnp.zeros_like(gradient)),))
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """``x`` times its gate, in the tanh form (:mod:`altgrad_core.gelu`), each step rounded to float32.
+
+    The gate is the logistic function of some ``v``. Of four roundings on the way to ``v``, and four after it, the
+    relative error is at most ``(4 |v| (1 - gate) + 5) 2^-24``, beside ``(1 + |x|) 2^-126`` for what vanishes: measured,
+    3 ulps where ``x`` is above -1, 13 above -3 and 31 above -5. Of minus infinity it is NaN.
+
+    >>> gelu(jnp.array([-1.0, 0.0, 1.0])).tolist()
+    [-0.15880799293518066, 0.0, 0.8411920070648193]
+    """
+    return multiply(x, _gate(x)[0])
+
+
+def _gate(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gate, and the derivative of its product with ``x``."""
+    one, square = jnp.float32(1), multiply(x, x)
+    inner = multiply(x, multiply_add(square, jnp.float32(CUBIC), one, jnp.float32(SLOPE)))
+    fallen = exponential(-jnp.abs(inner))
+    total = add(one, fallen)
+    larger, smaller = divide(one, total), divide(fallen, total)
+    gate, rest = jnp.where(inner > 0, larger, smaller), jnp.where(inner > 0, smaller, larger)
+    slope = multiply_add(square, jnp.float32(CUBIC_SLOPE), one, jnp.float32(SLOPE))
+    both = multiply(gate, rest)
+    # Where the gate is shut or wide open the slope may be infinite.
+    rise = jnp.where(both == 0, jnp.zeros_like(x), multiply(multiply(x, slope), both))
+    return gate, add(gate, rise)
+
+
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    gate, derivative = _gate(x)
+    return multiply(x, gate), derivative
+
+
+gelu.defvjp(_gelu_forward, lambda derivative, gradient: (multiply(gradient, derivative),))
 
 
 @jax.custom_vjp

@@ -8,7 +8,18 @@ import jax
 import jax.numpy as jnp
 
 from altgrad_core.twins import GPTShape, MLPShape, Shape
-from altgrad_jax.nn.functions import add_bias, cross_entropy, embed, gained, plus, relu, rms_norm, scaled, softmax
+from altgrad_jax.nn.functions import (
+    add_bias,
+    cross_entropy,
+    embed,
+    gained,
+    gelu,
+    plus,
+    relu,
+    rms_norm,
+    scaled,
+    softmax,
+)
 from altgrad_jax.twins.products import Products
 
 
@@ -59,8 +70,9 @@ def _block(shape: GPTShape, products: Products, name: str, weights: Mapping[str,
     normed = _normed(products, f"{name}.attention", x, weights[f"{name}.attention_gain"])
     attended = _attended(shape, products, name, matmul("qkv", normed))
     x = products.seen[f"{name}.attention.sum"] = plus(x, matmul("proj", attended))
+    activation = gelu if shape.activation == "gelu" else relu
     normed = _normed(products, f"{name}.mlp", x, weights[f"{name}.mlp_gain"])
-    x = products.seen[f"{name}.mlp.sum"] = plus(x, matmul("down", relu(matmul("up", normed))))
+    x = products.seen[f"{name}.mlp.sum"] = plus(x, matmul("down", activation(matmul("up", normed))))
     return x
 
 

@@ -1,8 +1,8 @@
 """What a network does beside products, forward and backward, with the same bits in both frameworks.
 
 Each is made of the steps of :mod:`altgrad_torch.rounded`, which says what is proved of them: of all functions here, but
-for the exponentials of :func:`softmax` and the logarithm of :func:`cross_entropy`. Sums over a batch are exact, so that
-they depend on no order; sums within a row, over the last axis, are made in one that is written down.
+for the exponentials of :func:`softmax` and :func:`gelu` and the logarithm of :func:`cross_entropy`. Sums over a batch
+are exact, so that they depend on no order; sums within a row, over the last axis, are made in one that is written down.
 ``altgrad_jax/nn/functions.py`` does the same. In reverse mode, once.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from altgrad_core.gelu import CUBIC, CUBIC_SLOPE, SLOPE
 from altgrad_torch.exact import exact_matmul
 from altgrad_torch.rounded import (
     add,
@@ -23,6 +24,7 @@ from altgrad_torch.rounded import (
     exponential,
     logarithm,
     multiply,
+    multiply_add,
     square_root,
     subtract,
     sum_of_last,
@@ -135,6 +137,50 @@ def relu(x: Tensor) -> Tensor:
     [0.0, 0.0, 1.0]
     """
     return torch.where(x > 0, x, torch.zeros_like(x))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """``x`` times its gate, in the tanh form (:mod:`altgrad_core.gelu`), each step rounded to float32.
+
+    The gate is the logistic function of some ``v``. Of four roundings on the way to ``v``, and four after it, the
+    relative error is at most ``(4 |v| (1 - gate) + 5) 2^-24``, beside ``(1 + |x|) 2^-126`` for what vanishes: measured,
+    3 ulps where ``x`` is above -1, 13 above -3 and 31 above -5. Of minus infinity it is NaN.
+
+    >>> gelu(torch.tensor([-1.0, 0.0, 1.0])).tolist()
+    [-0.15880799293518066, 0.0, 0.8411920070648193]
+    """
+    return _Gelu.apply(x)[0]
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, derivative = _gate(x)
+        return multiply(x, gate), derivative
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return multiply(grad_outputs[0], ctx.saved_tensors[0])
+
+
+def _gate(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The gate, and the derivative of its product with ``x``."""
+    one, steep, cubic, cubic_slope = (x.new_tensor(float(each)) for each in (1, SLOPE, CUBIC, CUBIC_SLOPE))
+    square = multiply(x, x)
+    inner = multiply(x, multiply_add(square, cubic, one, steep))
+    fallen = exponential(-inner.abs())
+    total = add(one, fallen)
+    larger, smaller = divide(one, total), divide(fallen, total)
+    gate, rest = torch.where(inner > 0, larger, smaller), torch.where(inner > 0, smaller, larger)
+    slope = multiply_add(square, cubic_slope, one, steep)
+    both = multiply(gate, rest)
+    # Where the gate is shut or wide open the slope may be infinite.
+    rise = torch.where(both == 0, torch.zeros_like(x), multiply(multiply(x, slope), both))
+    return gate, add(gate, rise)
 
 
 def embed(table: Tensor, indices: Tensor) -> Tensor:

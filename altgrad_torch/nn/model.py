@@ -132,10 +132,15 @@ def dequantize_model(model: Model) -> Model:
     Returns:
         The model itself.
 
+    Raises:
+        InputError: if the model is being recorded.
+
     >>> model = quantize_model(nn.Linear(4, 8), [Rule(".*", "E4M3")])
     >>> type(dequantize_model(model)), list(model.state_dict())
     (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
     """
+    if any(isinstance(module, Site) and module.tally is not None for module in model.modules()):
+        raise InputError("the model is being recorded; expected dequantize_model after the recording")
     for encoder in _encoders_with_casts(model):
         if hasattr(encoder, _WHEN_PLAIN):
             encoder.use_nested_tensor = bool(getattr(encoder, _WHEN_PLAIN))

@@ -34,7 +34,8 @@ def cast_gradient(x: Tensor, site: Site | None) -> Tensor:
         return x
     if torch.compiler.is_compiling() or under_transforms():
         return _CastGradient.apply(x, site)
-    x.register_hook(site.cast)  # the same for less, which compilers and transforms do not take
+    # The same for less, which compilers and transforms do not take.
+    x.register_hook(site.cast if site.tally is None else site.cast_recorded)
     return x
 
 

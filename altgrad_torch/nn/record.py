@@ -102,6 +102,10 @@ def recording(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> It
 
     Where an amax is not finite the newest one before stands again. After an exception histories stay as they were.
 
+    A backward pass that comes later than the recording of its forward pass is refused, and so is what computes under a
+    transform of ``torch.func`` meanwhile. Code compiled by ``torch.compile`` cannot tell: there a backward pass that
+    comes too late enters the counts, and no history. A copy of the model is not recorded; other models are, apart.
+
     Args:
         model: quantised.
         group: processes whose counts are to be added up, and which are to share scales; every one of them has to
@@ -109,7 +113,7 @@ def recording(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> It
             any buffer.
 
     Raises:
-        InputError: if the model casts nothing, or is recorded already.
+        InputError: if the model casts nothing, or is recorded already; in a pass that cannot be recorded as above.
 
     >>> from altgrad_core.rules import Rule
     >>> from altgrad_torch.nn.model import quantize_model

@@ -21,7 +21,7 @@ from altgrad_core.formats import FORMAT_REGISTRY, Format, parse
 from altgrad_core.rules import DEFAULT_WINDOW, CastSpec, Operand, check_block_scaling
 from altgrad_core.scaling import Granularity, PerBlock, PerChannel, PerTensor
 from altgrad_torch.casting import cast, quantize
-from altgrad_torch.cpu import is_plain
+from altgrad_torch.cpu import is_plain, under_transforms
 from altgrad_torch.granularity import amaxes, spread
 from altgrad_torch.hashing import hash_bits
 from altgrad_torch.packing import PackedTensor, pack_tensor
@@ -108,6 +108,7 @@ class Site(nn.Module):
         steps = torch.zeros((), dtype=torch.int64, device=device) if spec.rounding == "stochastic" else None
         self.register_buffer("step", steps)
         self.tally: Tally | None = None
+        self._was_recorded = False
         self._rescale()
         # A hook anywhere in a TransformerEncoderLayer keeps it from calling one fused kernel in place of its layers.
         self.register_forward_pre_hook(_keeps_layers_from_being_bypassed)
@@ -148,13 +149,17 @@ class Site(nn.Module):
         )
 
     def cast(self, x: Tensor) -> Tensor:
-        """The values of ``x`` in the format, and their gradients straight through; recorded while something records."""
+        """The values of ``x`` in the format, and their gradients straight through; recorded while something records.
+
+        Raises:
+            InputError: where a recording would lose what is seen here, or what is computed would not fit it.
+        """
         if x.numel() == 0:
             return x
         scale = self._scale_for(x)
         moved = self._moved_grid(x, scale)
         grid, unit = (self._params(), scale) if moved is None else (moved, None)
-        tally, overflow = self.tally if self._is_counted() else None, self.overflow
+        tally, overflow = self._tally_of_pass(), self.overflow
         if tally is not None:
             counts, largest = observe(x.detach(), grid, scale=unit)
             if moved is not None and overflow == "saturate_finite" and math.isfinite(float(largest)):
@@ -165,6 +170,19 @@ class Site(nn.Module):
             return quantize(x, grid, scale=unit, rounding=self.rounding, overflow=overflow, random_bits=bits)
         values = cast(x, moved, bits, rounding=self.rounding, overflow=overflow)
         return _StraightThrough.apply(x, values) if x.requires_grad and torch.is_grad_enabled() else values
+
+    def cast_recorded(self, gradient: Tensor) -> Tensor:
+        """:meth:`cast` of a gradient whose forward pass was recorded.
+
+        Raises:
+            InputError: if the recording is over, since the scale of gradients would never follow what they are.
+        """
+        if self.tally is None:
+            raise InputError(
+                "a backward pass comes after its recording is over, so that nothing of it would be recorded; expected "
+                "the recording around both the forward and the backward pass"
+            )
+        return self.cast(gradient)
 
     def pack(self, x: Tensor) -> PackedTensor:
         """What :meth:`cast` makes of a tensor, as codes and scales, recorded nowhere.
@@ -200,11 +218,30 @@ class Site(nn.Module):
         elif isinstance(self.scaling, Static):
             self.scale.copy_(self.scaling.scale(self.scale, maximum))
 
-    def _is_counted(self) -> bool:
-        """Whether this pass counts: a forward pass that a backward one repeats, for a checkpoint, counted before."""
-        if self.placement.operand == "gradients" or torch.compiler.is_compiling():
-            return True
-        return torch._C._current_graph_task_id() == -1
+    def _tally_of_pass(self) -> Tally | None:
+        """Where this pass counts: a forward pass that a backward one repeats, for a checkpoint, counted before."""
+        tally = self.tally
+        if torch.compiler.is_compiling():
+            return tally
+        if tally is not None and under_transforms():
+            raise InputError(
+                "a cast under a transform of torch.func (grad, vjp, vmap, ...) cannot be recorded, since what it sees "
+                "would have to leave the transform; expected the recording around a backward pass by backward() or "
+                "autograd.grad"
+            )
+        if self.placement.operand == "gradients":
+            return tally
+        if torch._C._current_graph_task_id() == -1:
+            if self._was_recorded != (tally is not None):
+                self._was_recorded = tally is not None
+            return tally
+        if tally is None and self._was_recorded:
+            # The scales have moved on since, and so have the random bits: it would not be the same pass.
+            raise InputError(
+                "a checkpoint computes a forward pass again after its recording is over, under other scales; expected "
+                "the recording around both the forward and the backward pass"
+            )
+        return None
 
     def _moved_grid(self, x: Tensor, scale: Tensor) -> Format | None:
         """The format times its scale as a format of its own, which spares the scaling; None where there is none.
@@ -234,6 +271,10 @@ class Site(nn.Module):
         if self.step is None:
             return None
         return hash_bits(tuple(x.shape), self.placement.seed, self.step, device=x.device)
+
+    def __getstate__(self) -> dict[str, object]:
+        """All but the recording that goes on, which is of this site and of no copy."""
+        return {**self.__dict__, "tally": None, "_was_recorded": False}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Site:
         """Move, but keep float32: a model may become bfloat16, its scales and amaxes may not."""
