@@ -245,6 +245,11 @@ class Kind:
         """What it is called."""
         return self.layer.__name__
 
+    @property
+    def weights(self) -> str:
+        """The parameter that it multiplies by."""
+        return "embedding" if self.layer is linen.Embed else "kernel"
+
 
 _DOT_GENERAL: dict[str, object] = {"dot_general": None, "dot_general_cls": None}
 _CONVOLUTION: dict[str, object] = {"conv_general_dilated": None, "conv_general_dilated_cls": None}
