@@ -75,9 +75,13 @@ class ProductCasts:
         preferred_element_type: jnp.dtype | None = None,
         out_sharding: jax.sharding.Sharding | None = None,
     ) -> jax.Array:
-        """``jnp.einsum`` of two cast operands: the hook of NNX Einsum."""
+        """``jnp.einsum`` of two cast operands: the hook of NNX Einsum.
+
+        Raises:
+            InputError: if it is to accumulate exactly, and the equation sums over an axis of one operand alone.
+        """
         dtype = preferred_element_type or jnp.result_type(lhs, rhs)
-        exactly = {"_dot_general": exact_product} if self.accumulate == "exact" else {}
+        exactly = {"_dot_general": _WholeProduct(equation, (lhs.size, rhs.size))} if self.accumulate == "exact" else {}
         product = cast(Callable[..., jax.Array], jnp.einsum)(
             equation,
             cast_operand(lhs, self.activations),
@@ -115,6 +119,29 @@ class ProductCasts:
             **kwargs,
         )
         return cast_gradient(product, self.gradients)
+
+
+@dataclass(frozen=True)
+class _WholeProduct:
+    """An exact product that ``jnp.einsum`` has summed nothing before, equal by value so that JAX keeps its traces.
+
+    Attributes:
+        equation: of the einsum.
+        sizes: of its operands.
+    """
+
+    equation: str
+    sizes: tuple[int, int]
+
+    def __call__(
+        self, lhs: jax.Array, rhs: jax.Array, dimension_numbers: DotDimensionNumbers, *args: Any, **options: Any
+    ) -> jax.Array:
+        if sorted((lhs.size, rhs.size)) != sorted(self.sizes):
+            raise InputError(
+                f"{self.equation!r} sums over axes of one operand alone, which is no exact product; expected "
+                "accumulate='native', or every summed axis in both operands"
+            )
+        return exact_product(lhs, rhs, dimension_numbers, *args, **options)
 
 
 def quantized_dot_general(

@@ -187,20 +187,26 @@ class _ConvTranspose(_Promotion):
 
 
 class _Einsum(_Promotion):
-    """Keeps the bias back, so that the gradient is cast where the product ends."""
+    """Keeps the bias back, so that the gradient is cast where the product ends; exact, the product is its own."""
 
-    kept: tuple[jax.Array, jax.Array, jax.Array] | None = None
+    kept: tuple[jax.Array, jax.Array, jax.Array | None]
 
     def __call__(self, *arrays: Any, **options: Any) -> tuple[Any, ...]:
-        inputs, kernel, bias = super().__call__(*arrays, **options)
-        self.kept = None if bias is None else (inputs, kernel, bias)
-        return inputs, kernel, None
+        self.kept = inputs, kernel, _ = self.original(*arrays, **options)
+        self.promoted = self.casts(self._site(kernel))
+        if self.promoted.accumulate == "exact":  # what the layer makes of it is thrown away
+            return jnp.zeros_like(inputs), jnp.zeros_like(kernel), None
+        return cast_operand(inputs, self.promoted.activations), cast_operand(kernel, self.promoted.weights), None
 
     def finished(self, result: jax.Array) -> jax.Array:
-        result = super().finished(result)
-        if self.kept is None:
-            return result
         inputs, kernel, bias = self.kept
+        if self.promoted.accumulate == "exact":
+            how = {name: getattr(self._module, name) for name in ("precision", "preferred_element_type")}
+            result = self.promoted.einsum(self._equation, inputs, kernel, **how)
+        else:
+            result = super().finished(result)
+        if bias is None:
+            return result
         _, shape = self._module._get_bias_shape(self._equation, inputs, kernel)
         return result + jnp.reshape(bias, shape)
 
@@ -262,7 +268,7 @@ _ATTENTION: dict[str, object] = {
 _KINDS = (
     Kind(linen.Dense, _DotGeneral, "dot_general", _DOT_GENERAL, has_subclasses=True, accumulates_exactly=True),
     Kind(linen.DenseGeneral, _DotGeneral, "dot_general", _DOT_GENERAL, has_subclasses=True, accumulates_exactly=True),
-    Kind(linen.Einsum, _Einsum, "promote_dtype"),
+    Kind(linen.Einsum, _Einsum, "promote_dtype", accumulates_exactly=True),
     Kind(linen.Conv, _Convolution, "conv_general_dilated", _CONVOLUTION, has_subclasses=True),
     Kind(linen.ConvTranspose, _ConvTranspose, "promote_dtype"),
     Kind(linen.Embed, _Embed, "promote_dtype", methods=("__call__", "attend")),
