@@ -464,9 +464,9 @@ class TestModels:
             ),
             (
                 lambda: quantize_model(
-                    nnx.Conv(2, 2, (3,), rngs=nnx.Rngs(0)), [Rule(".*", "E4M3", accumulate="exact")]
+                    nnx.ConvTranspose(2, 2, (3,), rngs=nnx.Rngs(0)), [Rule(".*", "E4M3", accumulate="exact")]
                 ),
-                "a Conv, cannot accumulate exactly",
+                "a ConvTranspose, cannot accumulate exactly",
             ),
             (
                 lambda: quantize_model(

@@ -16,6 +16,7 @@ from altgrad_core.rules import ACCUMULATES, Accumulate, Each, Operand, option
 from altgrad_core.scaling import Granularity, PerBlock, parse_granularity
 from altgrad_jax.nn.accumulate import exact_product
 from altgrad_jax.nn.casts import CastState, cast_gradient, cast_operand
+from altgrad_jax.nn.convolution import exact_convolution
 from altgrad_jax.nn.products import DotDimensionNumbers
 from altgrad_jax.params import FormatParams, as_params
 from altgrad_jax.scaling import Current, Static
@@ -102,16 +103,13 @@ class ProductCasts:
         out_sharding: jax.sharding.Sharding | None = None,
         **kwargs: Any,
     ) -> jax.Array:
-        """``lax.conv_general_dilated`` of cast operands: the hook of NNX and Linen Conv.
-
-        Raises:
-            InputError: if it is to accumulate exactly.
-        """
-        if self.accumulate == "exact":
-            raise InputError("a convolution cannot accumulate exactly; expected accumulate='native'")
+        """``lax.conv_general_dilated`` of cast operands: the hook of NNX and Linen Conv."""
         if out_sharding is not None:
             kwargs["out_sharding"] = out_sharding
-        product = lax.conv_general_dilated(
+        convolve: Callable[..., jax.Array] = (
+            exact_convolution if self.accumulate == "exact" else lax.conv_general_dilated
+        )
+        product = convolve(
             cast_operand(lhs, self.activations),
             cast_operand(rhs, self.weights),
             *args,

@@ -17,6 +17,7 @@ from altgrad_core.errors import InputError
 from altgrad_core.rules import LayerSpec
 from altgrad_jax.nn.attention import AttentionCasts
 from altgrad_jax.nn.casts import cast_gradient, cast_operand
+from altgrad_jax.nn.convolution import PADDINGS_OF_INPUT
 from altgrad_jax.nn.hooks import ProductCasts
 from altgrad_jax.nn.products import DotDimensionNumbers
 from altgrad_jax.nn.sites import Site
@@ -59,7 +60,8 @@ class Call:
                 raise InputError(
                     f"{layer} has a {name} of its own, in whose place casts would be; expected Flax's, or {otherwise}"
                 )
-        if spec.accumulate == "exact" and not kind.accumulates_exactly:
+        is_padded_by_itself = getattr(self.module, "padding", None) in PADDINGS_OF_INPUT
+        if spec.accumulate == "exact" and (is_padded_by_itself or not kind.accumulates_exactly):
             raise InputError(
                 f"{layer} cannot accumulate exactly; expected a rule of its own for it, with accumulate='native'"
             )
@@ -269,7 +271,7 @@ _KINDS = (
     Kind(linen.Dense, _DotGeneral, "dot_general", _DOT_GENERAL, has_subclasses=True, accumulates_exactly=True),
     Kind(linen.DenseGeneral, _DotGeneral, "dot_general", _DOT_GENERAL, has_subclasses=True, accumulates_exactly=True),
     Kind(linen.Einsum, _Einsum, "promote_dtype", accumulates_exactly=True),
-    Kind(linen.Conv, _Convolution, "conv_general_dilated", _CONVOLUTION, has_subclasses=True),
+    Kind(linen.Conv, _Convolution, "conv_general_dilated", _CONVOLUTION, has_subclasses=True, accumulates_exactly=True),
     Kind(linen.ConvTranspose, _ConvTranspose, "promote_dtype"),
     Kind(linen.Embed, _Embed, "promote_dtype", methods=("__call__", "attend")),
     Kind(
