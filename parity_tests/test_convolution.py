@@ -119,6 +119,53 @@ def test_layers_of_all_three_take_the_same_step() -> None:
             assert_same_bits(one, other, what=f"{name}: {what}")
 
 
+TRANSPOSED: dict[str, dict[str, Any]] = {
+    "same": {"strides": (3, 2), "padding": "SAME", "kernel_dilation": (1, 2)},
+    "valid": {"strides": (3, 1), "padding": "VALID", "transpose_kernel": True},
+    "given": {"strides": 2, "padding": ((2, 1), (0, 3)), "use_bias": False},
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["same", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("valid", "given"))]
+)
+def test_transposed_convolutions_of_flax_are_where_flax_has_them(name: str) -> None:
+    """Of small integers, which float32 adds up without rounding; in torch they are tested alone."""
+    draw = np.random.default_rng(0)
+
+    def integers(*shape: int) -> jax.Array:
+        return jnp.asarray(draw.integers(-4, 5, shape), jnp.float32)
+
+    plain = nnx.ConvTranspose(3, 2, (2, 3), **TRANSPOSED[name], rngs=nnx.Rngs(0))
+    of_linen = linen.ConvTranspose(2, (2, 3), **TRANSPOSED[name])
+    rule = [Rule(".*", "E4M3", scaling=altgrad_jax.Static(1.0), accumulate="exact")]
+    by_rules = altgrad_jax.nn.quantize_model(plain, rule), altgrad_jax.nn.quantize_model(of_linen, rule)
+    x = integers(2, 2, 4, 3, 3)  # of two axes of batches
+    params = {"kernel": integers(*plain.kernel.shape)} | ({"bias": integers(2)} if plain.use_bias else {})
+    gradient = integers(*jax.eval_shape(plain, x).shape)
+
+    @jax.jit
+    def all_three(params: dict[str, jax.Array], x: jax.Array, gradient: jax.Array) -> tuple[Any, ...]:
+        variables = by_rules[1].with_casts({"params": params}, x)
+        graph, parameters, rest = nnx.split(by_rules[0], nnx.Param, ...)
+        parameters = nnx.to_pure_dict(parameters)
+
+        def by_nnx(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+            return nnx.merge(graph, nnx.State({**parameters, **params}), rest)(x)
+
+        computed = [
+            lambda params, x: of_linen.apply({"params": params}, x),
+            lambda params, x: by_rules[1].apply({**variables, "params": params}, x),
+            by_nnx,
+        ]
+        pulled = [jax.vjp(compute, params, x) for compute in computed]
+        return tuple((result, pull(gradient)) for result, pull in pulled)
+
+    wanted, *found = all_three(params, x, gradient)
+    for got in found:
+        jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
 def test_gradients_of_gradients() -> None:
     """Of the sum of the gradient of the input, times the result: the second derivative is a convolution again."""
     case = Case((1, 1, 4), (1, 1, 2), (Sweep(),))
@@ -163,6 +210,7 @@ def test_a_padding_that_repeats_the_input_is_refused() -> None:
         (lambda: altgrad_jax.nn.exact_convolution(x, x, (1,), "SAME", batch_group_count=2), "batch_group_count is 2"),
         (lambda: altgrad_jax.nn.exact_convolution(x, jnp.ones((1, 4, 2)), (1,), "VALID"), "a kernel of length 2 goes"),
         (lambda: altgrad_jax.nn.exact_convolution(x, x, (1,), "VALID", feature_group_count=3), "do not fit a kernel"),
+        (lambda: altgrad_jax.nn.exact_convolution(x, x, (1,), "SAME", (2,)), "padding is 'SAME' for a dilated input"),
         (
             lambda: altgrad_torch.nn.exact_convolution(torch.ones(1, 3, 4), torch.ones(1, 4, 1), [Sweep()]),
             r"shapes \(1, 3, 4\) and \(1, 4, 1\) in 1 groups",

@@ -511,7 +511,11 @@ def test_a_subclass_is_cast_where_its_base_computes():
         (nn.Dense(2, dot_general_cls=lambda: jax.lax.dot_general), _RULES[0], "has a dot_general_cls of its own"),
         (Own(2), _RULES[0], "an? Own, did not use its dot_general"),
         (nn.ConvLocal(2, (2,)), _RULES[0], "a ConvLocal, has no hook for its product"),
-        (nn.ConvTranspose(2, (2,)), Rule(".*", "E4M3", accumulate="exact"), "a ConvTranspose, cannot accumulate"),
+        (
+            nn.ConvTranspose(2, (2,), padding="CIRCULAR"),
+            Rule(".*", "E4M3", accumulate="exact"),
+            "a ConvTranspose, cannot accumulate",
+        ),
         (nn.Dense(2), Rule(".*", "E4M3", scaling="delayed"), "scaling is 'delayed'"),
         (
             nn.RNN(nn.OptimizedLSTMCell(2), variable_broadcast=["params", "casts"]),

@@ -19,7 +19,7 @@ from altgrad_core.errors import InputError
 from altgrad_jax.exact import exact_dot_general
 
 PADDINGS_OF_INPUT = ("CIRCULAR", "REFLECT")
-"""Those of Flax that repeat the input, whose gradient is then a sum of several that were rounded: it is not exact."""
+"""Those of Flax that repeat the input, or add up the result: sums of what was rounded, which are not exact."""
 
 _Sweeps: TypeAlias = tuple[Sweep, ...]
 
@@ -61,7 +61,8 @@ def exact_convolution(
 
     Raises:
         TypeError: for operands of other dtypes, float64 among them; and in forward mode.
-        InputError: for groups of batches, and a kernel that does not fit into what it goes over.
+        InputError: for groups of batches, a kernel that does not fit into what it goes over, features that do not fit
+            the kernel, and a padding by name of a dilated input.
         ValueError: for shapes that do not match.
 
     >>> x = jnp.array([[[2.0**64, 1.0, -(2.0**64), 3.0]]])
@@ -77,6 +78,8 @@ def exact_convolution(
         raise InputError(f"{groups} groups of {x.shape[1]} features do not fit a kernel of {kernel.shape[:2]}")
     spacings = tuple(rhs_dilation or (1,) * rank)
     if isinstance(padding, str):
+        if set(lhs_dilation or ()) - {1}:
+            raise InputError(f"padding is {padding!r} for a dilated input; expected zeros before and after, as numbers")
         windows = [spread(size, spacing) for size, spacing in zip(kernel.shape[2:], spacings, strict=True)]
         padding = lax.padtype_to_pads(x.shape[2:], windows, window_strides, padding)
     sweeps = tuple(

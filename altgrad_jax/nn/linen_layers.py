@@ -21,6 +21,7 @@ from altgrad_jax.nn.convolution import PADDINGS_OF_INPUT
 from altgrad_jax.nn.hooks import ProductCasts
 from altgrad_jax.nn.products import DotDimensionNumbers
 from altgrad_jax.nn.sites import Site
+from altgrad_jax.nn.transposed import exact_transposed
 
 CastsOf = Callable[[Site, str], ProductCasts]
 """The casts of a layer's product, of which there are several in attention alone; elsewhere its name is empty."""
@@ -180,6 +181,22 @@ class _Embed(_Promotion):
 
 
 class _ConvTranspose(_Promotion):
+    """Exact, the product is its own."""
+
+    kept: tuple[Any, ...]
+
+    def __call__(self, *arrays: Any, **options: Any) -> tuple[Any, ...]:
+        self.kept = super().__call__(*arrays, **options)
+        if self.promoted.accumulate == "exact":  # what the layer makes of it is thrown away
+            return tuple(None if each is None else jnp.zeros_like(each) for each in self.kept)
+        return self.kept
+
+    def finished(self, result: jax.Array) -> jax.Array:
+        if self.promoted.accumulate == "exact":
+            layer = cast(linen.ConvTranspose, self.call.module)
+            result = exact_transposed(layer, *self.kept).reshape(result.shape)
+        return super().finished(result)
+
     def _site(self, weights: jax.Array) -> Site:
         inputs, outputs = weights.ndim - 2, weights.ndim - 1
         if cast(linen.ConvTranspose, self.call.module).transpose_kernel:
@@ -272,7 +289,7 @@ _KINDS = (
     Kind(linen.DenseGeneral, _DotGeneral, "dot_general", _DOT_GENERAL, has_subclasses=True, accumulates_exactly=True),
     Kind(linen.Einsum, _Einsum, "promote_dtype", accumulates_exactly=True),
     Kind(linen.Conv, _Convolution, "conv_general_dilated", _CONVOLUTION, has_subclasses=True, accumulates_exactly=True),
-    Kind(linen.ConvTranspose, _ConvTranspose, "promote_dtype"),
+    Kind(linen.ConvTranspose, _ConvTranspose, "promote_dtype", accumulates_exactly=True),
     Kind(linen.Embed, _Embed, "promote_dtype", methods=("__call__", "attend")),
     Kind(
         linen.MultiHeadDotProductAttention,

@@ -90,7 +90,9 @@ class Layer:
                 f"or Rule({self.path!r}, None)"
             )
         is_exact = any(each.accumulate == "exact" for each in casts)
-        if is_exact and (name == "promote_dtype" or getattr(self.module, "padding", None) in PADDINGS_OF_INPUT):
+        if is_exact and (
+            isinstance(self.module, nnx.Embed) or getattr(self.module, "padding", None) in PADDINGS_OF_INPUT
+        ):
             raise InputError(
                 f"{self.path}, a {self.kind}, cannot accumulate exactly; expected a rule of its own for it, with "
                 "accumulate='native'"

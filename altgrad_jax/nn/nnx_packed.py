@@ -57,9 +57,11 @@ def _casts(model: nnx.Module) -> dict[str, CastVariable]:
 
 
 def _packed_weights(model: nnx.Module) -> dict[str, PackedTensor]:
-    """The parameters that every module that holds them casts, all to the same values."""
+    """The parameters that every module that holds them casts, all to the same values, without a mask before."""
     found: defaultdict[str, list[PackedTensor]] = defaultdict(list)
     for layer, weights in _cast_weights(model):
+        if getattr(layer.module, "mask", None) is not None:
+            continue
         found[weights.name].append(weights.packed(getattr(layer.module, "dtype", None) or weights.values.dtype))
     modules = (node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module))
     holders = Counter(id(each) for module in modules for each in vars(module).values() if isinstance(each, nnx.Param))

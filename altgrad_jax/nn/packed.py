@@ -35,9 +35,9 @@ def pack(model: nnx.Module | linen.Module, *inputs: Any, **options: Any) -> dict
 
     Returns:
         By paths such as ``blocks/0/up/kernel``: packed, or, of what no layer casts, as it is. A parameter that several
-        layers share stands under its first path, packed if all of them cast it to the same values. Of Linen a parameter
-        is packed only where the layer casts it as it is: a layer of a class of Flax's own, without a mask and outside
-        of ``nn.map_variables``, as of ``nn.WeightNorm``. Of each cast ``blocks/0/up/casts/weights/grid``: its
+        layers share stands under its first path, packed if all of them cast it to the same values; behind a mask it is
+        as it is. Of Linen a parameter is packed only in layers of Flax's own classes and outside of
+        ``nn.map_variables``, as of ``nn.WeightNorm``. Of each cast ``blocks/0/up/casts/weights/grid``: its
         :class:`~altgrad_jax.params.FormatParams`, as their bits in int32, its ``step`` and, where it has one, its
         ``history`` or static ``scale``.
 
