@@ -26,6 +26,7 @@ from altgrad_jax.nn import (
     set_formats,
     summary,
 )
+from tests.exact_sums import mixed, product_of, same_bits
 
 _KEY = jax.random.key(0, impl="rbg")  # which compiles in a fraction of the time of the default
 _SCALES = (0.5, 0.25, 2.0)
@@ -431,6 +432,35 @@ def test_products_are_summed_exactly_where_a_rule_says_so():
     assert "f64" in str(jax.make_jaxpr(model.apply)(variables, x))
 
 
+def test_an_einsum_and_its_gradients_are_exact_sums():
+    """Of operands that no float64 dot holds, with a bias behind them."""
+    a, b = mixed("E7M0", (6, 8, 4), 3)
+    gradient = mixed("E7M0", (6, 4, 2), 4)[0]
+    x, kernel, bias = a.reshape(2, 3, 8), b.reshape(8, 2, 2), np.float32([[1, 0], [0, 0]])
+    rules = [Rule(".*", "E7M0", gradients="E7M0", scaling=Static(1.0), accumulate="exact")]
+    model = quantize_model(nn.Einsum((8, 2, 2), "btd,dhk->bthk"), rules)
+
+    @jax.jit
+    def computed(params, x):
+        variables = model.with_casts({"params": params}, x)
+        y, pull = jax.vjp(lambda params, x: model.apply({**variables, "params": params}, x), params, x)
+        return y, pull(jnp.reshape(gradient, y.shape))
+
+    y, (of_params, of_x) = computed({"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}, jnp.asarray(x))
+    same_bits(y, product_of(a, b).reshape(2, 3, 2, 2) + bias)
+    same_bits(of_x, product_of(gradient, b.T).reshape(2, 3, 8))
+    same_bits(of_params["kernel"], product_of(a.T, gradient).reshape(8, 2, 2))
+
+
+def test_an_equation_that_sums_one_operand_alone_is_not_summed_exactly():
+    layer = nn.Einsum((2, 3), "btd,hk->hk", use_bias=False)
+    model = quantize_model(layer, [Rule(".*", "E4M3", accumulate="exact")])
+    x = jnp.ones((2, 3, 4))
+    variables = jax.jit(model.init)(_KEY, x)
+    with pytest.raises(InputError, match="'btd,hk->hk' sums over axes of one operand alone"):
+        model.apply(variables, x)
+
+
 def test_methods_of_the_plain_model_are_called_by_name():
     class Coder(nn.Module):
         def setup(self):
@@ -483,7 +513,11 @@ def test_a_subclass_is_cast_where_its_base_computes():
         (nn.Dense(2, dot_general_cls=lambda: jax.lax.dot_general), _RULES[0], "has a dot_general_cls of its own"),
         (Own(2), _RULES[0], "an? Own, did not use its dot_general"),
         (nn.ConvLocal(2, (2,)), _RULES[0], "a ConvLocal, has no hook for its product"),
-        (nn.Conv(2, (2,)), Rule(".*", "E4M3", accumulate="exact"), "a Conv, cannot accumulate exactly"),
+        (
+            nn.ConvTranspose(2, (2,), padding="CIRCULAR"),
+            Rule(".*", "E4M3", accumulate="exact"),
+            "a ConvTranspose, cannot accumulate",
+        ),
         (nn.Dense(2), Rule(".*", "E4M3", scaling="delayed"), "scaling is 'delayed'"),
         (
             nn.RNN(nn.OptimizedLSTMCell(2), variable_broadcast=["params", "casts"]),

@@ -1,5 +1,6 @@
 """Quantised layers of torch against the same products of operands that are cast by hand."""
 
+import copy
 import itertools
 
 import pytest
@@ -95,6 +96,39 @@ def test_a_layer_is_its_product_of_cast_operands(name):
     assert all(map(torch.equal, [*(x.grad for x in inputs), layer.weight.grad], cotangents))
     assert not torch.equal(expected, plain)
     assert torch.equal(dequantize_model(layer)(*inputs), plain)
+
+
+CONVOLUTIONS = {
+    "strides, padding and groups": (lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), groups=2), (2, 4, 6, 5)),
+    "a padding that is named": (lambda: nn.Conv2d(2, 3, (4, 3), padding="same", dilation=(1, 2)), (1, 2, 5, 6)),
+    "one input of three axes": (lambda: nn.Conv3d(1, 2, (1, 2, 2), (2, 1, 1), 1), (1, 3, 4, 3)),
+    "transposed": (lambda: nn.ConvTranspose1d(2, 3, 3, 2, 1, 1), (2, 2, 5)),
+    "transposed, in groups": (
+        lambda: nn.ConvTranspose2d(4, 6, (3, 2), (2, 1), (0, 1), (1, 0), groups=2, dilation=(1, 2)),
+        (1, 4, 3, 4),
+    ),
+    "transposed, one input": (lambda: nn.ConvTranspose3d(1, 2, (2, 1, 2), (1, 2, 2)), (1, 2, 2, 3)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_exact_convolutions_are_where_torch_has_them(name):
+    """Of small integers, which float64 adds up without rounding; with a bias behind them."""
+    torch.manual_seed(5)
+    make, shape = CONVOLUTIONS[name]
+    layer, x = make(), torch.randint(-4, 5, shape).float().requires_grad_()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randint(-4, 5, parameter.shape))
+    wide, x_wide = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    quantize_model(layer, [Rule(".*", "E4M3", scaling=Static(1.0), accumulate="exact")])
+    out, expected = layer(x), wide(x_wide)
+    gradient = torch.randint(-4, 5, expected.shape)
+    wanted = torch.autograd.grad(expected, (x_wide, wide.weight, wide.bias), gradient.double())
+    found = torch.autograd.grad(out, (x, layer.weight, layer.bias), gradient.float())
+    for one, other in zip((out, *found), (expected, *wanted), strict=True):
+        assert torch.equal(one, other.float())
 
 
 def test_an_embedding_casts_its_rows_and_their_gradients():
@@ -438,7 +472,7 @@ def test_an_output_projection_is_cast_though_its_attention_is_not():
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (lambda: nn.Conv1d(2, 2, 1), {"accumulate": "exact"}, "a Conv1d: accumulate='exact' cannot be honoured"),
+        (lambda: nn.Bilinear(2, 2, 2), {"accumulate": "exact"}, "a Bilinear: accumulate='exact' cannot be honoured"),
         (lambda: nn.Embedding(2, 2), {"accumulate": "exact"}, "a Embedding: accumulate='exact'"),
         (lambda: nn.Embedding(2, 2), {"granularity": "block4"}, "sums over no axis of its weights"),
         (lambda: nn.Embedding(2, 2, max_norm=1.0), {}, "max_norm=1.0 changes the weights"),

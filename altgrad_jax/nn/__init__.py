@@ -8,6 +8,7 @@ from altgrad_core.summary import LayerRow as LayerRow
 from altgrad_core.summary import Summary as Summary
 from altgrad_jax.nn.accumulate import exact_product as exact_product
 from altgrad_jax.nn.cast_state import CastState as CastState
+from altgrad_jax.nn.convolution import exact_convolution as exact_convolution
 from altgrad_jax.nn.hooks import ProductCasts as ProductCasts
 from altgrad_jax.nn.hooks import quantized_dot_general as quantized_dot_general
 from altgrad_jax.nn.linen_models import Quantized as Quantized

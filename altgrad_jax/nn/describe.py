@@ -54,7 +54,7 @@ def _scaling_name(state: CastState) -> str:
 
 def formats_of(params: FormatParams) -> list[Format | None]:
     """The formats of params, of each layer of a stack; None for what is no format of at most 16 bits."""
-    return [_format(row) for row in dict.fromkeys(_rows(params))]
+    return [_format(row) for row in {repr(row): row for row in _rows(params)}.values()]  # NaN is not itself
 
 
 def _rows(params: FormatParams) -> list[_Row]:

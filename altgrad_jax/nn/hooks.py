@@ -17,6 +17,7 @@ from altgrad_core.scaling import Granularity, PerBlock, parse_granularity
 from altgrad_jax.nn.accumulate import exact_product
 from altgrad_jax.nn.cast_state import CastState
 from altgrad_jax.nn.casts import cast_gradient, cast_operand
+from altgrad_jax.nn.convolution import exact_convolution
 from altgrad_jax.nn.products import DotDimensionNumbers
 from altgrad_jax.params import FormatParams, as_params
 from altgrad_jax.scaling import Current, Static
@@ -76,9 +77,13 @@ class ProductCasts:
         preferred_element_type: jnp.dtype | None = None,
         out_sharding: jax.sharding.Sharding | None = None,
     ) -> jax.Array:
-        """``jnp.einsum`` of two cast operands: the hook of NNX Einsum."""
+        """``jnp.einsum`` of two cast operands: the hook of NNX Einsum.
+
+        Raises:
+            InputError: if it is to accumulate exactly, and the equation sums over an axis of one operand alone.
+        """
         dtype = preferred_element_type or jnp.result_type(lhs, rhs)
-        exactly = {"_dot_general": exact_product} if self.accumulate == "exact" else {}
+        exactly = {"_dot_general": _WholeProduct(equation, (lhs.size, rhs.size))} if self.accumulate == "exact" else {}
         product = cast(Callable[..., jax.Array], jnp.einsum)(
             equation,
             cast_operand(lhs, self.activations),
@@ -99,16 +104,13 @@ class ProductCasts:
         out_sharding: jax.sharding.Sharding | None = None,
         **kwargs: Any,
     ) -> jax.Array:
-        """``lax.conv_general_dilated`` of cast operands: the hook of NNX and Linen Conv.
-
-        Raises:
-            InputError: if it is to accumulate exactly.
-        """
-        if self.accumulate == "exact":
-            raise InputError("a convolution cannot accumulate exactly; expected accumulate='native'")
+        """``lax.conv_general_dilated`` of cast operands: the hook of NNX and Linen Conv."""
         if out_sharding is not None:
             kwargs["out_sharding"] = out_sharding
-        product = lax.conv_general_dilated(
+        convolve: Callable[..., jax.Array] = (
+            exact_convolution if self.accumulate == "exact" else lax.conv_general_dilated
+        )
+        product = convolve(
             cast_operand(lhs, self.activations),
             cast_operand(rhs, self.weights),
             *args,
@@ -116,6 +118,29 @@ class ProductCasts:
             **kwargs,
         )
         return cast_gradient(product, self.gradients)
+
+
+@dataclass(frozen=True)
+class _WholeProduct:
+    """An exact product that ``jnp.einsum`` has summed nothing before, equal by value so that JAX keeps its traces.
+
+    Attributes:
+        equation: of the einsum.
+        sizes: of its operands.
+    """
+
+    equation: str
+    sizes: tuple[int, int]
+
+    def __call__(
+        self, lhs: jax.Array, rhs: jax.Array, dimension_numbers: DotDimensionNumbers, *args: Any, **options: Any
+    ) -> jax.Array:
+        if sorted((lhs.size, rhs.size)) != sorted(self.sizes):
+            raise InputError(
+                f"{self.equation!r} sums over axes of one operand alone, which is no exact product; expected "
+                "accumulate='native', or every summed axis in both operands"
+            )
+        return exact_product(lhs, rhs, dimension_numbers, *args, **options)
 
 
 def quantized_dot_general(

@@ -17,9 +17,11 @@ from altgrad_core.errors import InputError
 from altgrad_core.rules import LayerSpec
 from altgrad_jax.nn.attention import AttentionCasts
 from altgrad_jax.nn.casts import cast_gradient, cast_operand
+from altgrad_jax.nn.convolution import PADDINGS_OF_INPUT
 from altgrad_jax.nn.hooks import ProductCasts
 from altgrad_jax.nn.products import DotDimensionNumbers
 from altgrad_jax.nn.sites import Site
+from altgrad_jax.nn.transposed import exact_transposed
 
 CastsOf = Callable[[Site, str], ProductCasts]
 """The casts of a layer's product, of which there are several in attention alone; elsewhere its name is empty."""
@@ -59,7 +61,8 @@ class Call:
                 raise InputError(
                     f"{layer} has a {name} of its own, in whose place casts would be; expected Flax's, or {otherwise}"
                 )
-        if spec.accumulate == "exact" and not kind.accumulates_exactly:
+        is_padded_by_itself = getattr(self.module, "padding", None) in PADDINGS_OF_INPUT
+        if spec.accumulate == "exact" and (is_padded_by_itself or not kind.accumulates_exactly):
             raise InputError(
                 f"{layer} cannot accumulate exactly; expected a rule of its own for it, with accumulate='native'"
             )
@@ -178,6 +181,22 @@ class _Embed(_Promotion):
 
 
 class _ConvTranspose(_Promotion):
+    """Exact, the product is its own."""
+
+    kept: tuple[Any, ...]
+
+    def __call__(self, *arrays: Any, **options: Any) -> tuple[Any, ...]:
+        self.kept = super().__call__(*arrays, **options)
+        if self.promoted.accumulate == "exact":  # what the layer makes of it is thrown away
+            return tuple(None if each is None else jnp.zeros_like(each) for each in self.kept)
+        return self.kept
+
+    def finished(self, result: jax.Array) -> jax.Array:
+        if self.promoted.accumulate == "exact":
+            layer = cast(linen.ConvTranspose, self.call.module)
+            result = exact_transposed(layer, *self.kept).reshape(result.shape)
+        return super().finished(result)
+
     def _site(self, weights: jax.Array) -> Site:
         inputs, outputs = weights.ndim - 2, weights.ndim - 1
         if cast(linen.ConvTranspose, self.call.module).transpose_kernel:
@@ -187,20 +206,26 @@ class _ConvTranspose(_Promotion):
 
 
 class _Einsum(_Promotion):
-    """Keeps the bias back, so that the gradient is cast where the product ends."""
+    """Keeps the bias back, so that the gradient is cast where the product ends; exact, the product is its own."""
 
-    kept: tuple[jax.Array, jax.Array, jax.Array] | None = None
+    kept: tuple[jax.Array, jax.Array, jax.Array | None]
 
     def __call__(self, *arrays: Any, **options: Any) -> tuple[Any, ...]:
-        inputs, kernel, bias = super().__call__(*arrays, **options)
-        self.kept = None if bias is None else (inputs, kernel, bias)
-        return inputs, kernel, None
+        self.kept = inputs, kernel, _ = self.original(*arrays, **options)
+        self.promoted = self.casts(self._site(kernel))
+        if self.promoted.accumulate == "exact":  # what the layer makes of it is thrown away
+            return jnp.zeros_like(inputs), jnp.zeros_like(kernel), None
+        return cast_operand(inputs, self.promoted.activations), cast_operand(kernel, self.promoted.weights), None
 
     def finished(self, result: jax.Array) -> jax.Array:
-        result = super().finished(result)
-        if self.kept is None:
-            return result
         inputs, kernel, bias = self.kept
+        if self.promoted.accumulate == "exact":
+            how = {name: getattr(self._module, name) for name in ("precision", "preferred_element_type")}
+            result = self.promoted.einsum(self._equation, inputs, kernel, **how)
+        else:
+            result = super().finished(result)
+        if bias is None:
+            return result
         _, shape = self._module._get_bias_shape(self._equation, inputs, kernel)
         return result + jnp.reshape(bias, shape)
 
@@ -245,6 +270,11 @@ class Kind:
         """What it is called."""
         return self.layer.__name__
 
+    @property
+    def weights(self) -> str:
+        """The parameter that it multiplies by."""
+        return "embedding" if self.layer is linen.Embed else "kernel"
+
 
 _DOT_GENERAL: dict[str, object] = {"dot_general": None, "dot_general_cls": None}
 _CONVOLUTION: dict[str, object] = {"conv_general_dilated": None, "conv_general_dilated_cls": None}
@@ -257,9 +287,9 @@ _ATTENTION: dict[str, object] = {
 _KINDS = (
     Kind(linen.Dense, _DotGeneral, "dot_general", _DOT_GENERAL, has_subclasses=True, accumulates_exactly=True),
     Kind(linen.DenseGeneral, _DotGeneral, "dot_general", _DOT_GENERAL, has_subclasses=True, accumulates_exactly=True),
-    Kind(linen.Einsum, _Einsum, "promote_dtype"),
-    Kind(linen.Conv, _Convolution, "conv_general_dilated", _CONVOLUTION, has_subclasses=True),
-    Kind(linen.ConvTranspose, _ConvTranspose, "promote_dtype"),
+    Kind(linen.Einsum, _Einsum, "promote_dtype", accumulates_exactly=True),
+    Kind(linen.Conv, _Convolution, "conv_general_dilated", _CONVOLUTION, has_subclasses=True, accumulates_exactly=True),
+    Kind(linen.ConvTranspose, _ConvTranspose, "promote_dtype", accumulates_exactly=True),
     Kind(linen.Embed, _Embed, "promote_dtype", methods=("__call__", "attend")),
     Kind(
         linen.MultiHeadDotProductAttention,

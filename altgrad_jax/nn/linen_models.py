@@ -83,7 +83,7 @@ class Quantized(linen.Module):
             UnusedRuleWarning: for a rule that decides about no layer.
         """
         making = Making(self.rules)
-        with _intercepted(making):
+        with intercepted(making):
             output, variables = self.module.init_with_output(
                 rngs, *args, method=method, mutable=mutable, capture_intermediates=capture_intermediates, **kwargs
             )
@@ -114,7 +114,7 @@ class Quantized(linen.Module):
         """
         plain = {name: collection for name, collection in variables.items() if name != CASTS}
         making = Making(self.rules)
-        with _intercepted(making):
+        with intercepted(making):
             _, changed = self.module.apply(plain, *args, rngs=rngs, method=method, mutable=True, **kwargs)
         return self._with(plain, changed, making)
 
@@ -133,7 +133,7 @@ class Quantized(linen.Module):
         Raises:
             InputError: if a layer that rules pick has no states in the variables.
         """
-        with _intercepted(Casting(self.rules)):
+        with intercepted(Casting(self.rules)):
             return self.module.apply(
                 variables,
                 *args,
@@ -207,7 +207,7 @@ def summarize_linen(
     looking = Interceptor()
 
     def look() -> object:
-        with _intercepted(looking):
+        with intercepted(looking):
             return module.apply(variables, *args, rngs=rngs, method=method, mutable=True, **kwargs)
 
     jax.eval_shape(look)
@@ -221,7 +221,8 @@ def summarize_linen(
 
 
 @contextmanager
-def _intercepted(interceptor: Interceptor) -> Iterator[None]:
+def intercepted(interceptor: Interceptor) -> Iterator[None]:
+    """Have what is done with each layer that a model calls done by an interceptor."""
     rules = interceptor.rules if isinstance(interceptor, Ruled) else ()
     told = tuple((rule.layers, rule.accumulate, rule.spec is None) for rule in rules)
     with RULES(told), linen.intercept_methods(interceptor):

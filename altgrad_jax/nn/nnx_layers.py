@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from altgrad_core.errors import InputError
+from altgrad_jax.nn.convolution import PADDINGS_OF_INPUT
 from altgrad_jax.nn.hooks import ProductCasts
 from altgrad_jax.nn.nnx_products import (
     Operation,
@@ -88,7 +89,10 @@ class Layer:
                 f"{self.path}, a {self.kind}, has a {name} of its own, in whose place casts would be; expected Flax's, "
                 f"or Rule({self.path!r}, None)"
             )
-        if any(each.accumulate == "exact" for each in casts) and name in ("conv_general_dilated", "promote_dtype"):
+        is_exact = any(each.accumulate == "exact" for each in casts)
+        if is_exact and (
+            isinstance(self.module, nnx.Embed) or getattr(self.module, "padding", None) in PADDINGS_OF_INPUT
+        ):
             raise InputError(
                 f"{self.path}, a {self.kind}, cannot accumulate exactly; expected a rule of its own for it, with "
                 "accumulate='native'"

@@ -13,6 +13,7 @@ from altgrad_jax.nn.attention import AttentionCasts
 from altgrad_jax.nn.cast_state import CastState
 from altgrad_jax.nn.casts import cast_gradient, cast_operand
 from altgrad_jax.nn.hooks import ProductCasts
+from altgrad_jax.nn.transposed import exact_transposed
 
 Operation = Literal["dot_general", "einsum", "conv_general_dilated"]
 
@@ -125,7 +126,18 @@ class QuantizedConvTranspose(nnx.ConvTranspose):
 
     def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """Convolve the cast input with the cast kernel."""
-        return cast(QuantizedPromotion, self.promote_dtype).cast_gradient(super().__call__(inputs, *args, **kwargs))
+        promotion = cast(QuantizedPromotion, self.promote_dtype)
+        is_exact = promotion.product.accumulate == "exact"
+        result = self._exactly(inputs) if is_exact else super().__call__(inputs, *args, **kwargs)
+        return promotion.cast_gradient(result)
+
+    def _exactly(self, inputs: jax.Array) -> jax.Array:
+        own = len(self.kernel_size) + 1
+        kernel = self.kernel[...] if self.mask is None else self.kernel[...] * self.mask
+        bias = None if self.bias is None else self.bias[...]
+        flat = inputs.reshape(-1, *inputs.shape[inputs.ndim - own :])
+        result = exact_transposed(self, *self.promote_dtype((flat, kernel, bias), dtype=self.dtype))
+        return result.reshape(*inputs.shape[: inputs.ndim - own], *result.shape[1:])
 
 
 def _variable(state: CastState | None) -> CastVariable | None:

@@ -15,6 +15,8 @@ from altgrad_core.rules import UnusedRuleWarning as UnusedRuleWarning
 from altgrad_core.summary import LayerRow as LayerRow
 from altgrad_core.summary import Summary as Summary
 from altgrad_torch.nn.accumulate import exact_product as exact_product
+from altgrad_torch.nn.convolution import exact_convolution as exact_convolution
+from altgrad_torch.nn.convolution import exact_transposed_convolution as exact_transposed_convolution
 from altgrad_torch.nn.model import dequantize_model as dequantize_model
 from altgrad_torch.nn.model import quantize_model as quantize_model
 from altgrad_torch.nn.model import set_formats as set_formats

@@ -7,7 +7,7 @@ and goes back by the class alone.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from altgrad_core.convolution import Sweep, spread
 from altgrad_core.errors import InputError
 from altgrad_core.rules import Rule
 from altgrad_torch.granularity import amaxes
 from altgrad_torch.nn.accumulate import exact_product
+from altgrad_torch.nn.convolution import exact_convolution, exact_transposed_convolution
 from altgrad_torch.nn.geometry import Geometry
 from altgrad_torch.nn.products import Sites, cast_gradient, cast_operand, quantized_product
 from altgrad_torch.nn.sites import Site
@@ -39,9 +41,6 @@ class QuantizedLayer(nn.Module):
 
     weight_names: ClassVar[tuple[str, ...]] = ("weight",)
     """The parameters that its weights' site casts."""
-
-    refuses_exact: ClassVar[str] = ""
-    """Why products cannot be summed exactly; empty if they can."""
 
     casts: nn.ModuleDict
     rule: Rule | None
@@ -64,6 +63,11 @@ class QuantizedLayer(nn.Module):
         """Whether products are summed exactly."""
         spec = None if self.rule is None else self.rule.spec
         return spec is not None and spec.accumulate == "exact"
+
+    @property
+    def refuses_exact(self) -> str:
+        """Why products cannot be summed exactly; empty if they can."""
+        return ""
 
     def weights(self) -> list[Tensor]:
         """The parameters that its weights' site casts."""
@@ -126,7 +130,11 @@ class QuantizedBilinear(QuantizedLayer, nn.Bilinear):
     """:class:`torch.nn.Bilinear` with cast operands and gradients."""
 
     plain = nn.Bilinear
-    refuses_exact = "its product has three operands"
+
+    @property
+    def refuses_exact(self) -> str:
+        """Why products cannot be summed exactly."""
+        return "its product has three operands"
 
     def geometries(self) -> dict[str, Geometry]:
         """The axes of what is cast, by the names of the sites."""
@@ -150,7 +158,11 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
     """:class:`torch.nn.Embedding` with cast weights and gradients; indices are not cast."""
 
     plain = nn.Embedding
-    refuses_exact = "what sums the gradients of its rows is no product"
+
+    @property
+    def refuses_exact(self) -> str:
+        """Why products cannot be summed exactly."""
+        return "what sums the gradients of its rows is no product"
 
     def geometries(self) -> dict[str, Geometry]:
         """The axes of what is cast, by the names of the sites."""
@@ -169,7 +181,11 @@ class QuantizedEmbedding(QuantizedLayer, nn.Embedding):
 
 
 class _QuantizedConvolution(QuantizedLayer, _ConvNd):
-    refuses_exact = "its sums are not those of one matrix product"
+    @property
+    def refuses_exact(self) -> str:
+        if self.padding_mode == "zeros":
+            return ""
+        return f"the gradient of an input that padding_mode={self.padding_mode!r} repeats is a sum of rounded ones"
 
     def geometries(self) -> dict[str, Geometry]:
         axes = len(self.kernel_size)
@@ -182,10 +198,16 @@ class _QuantizedConvolution(QuantizedLayer, _ConvNd):
 
     def forward(self, input: Tensor) -> Tensor:
         def convolve(x: Tensor, weight: Tensor) -> Tensor:
-            return self._conv_forward(x, weight, None)
+            return self._exactly(x, weight) if self.is_exact else self._conv_forward(x, weight, None)
 
         product = quantized_product(convolve, input, self.weight, self.sites("activations", "weights", "gradients"))
         return plus_bias(product, self.bias, len(self.kernel_size))
+
+    def _exactly(self, x: Tensor, weight: Tensor) -> Tensor:
+        edges = self._reversed_padding_repeated_twice[::-1]  # after and before, from the first axis on
+        how = zip(self.stride, edges[1::2], edges[::2], self.dilation, strict=True)
+        sweeps = [Sweep(stride, before, after, 1, spacing) for stride, before, after, spacing in how]
+        return of_batches(lambda x: exact_convolution(x, weight, sweeps, self.groups), x, len(sweeps))
 
 
 class QuantizedConv1d(_QuantizedConvolution, nn.Conv1d):
@@ -207,8 +229,6 @@ class QuantizedConv3d(_QuantizedConvolution, nn.Conv3d):
 
 
 class _QuantizedTransposedConvolution(QuantizedLayer, _ConvTransposeNd):
-    refuses_exact = "its sums are not those of one matrix product"
-
     def geometries(self) -> dict[str, Geometry]:
         axes = len(self.kernel_size)
         features = -axes - 1
@@ -229,11 +249,21 @@ class _QuantizedTransposedConvolution(QuantizedLayer, _ConvTransposeNd):
         output_padding = self._output_padding(input, output_size, *how)
 
         def convolve(x: Tensor, weight: Tensor) -> Tensor:
+            if self.is_exact:
+                return self._exactly(x, weight, output_padding)
             padding = (self.padding, output_padding)
             return transposed(x, weight, None, self.stride, *padding, self.groups, self.dilation)
 
         product = quantized_product(convolve, input, self.weight, self.sites("activations", "weights", "gradients"))
         return plus_bias(product, self.bias, axes)
+
+    def _exactly(self, x: Tensor, weight: Tensor, output_padding: list[int]) -> Tensor:
+        how: Any = zip(self.kernel_size, self.stride, self.padding, self.dilation, output_padding, strict=True)
+        sweeps = []
+        for size, stride, padding, spacing, more in how:
+            edge = spread(size, spacing) - 1 - padding
+            sweeps.append(Sweep(1, edge, edge + more, stride, spacing))
+        return of_batches(lambda x: exact_transposed_convolution(x, weight, sweeps, self.groups), x, len(sweeps))
 
 
 class QuantizedConvTranspose1d(_QuantizedTransposedConvolution, nn.ConvTranspose1d):
@@ -267,6 +297,11 @@ def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``, each element and those of the gradients exact sums rounded once to float32."""
     rows = exact_product(x.reshape(-1, x.shape[-1]), weight.mT)
     return rows.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def of_batches(convolve: Callable[[Tensor], Tensor], x: Tensor, axes: int) -> Tensor:
+    """A convolution of a batch, or of one input without an axis for it."""
+    return convolve(x) if x.ndim == axes + 2 else convolve(x[None])[0]
 
 
 def plus_bias(product: Tensor, bias: Tensor | None, axes: int = 0) -> Tensor:
