@@ -539,6 +539,7 @@ print(json.dumps({n: seen(n) for n in (1, 2, 8)}))
 """
 
 
+@pytest.mark.exhaustive  # tests/test_distribution_jax.py compares norms and clipped gradients of a mesh every time
 def test_devices_do_not_matter() -> None:
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

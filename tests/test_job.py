@@ -443,6 +443,7 @@ def test_places_in_a_fleet_on_two_devices() -> None:
     assert done.stdout == "same bits\n"
 
 
+@pytest.mark.exhaustive  # all programs are compiled again for one run
 def test_a_run_in_a_fleet_is_the_run_alone(trained: Trained) -> None:
     """On as many devices, every bit."""
     name = "nan, on"

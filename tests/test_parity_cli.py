@@ -126,7 +126,7 @@ def test_bad_input_is_named(
 
 
 def test_the_built_in_pair(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("altgrad.parity.cli.MLPShape", lambda: MLPShape((24, 16, 16, 10), batch=8))
+    monkeypatch.setattr("altgrad.parity.cli.MLPShape", lambda: MLPShape((24, 16, 10), batch=8))
     options = ("--format", "E7M0", "--storage", "committed", "--steps", "3", "--repeat-steps", "1")
     assert run(monkeypatch, *options, "--json", "found.json", "--html", "found.html") == 0
     said = capsys.readouterr().out

@@ -48,7 +48,7 @@ def sides_of(
         JAX's side and torch's, as :func:`altgrad.parity.lockstep` takes them.
 
     >>> from altgrad.parity import lockstep
-    >>> jax_side, torch_side = sides_of(MLPShape((6, 4, 3), batch=2), Recipe("E7M0"))
+    >>> jax_side, torch_side = sides_of(MLPShape((24, 16, 10), batch=8), Recipe("E7M0"))
     >>> lockstep(jax_side, torch_side, steps=2).identical_steps
     2
     """

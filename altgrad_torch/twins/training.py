@@ -53,7 +53,7 @@ def make(
         loss; a gradient for each weight, the last first; then of each its moments and the weight itself.
 
     >>> from altgrad_core.twins import MLPShape
-    >>> shape, recipe = MLPShape((6, 4, 3), batch=2), Recipe("E4M3", accumulate="native")
+    >>> shape, recipe = MLPShape((24, 16, 10), batch=8), Recipe("E4M3")
     >>> state, step = make(shape, recipe, shape.initial_weights(0), shape.batches(0))
     >>> state, seen = step(state, 0)
     >>> [name for name in seen if name.startswith("layer1")]
