@@ -14,7 +14,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from altgrad_core.errors import InputError
 from altgrad_jax import Delayed, Static, delayed_scale, get_format, set_format
-from altgrad_jax.nn import CastState, CastVariable, Rule, quantize_model, recording, set_formats
+from altgrad_jax.nn import (
+    CastState,
+    CastVariable,
+    Rule,
+    not_recording,
+    quantize_model,
+    recording,
+    set_formats,
+    summary,
+)
 from altgrad_jax.nn.record import Record, Sight, settled
 from altgrad_jax.params import edges
 from altgrad_jax.statistics import CastCounts, TallyParts
@@ -53,6 +62,35 @@ class TestWhereARecordingBelongs:
         models = nnx.List([quantized(0), quantized(1)])
         with pytest.raises(InputError, match="6 casts, of models with 3"), recording(models):
             pass
+
+    @pytest.mark.parametrize("jitted", [False, True])
+    def test_a_teacher_computes_apart(self, jitted):
+        teacher, graph_and_state = quantized(1), nnx.split(quantized(0))
+
+        def step(state, x):
+            model = nnx.merge(graph_and_state[0], state)
+
+            def loss(model):
+                with not_recording():
+                    target = teacher(10 * x)
+                return jnp.sum((model(x) - target) ** 2)
+
+            with recording(model) as seen:
+                gradients = nnx.grad(loss)(model)
+            return gradients, seen.activations, seen.all, nnx.state(model, CastVariable)
+
+        x = jnp.ones((2, 4))
+        gradients, activations, everything, after = (jax.jit(step) if jitted else step)(graph_and_state[1], x)
+        assert activations.as_integers()["elements"] == 8
+        assert everything.as_integers()["elements"] == [8, 16, 8]
+        assert after.dot_general.activations.get_value().history[-1] == 1.0
+        alone = nnx.grad(lambda model: jnp.sum((model(x) - teacher(10 * x)) ** 2))(nnx.merge(*graph_and_state))
+        jax.tree.map(np.testing.assert_array_equal, gradients, alone)
+
+    def test_a_summary_needs_formats_that_are_known(self):
+        graph, state = nnx.split(quantized())
+        with pytest.raises(InputError, match="not known while a function is traced; expected a model outside of jit"):
+            jax.make_jaxpr(lambda state: summary(nnx.merge(graph, state)) and None)(state)
 
 
 class TestWhatARecordingKeeps:

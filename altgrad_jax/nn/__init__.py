@@ -21,4 +21,5 @@ from altgrad_jax.nn.nnx_products import CastVariable as CastVariable
 from altgrad_jax.nn.packed import pack as pack
 from altgrad_jax.nn.packed import unpack as unpack
 from altgrad_jax.nn.seen import Seen as Seen
+from altgrad_jax.nn.seen import not_recording as not_recording
 from altgrad_jax.nn.seen import record_casts as record_casts

@@ -108,7 +108,8 @@ def recording(model: nnx.Module, *, axis_name: str | tuple[str, ...] = ()) -> Ab
     passes within one, and whatever computes without, draw the same. Of a Linen model the states are the user's to
     carry: see :func:`~altgrad_jax.nn.record_casts`.
 
-    Whatever computes meanwhile is taken for this model if it has as many casts: let a teacher compute before or after.
+    Whatever computes meanwhile is taken for this model if it has as many casts: let a teacher compute within
+    :func:`~altgrad_jax.nn.not_recording`.
 
     Within a step ``scan``, ``checkpoint`` and ``jit`` may be used freely, and the step itself under ``vmap`` over whole
     models. JAX can write to no reference in a differentiated ``lax.cond`` (it raises a ``KeyError``), nor under a

@@ -204,6 +204,27 @@ def record_casts(states: Tree, *, axis_name: str | tuple[str, ...] = ()) -> Iter
         end_recording(seen.recording)
 
 
+@contextmanager
+def not_recording() -> Iterator[None]:
+    """Within a recording, compute what is none of its business, such as a teacher of a student that is recorded.
+
+    What computes in here, and what is differentiated of it, enters no record. Elsewhere a model of as many casts as the
+    one that is recorded would be taken for it. Where nothing records this changes nothing.
+
+    >>> from flax import nnx
+    >>> from altgrad_jax.nn import Rule, quantize_model, recording
+    >>> model = quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [Rule(".*", "E4M3")])
+    >>> with recording(model) as seen:
+    ...     student = model(jnp.ones((2, 4)))
+    ...     with not_recording():
+    ...         teacher = model(jnp.ones((9, 4)))
+    >>> seen.activations.as_integers()["elements"]
+    8
+    """
+    with OPEN(None):
+        yield
+
+
 def named_states(tree: object) -> dict[str, CastState]:
     """The states in a pytree by name: the keys on the way to each."""
     leaves = jax.tree.leaves_with_path(tree, is_leaf=_is_state)
