@@ -28,7 +28,8 @@ def format_names(states: Sequence[CastState]) -> str | None:
     """
     if any(isinstance(state.words, jax.core.Tracer) for state in states):
         raise InputError(
-            "formats are data, so those of a model are not known while a function is traced; expected a model outside of jit"
+            "formats are data, so those of a model are not known while a function is traced; expected a model outside "
+            "of jit"
         )
     rows = [row for state in states for row in _rows(state.params)]
     return ", ".join(dict.fromkeys(_name(row) for row in rows)) or None
