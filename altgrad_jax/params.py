@@ -279,7 +279,7 @@ class Edges(NamedTuple):
 def edges(params: FormatParams) -> Edges:
     """Where the grid of a format ends, for casts to nearest even."""
     if params.path == "identity":
-        return Edges(jnp.int32(_INF), jnp.int32(0))
+        return Edges(jnp.full_like(params.min_exponent, _INF), jnp.zeros_like(params.min_exponent))
     maximum = _bits(params.max_value)
     max_exponent = (maximum >> 23) - 127
     half = jnp.int32(1) << (22 - params.mantissa_bits + jnp.maximum(params.min_exponent - max_exponent, 0))

@@ -207,6 +207,33 @@ class TestWhatAStateHolds:
             for variable in model.dot_general.variables:
                 check_grid(variable.get_value(), reduce)
 
+    def test_its_grid_is_that_of_its_own_scaling_and_path_whatever_the_others_have(self):
+        rules = [
+            Rule("layers/0", "E4M3", scaling=Delayed(4, power_of_two=False)),
+            Rule("layers/1", "E4M3", gradients="bf16", scaling=Delayed(4, "most_recent")),
+            Rule(".*", "E4M3", scaling=Delayed(4)),
+        ]
+        layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(seed)) for seed in range(3)]
+        model = quantize_model(nnx.Sequential(*layers), rules)
+        for scale in (2.0**20, 2.0**10):
+            with recording(model):
+                nnx.grad(loss_of)(model, scale * jnp.ones((2, 4)))
+        for layer, reduce in zip(model.layers[1:], ("most_recent", "max"), strict=True):
+            for variable in layer.dot_general.variables:
+                check_grid(variable.get_value(), reduce)
+        assert model.layers[1].dot_general.gradients.get_value().path == "wide"
+
+    def test_a_stack_in_float32_has_a_grid_for_each(self):
+        @nnx.vmap
+        def stacked(rngs):
+            return nnx.Linear(4, 4, rngs=rngs)
+
+        model = quantize_model(stacked(nnx.Rngs(0).split(2)), [Rule(".*", "float32")])
+        before = [variable.get_value().words for variable in model.dot_general.variables]
+        set_formats(model, {".*": "float32"})
+        for variable, words in zip(model.dot_general.variables, before, strict=True):
+            np.testing.assert_array_equal(variable.get_value().words, words)
+
     def test_set_format_writes_into_it_wherever_it_is(self):
         states = nnx.state(quantized(), CastVariable)
         after = set_format(states, "E5M2")
@@ -227,7 +254,7 @@ class TestWhatAStateHolds:
             assert seen.underflow_rates[name] == counts.underflow_rate
         assert sorted(float(each) for each in seen.overflow_rates.values()) == [0.0, 0.0, 0.25]
 
-    def test_a_change_of_format_leaves_it_where_it_lies_and_compiles_nothing(self):
+    def test_a_change_of_format_leaves_it_where_it_lies_and_compiles_nothing(self, caplog):
         everywhere = NamedSharding(jax.make_mesh((1,), ("devices",)), PartitionSpec())
         graph, state = nnx.split(quantized())
         compute = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
@@ -237,3 +264,6 @@ class TestWhatAStateHolds:
         set_formats(model, {".*": "E5M2"})
         assert not np.array_equal(compute(nnx.state(model), x), first)
         assert compute._cache_size() == 1
+        with jax.log_compiles():
+            set_formats(model, {".*": "E4M3"})
+        assert not [each for each in caplog.messages if "ompil" in each]

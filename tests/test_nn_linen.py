@@ -276,6 +276,25 @@ def test_formats_are_data(mlp):
         set_formats(variables, {"Dense_1": "E5M2"})
 
 
+def test_variables_in_numpy_arrays_as_checkpoints_give_them_are_as_good(mlp):
+    model, variables, x, *_ = mlp
+
+    def calibrated(variables):
+        variables = set_formats(variables, {"Dense_0": "E5M2"})
+        for _ in range(2):  # the first gives JAX arrays
+            with record_casts(variables["casts"]) as seen:
+                model.apply(variables, x)
+            variables = {**variables, "casts": seen.updated(variables["casts"])}
+        return variables["casts"]
+
+    restored = flax.serialization.from_bytes(variables, flax.serialization.to_bytes(variables))
+    assert isinstance(restored["casts"]["Dense_0"]["weights"].words, np.ndarray)
+    with record_casts(restored["casts"]) as seen:
+        model.apply(restored, x)
+    assert seen.activations.as_integers()["elements"] == 32
+    _assert_same(*map(jax.tree.leaves, (calibrated(restored), calibrated(variables))))
+
+
 def test_a_plain_checkpoint_gets_casts_and_comes_back(mlp):
     model, variables, x, *_ = mlp
     assert isinstance(dequantize_model(model), MLP)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -135,10 +136,10 @@ class CastState(FormatHolder):
     def with_params(self, params: FormatParams) -> CastState:
         """The state with another format of the same path; its array lies where it lay."""
         words = jnp.concatenate([to_words(params), self.words[..., _PLACE:]], axis=-1)
-        after = replace(self, words=words)._with_grid()
-        if isinstance(self.words, jax.core.Tracer) or not self.words.committed:
-            return after
-        return replace(after, words=jax.jit(lambda words: words, out_shardings=self.words.sharding)(after.words))
+        after, old = replace(self, words=words)._with_grid(), self.words
+        if not isinstance(old, jax.Array) or isinstance(old, jax.core.Tracer) or not old.committed:
+            return after  # of a NumPy array, as checkpoints are read into, there is no place to keep
+        return replace(after, words=_placement(old.sharding)(after.words))
 
     @property
     def place(self) -> jax.Array | None:
@@ -220,6 +221,12 @@ class CastState(FormatHolder):
         if history is not None:
             history = jnp.where(seen, push_amax(history, largest.reshape(self.amax_shape)), history)
         return self.with_history(history, self.step + 1)
+
+
+@cache  # a jit of its own for each array would compile as often
+def _placement(sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
+    """Puts an array where it should lie: as ``device_put``, which on several processes first compares their values."""
+    return jax.jit(lambda words: words, out_shardings=sharding)
 
 
 @partial(jax.jit, inline=True)  # one program also outside of jit

@@ -38,7 +38,7 @@ class Seen:
         # What each saw will be found among that of all casts, those of a stack one after the other.
         ends = list(itertools.accumulate(math.prod(state.stack) for state in ordered))
         self._places = [np.arange(a, b) for a, b in itertools.pairwise([0, *ends])]
-        nothing = 0 * ordered[0].words.reshape(-1)[0]  # mapped, where the states are
+        nothing = 0 * jnp.asarray(ordered[0].words).reshape(-1)[0]  # mapped, where the states are
         self.recording = begin_recording(tuple(state.shape for state in ordered), axis_name, nothing)
         self._read: _Read | None = None
 
@@ -103,9 +103,9 @@ class Seen:
         Args:
             states: a pytree with the states that the recording began with.
         """
-        alike: dict[tuple[object, ...], list[CastState]] = {}
+        alike: dict[jax.tree_util.PyTreeDef, list[CastState]] = {}
         for state in named_states(states).values():
-            alike.setdefault((state.words.shape[-1], state.shape.amaxes), []).append(state)
+            alike.setdefault(jax.tree.structure(state.anonymous()), []).append(state)
         words: dict[int, jax.Array] = {}
         for group in alike.values():
             words |= self._words_after(group)
