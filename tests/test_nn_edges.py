@@ -60,7 +60,10 @@ class TestWhereARecordingBelongs:
 
     def test_models_that_were_quantized_apart_cannot_share_one(self):
         models = nnx.List([quantized(0), quantized(1)])
-        with pytest.raises(InputError, match="6 casts, of models with 3"), recording(models):
+        with (
+            pytest.raises(InputError, match="two of the 6 casts have the number 0, of models with 3"),
+            recording(models),
+        ):
             pass
 
     @pytest.mark.parametrize("jitted", [False, True])
@@ -94,6 +97,22 @@ class TestWhereARecordingBelongs:
 
 
 class TestWhatARecordingKeeps:
+    @pytest.mark.parametrize("jitted", [False, True])
+    def test_a_part_of_a_model_is_recorded_alone(self, jitted):
+        layers = nnx.List([nnx.Linear(4, 4, rngs=nnx.Rngs(k)) for k in range(2)])
+        graph, state = nnx.split(quantize_model(layers, [Rule(".*", "E4M3")]))
+
+        def step(state, x):
+            model = nnx.merge(graph, state)
+            with recording(model[1]) as seen:
+                nnx.grad(lambda model: jnp.sum(model[1](model[0](x))))(model)
+            return seen.all, nnx.state(model, CastVariable)
+
+        everything, after = (jax.jit(step) if jitted else step)(state, jnp.ones((2, 4)))
+        assert everything.as_integers()["elements"] == [8, 16, 8]
+        steps = [int(after[k]["dot_general"]["gradients"].get_value().step) for k in range(2)]
+        assert steps == [0, 1]
+
     def test_each_thread_has_a_record_of_its_own(self):
         both, models = threading.Barrier(2), [quantized(seed) for seed in range(2)]
         counted = {}

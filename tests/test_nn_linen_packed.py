@@ -125,7 +125,8 @@ def test_the_file_is_that_of_the_equal_nnx_model(trained, tmp_path):
     assert packed == {"table/embedding", "up/kernel", "down/kernel"}
 
 
-@pytest.mark.parametrize("attends", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("attends", [False, True])
 def test_each_kind_of_layer_is_packed_as_in_nnx(attends, tmp_path):
     rules = KINDS if attends else KINDS[:-1]
     x, model = _normal(0, 2, 4, 8), quantize_model(Kinds(attends), rules)

@@ -116,7 +116,7 @@ def recording(model: nnx.Module, *, axis_name: str | tuple[str, ...] = ()) -> Ab
     ``vmap`` over examples alone (an exception that speaks of an unbatched array reference): there, record elsewhere.
 
     Args:
-        model: from :func:`quantize_model`.
+        model: from :func:`quantize_model`, or a part of it, whose casts alone are then recorded.
         axis_name: inside ``shard_map``, axes over which tensors are parts: counts and amaxes are then of all of them.
 
     Yields:

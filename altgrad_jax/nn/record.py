@@ -124,14 +124,16 @@ class Recording:
     """A recording that is going on: one object each, which JAX tells apart.
 
     Attributes:
-        records: where the casts write, by their numbers; none when it is over, since JAX keeps this object, with which
+        records: where casts write, by their numbers; none when it is over, since JAX keeps this object, with which
             it would keep a trace.
-        shapes: of these.
+        shapes: of what they write to, by their numbers: of all casts of a model, or of those of a part.
+        total: how many casts the whole model has.
         key: of those that may use its references after it; None inside a trace, with which they end.
     """
 
-    records: tuple[Record, ...]
-    shapes: tuple[Shape, ...]
+    records: dict[int, Record]
+    shapes: dict[int, Shape]
+    total: int
     key: Hashable
 
 
@@ -145,22 +147,27 @@ _IDLE: dict[Hashable, list[Recording]] = {}
 they are used again: else every recording would compile all that computes in it."""
 
 
-def begin_recording(shapes: tuple[Shape, ...], axis_name: tuple[str, ...], nothing: jax.Array) -> Recording:
+def begin_recording(shapes: dict[int, Shape], total: int, axis_name: tuple[str, ...], nothing: jax.Array) -> Recording:
     """A recording of which nothing is seen yet.
 
     Args:
-        shapes: of the casts, by their numbers.
+        shapes: of what casts write to, by their numbers.
+        total: how many casts the whole model has.
         axis_name: mapped axes over which tensors are parts.
         nothing: int32 zero, mapped over axes of which each has a record of its own.
     """
-    empty = [_empty(shape, nothing) for shape in shapes]
-    key = None if isinstance(nothing, jax.core.Tracer) else (shapes, axis_name, nothing.sharding)
+    empty = {number: _empty(shape, nothing) for number, shape in shapes.items()}
+    key = None if isinstance(nothing, jax.core.Tracer) else (tuple(shapes.items()), total, axis_name, nothing.sharding)
     try:
         again = _IDLE.get(key, []).pop()  # not looked at first: another thread may take it meanwhile
     except IndexError:
-        refs = [(jax.new_ref(seen), None if amaxes is None else jax.new_ref(amaxes)) for seen, amaxes in empty]
-        return Recording(tuple(Record(*each, axis_name) for each in refs), shapes, key)
-    for record, (seen, amaxes) in zip(again.records, empty, strict=True):
+        records = {
+            number: Record(jax.new_ref(seen), None if amaxes is None else jax.new_ref(amaxes), axis_name)
+            for number, (seen, amaxes) in empty.items()
+        }
+        return Recording(records, shapes, total, key)
+    for number, (seen, amaxes) in empty.items():
+        record = again.records[number]
         record.seen[...] = seen
         if record.amaxes is not None:
             record.amaxes[...] = amaxes
@@ -175,13 +182,13 @@ def _empty(shape: Shape, nothing: jax.Array) -> tuple[jax.Array, jax.Array | Non
 def end_recording(recording: Recording) -> None:
     """Let the next recording outside of any trace have the references; drop those of a trace."""
     if recording.key is None:
-        recording.records = ()
+        recording.records = {}
     else:
         _IDLE.setdefault(recording.key, []).append(recording)
 
 
 def current_record(number: int, total: int, shape: Shape) -> Record | None:
-    """Where a cast of the recording that goes on writes; None if none does.
+    """Where a cast of the recording that goes on writes; None if none does, or one of another part of the model.
 
     Args:
         number: of the cast.
@@ -194,11 +201,13 @@ def current_record(number: int, total: int, shape: Shape) -> Record | None:
     recording: Recording | None = OPEN.value
     if recording is None:
         return None
-    if len(recording.shapes) != total:
+    if recording.total != total:
         raise InputError(
-            f"a layer of a model with {total} casts computes while a model with {len(recording.shapes)} is recorded; "
+            f"a layer of a model with {total} casts computes while a model with {recording.total} is recorded; "
             "expected them to be one, quantized together"
         )
+    if number not in recording.shapes:
+        return None
     if recording.shapes[number] != shape:
         raise InputError(
             f"a layer whose cast {number} records {shape} computes while a model is recorded of which that one is "

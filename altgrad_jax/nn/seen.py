@@ -37,18 +37,20 @@ class Seen:
         ordered = _by_number(states)
         # What each saw will be found among that of all casts, those of a stack one after the other.
         ends = list(itertools.accumulate(math.prod(state.stack) for state in ordered))
-        self._places = [np.arange(a, b) for a, b in itertools.pairwise([0, *ends])]
+        rows = [np.arange(a, b) for a, b in itertools.pairwise([0, *ends])]
+        self._places = {state.number: places for state, places in zip(ordered, rows, strict=True)}
         nothing = 0 * jnp.asarray(ordered[0].words).reshape(-1)[0]  # mapped, where the states are
-        self.recording = begin_recording(tuple(state.shape for state in ordered), axis_name, nothing)
+        shapes = {state.number: state.shape for state in ordered}
+        self.recording = begin_recording(shapes, ordered[0].total, axis_name, nothing)
         self._read: _Read | None = None
 
     def read(self) -> None:
         """Take what was seen out of the records."""
         records = self.recording.records
         if records:
-            seen = [record.seen[...] for record in records]
+            seen = [record.seen[...] for record in records.values()]
             together = jnp.concatenate([each.reshape(-1, *each.shape[-2:]) for each in seen])
-            amaxes = [None if record.amaxes is None else record.amaxes[...] for record in records]
+            amaxes = {k: record.amaxes[...] for k, record in records.items() if record.amaxes is not None}
             self._read = _Read(as_one_value(settled, together), amaxes)
 
     @property
@@ -118,8 +120,7 @@ class Seen:
         read, places = self._finished(), [self._places[state.number] for state in states]
         took_place, largest = (_at(of_all, np.concatenate(places)) for of_all in (read.all.took_place, read.all.amaxes))
         if states[0].writes_amaxes:
-            found = [(state, read.amaxes[state.number]) for state in states]
-            bits = [each.reshape(-1, *state.amax_shape) for state, each in found if each is not None]
+            bits = [read.amaxes[state.number].reshape(-1, *state.amax_shape) for state in states]
             largest = lax.bitcast_convert_type(jnp.concatenate(bits), jnp.float32)
         before = jnp.concatenate([state.words.reshape(-1, state.words.shape[-1]) for state in states])
         one = replace(states[0].anonymous(), words=before[0])
@@ -148,11 +149,11 @@ class _Read(NamedTuple):
 
     Attributes:
         all: counts and amaxes of all casts.
-        amaxes: bits of float32, of each cast by its number; None where it has not many.
+        amaxes: bits of float32, by the numbers of the casts that have many.
     """
 
     all: Settled
-    amaxes: Sequence[jax.Array | None]
+    amaxes: Mapping[int, jax.Array]
 
 
 def _at(of_all: jax.Array, places: np.ndarray) -> jax.Array:
@@ -232,19 +233,19 @@ def named_states(tree: object) -> dict[str, CastState]:
 
 
 def _by_number(states: Mapping[str, CastState]) -> list[CastState]:
-    """The states of a whole model in the order of their numbers."""
+    """The states of a model, or of a part of one, in the order of their numbers."""
     totals = {state.total for state in states.values()}
     if not totals:
         raise InputError("there is nothing to record: expected a model with casts, see quantize_model")
     if len(totals) > 1:
         raise InputError(f"the casts belong to models of {sorted(totals)} casts; expected one, quantized together")
-    total = totals.pop()
     ordered = sorted(states.values(), key=lambda state: state.number)
-    if [state.number for state in ordered] != list(range(total)):
-        raise InputError(
-            f"there are {len(ordered)} casts, of models with {total}: quantized apart, or not whole; expected one "
-            "model, quantized together, and all of it"
-        )
+    for before, after in itertools.pairwise(ordered):
+        if before.number == after.number:
+            raise InputError(
+                f"two of the {len(ordered)} casts have the number {after.number}, of models with {after.total}: "
+                "quantized apart; expected them to be one model, quantized together"
+            )
     for state in ordered:
         if state.words.shape[:-1] != state.stack:
             raise InputError(
