@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -284,6 +284,23 @@ def check_contents(
         raise InputError("a scale is the E8M0 code 0, worth 2^-127; expected codes from 1 on, normal float32")
     if layout.scale_kind not in BLOCK_RULES and np.any(scales == E8M0_NAN):
         raise InputError(f"a scale is NaN, the E8M0 code {E8M0_NAN}; expected that with scale='mx' or 'fit' only")
+
+
+def check_same_names(held: Iterable[str], given: Iterable[str]) -> None:
+    """Refuse tensors for a model whose names are not the model's.
+
+    Args:
+        held: the names of what the model holds.
+        given: those of the tensors.
+
+    Raises:
+        InputError: with the first names that one side lacks.
+
+    >>> check_same_names(["up/kernel"], ["up/kernel"])
+    """
+    for what, names in (("tensors lack", {*held} - {*given}), ("model has no", {*given} - {*held})):
+        if names:
+            raise InputError(f"the {what} {', '.join(sorted(names)[:6])}; expected the same names on both sides")
 
 
 def numpy_dtype(name: str) -> np.dtype:

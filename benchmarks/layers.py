@@ -1,7 +1,7 @@
 """A training step of a user's Flax NNX model with every layer cast and recorded, against the plain model.
 
-``python -m benchmarks.layers [--write]``. The model is a decoder of Flax's own layers; Qwix and Flax's float8 products
-cast the same model as far as they can. What it takes to trace and compile a step is in the second table.
+``python -m benchmarks.layers [--write]``. The model is a decoder of Flax's own layers; Qwix casts the
+same model, where it is installed. What it takes to trace and compile a step is in the second table.
 """
 
 from __future__ import annotations

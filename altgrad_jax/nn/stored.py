@@ -10,6 +10,7 @@ import numpy as np
 
 from altgrad_core.errors import InputError, naming
 from altgrad_core.formats import Format
+from altgrad_core.packing import check_same_names
 from altgrad_core.scaling import Granularity, PerBlock, PerChannel, PerTensor, checked_axes, checked_axis
 from altgrad_jax.granularity import amaxes
 from altgrad_jax.nn.cast_arrays import arrays_of, grid_of, is_of_a_cast, loaded
@@ -113,7 +114,7 @@ class Stored:
         elif not any(is_of_a_cast(name) for name in given):
             arrays = {}
         held = {**self.arrays, **arrays}
-        _check_names(held, given)
+        check_same_names(held, given)
         _check_kinds(held, given)
         self._check_formats(given)
         plain = {name: tensor for name, tensor in given.items() if not isinstance(tensor, PackedTensor)}
@@ -160,15 +161,6 @@ def _over_stack(granularity: Granularity, stack: int, ndim: int) -> Granularity:
             return PerChannel((*range(stack), *(stack + axis for axis in checked_axes(axes, own))))
         case PerBlock(size, axis):
             return PerBlock(size, stack + checked_axis(axis, own))
-
-
-def _check_names(held: Mapping[str, object], tensors: Mapping[str, object]) -> None:
-    for what, names in (
-        ("tensors lack", held.keys() - tensors.keys()),
-        ("model has no", tensors.keys() - held.keys()),
-    ):
-        if names:
-            raise InputError(f"the {what} {', '.join(sorted(names)[:6])}; expected the same names on both sides")
 
 
 def _check_kinds(held: Mapping[str, jax.Array], tensors: Tensors) -> None:

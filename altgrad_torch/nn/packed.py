@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from altgrad_core.errors import InputError, naming
 from altgrad_core.formats import Format
+from altgrad_core.packing import check_same_names
 from altgrad_torch.nn.layers import QuantizedLayer
 from altgrad_torch.nn.model import quantized_layers
 from altgrad_torch.nn.sites import Site, format_of
@@ -87,7 +88,7 @@ def unpack(model: Model, tensors: Mapping[str, PackedTensor | Tensor]) -> Model:
         given = {name: tensor for name, tensor in given.items() if not _OF_A_CAST.fullmatch(name)}
     elif not any(_OF_A_CAST.fullmatch(name) for name in given):
         state = {name: tensor for name, tensor in state.items() if not _OF_A_CAST.fullmatch(name)}
-    _check_names(state, given)
+    check_same_names(state, given)
     _check_kinds(state, given)
     _check_formats(layers.values(), state, given)
     model.load_state_dict(unpack_tensors(given))
@@ -123,15 +124,6 @@ def _same(one: PackedTensor | Tensor, other: PackedTensor | Tensor) -> bool:
     if isinstance(one, PackedTensor) and isinstance(other, PackedTensor):
         return one.layout == other.layout and one.codes.equal(other.codes) and one.scales.equal(other.scales)
     return isinstance(one, Tensor) and isinstance(other, Tensor) and one.equal(other)
-
-
-def _check_names(state: Mapping[str, object], tensors: Mapping[str, object]) -> None:
-    for what, names in (
-        ("tensors lack", state.keys() - tensors.keys()),
-        ("model has no", tensors.keys() - state.keys()),
-    ):
-        if names:
-            raise InputError(f"the {what} {', '.join(sorted(names)[:6])}; expected the same names on both sides")
 
 
 def _check_kinds(state: Mapping[str, Tensor], tensors: Mapping[str, PackedTensor | Tensor]) -> None:
