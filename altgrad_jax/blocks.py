@@ -42,7 +42,7 @@ from altgrad_core.scaling import (
     check_rule,
     checked_axis,
 )
-from altgrad_jax.casting import cast, floating, quantize, refuse_missing_random_bits, to_float32
+from altgrad_jax.casting import cast_finite, floating, quantize, refuse_missing_random_bits, to_float32
 from altgrad_jax.codes import CodeParams, decode, encode
 from altgrad_jax.granularity import from_blocks, to_blocks
 from altgrad_jax.params import FormatParams, as_params
@@ -273,7 +273,7 @@ def _cast_blocks(
     scales = _scales_of(_largest(x, axis), params, rule)
     scale = jnp.expand_dims(_or_one(scales), axis)
     if params.path == "fast" and random_bits is None:
-        values = cast(x * _reciprocal(scale), params) * scale
+        values = cast_finite(x * _reciprocal(scale), params) * scale
     else:
         values = quantize(x, params, scale=scale, random_bits=random_bits)
     values = jnp.where(jnp.isnan(jnp.expand_dims(scales, axis)), jnp.float32(np.nan), values)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ _NEAREST_EVEN, _NEAREST_AWAY, _TOWARD_ZERO, _STOCHASTIC = range(len(ROUNDINGS))
 _NATIVE, _SATURATE, _SATURATE_FINITE = range(len(OVERFLOWS))
 _ADDEND_BITS = 30
 """What a rounding adds before the rest is cut off is counted in 2^-30 of a quantum."""
-_HALF = 1 << (_ADDEND_BITS - 1)
+_HALF = np.int32(1 << (_ADDEND_BITS - 1))
 
 
 def quantize(
@@ -275,33 +274,11 @@ def cast(x: jax.Array, params: FormatParams, random_bits: jax.Array | None = Non
     return _cast_integer(x, params, random_bits)
 
 
-class Grid(NamedTuple):
-    """The grid of a format around each element, for rounding by addition; see :func:`grid_of`.
-
-    Attributes:
-        bounded: float32, the magnitude, or twice the format's maximum if that is less.
-        exponent: int32, bits of the power of two below it, or of the format's smallest binade.
-        lowest: int32, bits of the power of two of that binade: of the shape of the params.
-        magic: float32, the number that rounds ``bounded`` when added to it.
-    """
-
-    bounded: jax.Array
-    exponent: jax.Array
-    lowest: jax.Array
-    magic: jax.Array
-
-
-def grid_of(x: jax.Array, params: FormatParams) -> Grid:
-    """What the fast path adds: a power of two, so that one float32 addition rounds to nearest even.
-
-    The number is the quantum's exponent raised by 23. It depends on the element, so that XLA, which would delete
-    ``(x + c) - c`` for a constant c, keeps both operations; and it stays above the smallest quantum, so that the
-    format's subnormals round in the same way.
-    """
-    bounded = jnp.minimum(_bits(x) & _MAGNITUDE, _bits(2 * params.max_value))
-    lowest = (params.min_exponent + 127) << 23
-    exponent = jnp.maximum(bounded & _INF, lowest)
-    return Grid(_float(bounded), exponent, lowest, _magic(exponent, lowest, params))
+def cast_finite(x: jax.Array, params: FormatParams) -> jax.Array:
+    """The bare cast of finite values on the fast path, which saturates whatever the params say: fewer operations."""
+    bits = _bits(x)
+    rounded = _round_by_addition(jnp.minimum(bits & _MAGNITUDE, _bits(params.max_value)), params)
+    return _float(rounded | _signs(rounded, bits, params))
 
 
 def _magic(exponent: jax.Array, lowest: jax.Array, params: FormatParams) -> jax.Array:
@@ -315,8 +292,20 @@ def _magic(exponent: jax.Array, lowest: jax.Array, params: FormatParams) -> jax.
 
 def _cast_fast(x: jax.Array, params: FormatParams) -> jax.Array:
     """Round by adding a power of two and taking it away again."""
-    grid = grid_of(x, params)
-    return _finish(_bits((grid.bounded + grid.magic) - grid.magic), x, params)
+    bounded = jnp.minimum(_bits(x) & _MAGNITUDE, _bits(2 * params.max_value))
+    return _finish(_round_by_addition(bounded, params), x, params)
+
+
+def _round_by_addition(bounded: jax.Array, params: FormatParams) -> jax.Array:
+    """Bits of magnitudes, rounded: one float32 addition of a power of two rounds to nearest even.
+
+    Its exponent is the quantum's raised by 23. It depends on the element, so that XLA, which would delete
+    ``(x + c) - c`` for a constant c, keeps both operations; and it stays above the smallest quantum, so that the
+    format's subnormals round in the same way.
+    """
+    lowest = (params.min_exponent + 127) << 23
+    magic = _magic(jnp.maximum(bounded & _INF, lowest), lowest, params)
+    return _bits((_float(bounded) + magic) - magic)
 
 
 def _cast_wide(x: jax.Array, params: FormatParams) -> jax.Array:
@@ -343,27 +332,39 @@ def _cast_wide(x: jax.Array, params: FormatParams) -> jax.Array:
 def _finish(rounded: jax.Array, x: jax.Array, params: FormatParams) -> jax.Array:
     """From the bits of rounded magnitudes to results: what overflows, infinities, NaN, signs."""
     bits = _bits(x)
-    magnitude = bits & _MAGNITUDE
-    signs = bits & jnp.where(rounded < _IMPLICIT_ONE, jnp.where(params.negative_zero, _SIGN, 0), _SIGN)
+    return _float(_within_range(rounded, bits & _MAGNITUDE, params) | _signs(rounded, bits, params))
+
+
+def _within_range(rounded: jax.Array, magnitude: jax.Array, params: FormatParams) -> jax.Array:
     rounded = jnp.where(rounded > _bits(params.max_value), _bits(beyond_max(params)), rounded)
-    rounded = jnp.where(magnitude >= _INF, _bits(_of_nonfinite(magnitude, params)), rounded)
-    return _float(rounded | signs)
+    return jnp.where(magnitude >= _INF, _bits(_of_nonfinite(magnitude, params)), rounded)
+
+
+def _signs(rounded: jax.Array, bits: jax.Array, params: FormatParams) -> jax.Array:
+    return bits & jnp.where(rounded < _IMPLICIT_ONE, jnp.where(params.negative_zero, _SIGN, 0), _SIGN)
 
 
 def _cast_integer(x: jax.Array, params: FormatParams, random_bits: jax.Array | None) -> jax.Array:
     """Round in integer arithmetic: any signed format, any rounding, subnormals read from their bits."""
     magnitude = _bits(x) & _MAGNITUDE
-    field = lax.shift_right_logical(magnitude, jnp.full_like(magnitude, 23))
-    stored = jnp.maximum(field, 1)
-    significand = magnitude - ((stored - 1) << 23)
+    field = magnitude & _INF
+    stored = jnp.maximum(field, _IMPLICIT_ONE)
+    significand = magnitude - stored + _IMPLICIT_ONE
     # Of subnormals only those from 2^-127 on, which is their exponent, can round to a result that is not flushed.
-    exponent = jnp.maximum(field - 127, params.min_exponent)
-    dropped = (23 - params.mantissa_bits) + exponent - (stored - 127)
-    steps = _round_steps(significand, dropped, exponent - params.min_exponent, params, random_bits)
+    lowest = params.min_exponent + 127
+    exponent = jnp.maximum(field, jnp.maximum(lowest, 0) << 23)
+    dropped = ((exponent - stored) >> 23) + (23 - params.mantissa_bits)
+    steps = _round_steps(significand, dropped, (exponent >> 23) - lowest, params, random_bits)
     # steps has at most 24 bits, so it is exact in float32; its exponent field then takes up the quantum's.
-    scaled = _bits(steps.astype(jnp.float32)) + ((exponent - params.mantissa_bits) << 23)
-    rounded = jnp.where((steps == 0) | (scaled < _IMPLICIT_ONE), 0, scaled)
-    return _without_random_bits_nan(_finish(rounded, x, params), params, random_bits)
+    # Zero has none: what is added to its bits is all that is left.
+    quantum = exponent - ((params.mantissa_bits + 127) << 23)
+    scaled = _bits(steps.astype(jnp.float32)) + quantum
+    rounded = jnp.where(scaled > jnp.maximum(quantum, _IMPLICIT_ONE - 1), scaled, 0)
+    result = _within_range(rounded, magnitude, params)
+    # By one comparison: the masks of _signs are cheap where a loop is split by them, which this one is too long for.
+    takes_sign = result > jnp.where(params.negative_zero, -1, 0)
+    signed = _float(result | jnp.where(takes_sign, _bits(x) & _SIGN, 0))
+    return _without_random_bits_nan(signed, params, random_bits)
 
 
 def _cast_unsigned(x: jax.Array, params: FormatParams, random_bits: jax.Array | None) -> jax.Array:
@@ -405,18 +406,33 @@ def _round_steps(
     Every mode adds something and cuts off what is left: half of a quantum, nothing, or what was drawn.
     """
     # 30 bits hold the most that can be drawn, and what lies further down cannot tip the sum.
-    significand = significand >> jnp.clip(dropped - _ADDEND_BITS, 0, 31)
-    shift = jnp.minimum(dropped, _ADDEND_BITS)
+    significand = lax.shift_right_logical(significand, jnp.clip(dropped - _ADDEND_BITS, 0, 31))
+    # At least 1; that it is not negative XLA has to be told, or it guards every shift by it.
+    shift = jnp.clip(dropped, 0, _ADDEND_BITS)
     mode = params.rounding
-    addend = jnp.where(mode == _NEAREST_EVEN, _HALF - 1, jnp.where(mode == _NEAREST_AWAY, _HALF, 0))
+    addend = jnp.where(mode == _NEAREST_EVEN, _HALF - 1, jnp.where(mode == _NEAREST_AWAY, _HALF, np.int32(0)))
     if random_bits is not None:
-        count = params.stochastic_bits
-        drawn = (random_bits.astype(jnp.int32) & ((1 << count) - 1)) << (_ADDEND_BITS - count)
-        addend = jnp.where(mode == _STOCHASTIC, drawn, addend)
-    # A tie with an odd code goes up, unless nothing is cut off.
-    whole = (significand >> shift) + (binade & jnp.where(params.mantissa_bits == 0, 1, 0))
-    odd = whole & jnp.minimum(shift, 1) & jnp.where(mode == _NEAREST_EVEN, 1, 0)
-    return (significand + odd + (addend >> (_ADDEND_BITS - shift))) >> shift
+        addend = addend | _drawn(random_bits, params)
+    # A tie with an odd code goes up.
+    whole = lax.shift_right_logical(significand, shift) + (binade & one_if_zero(params.mantissa_bits))
+    odd = whole & one_if_zero(mode - _NEAREST_EVEN)
+    addend = lax.shift_right_logical(jnp.broadcast_to(addend, shift.shape), _ADDEND_BITS - shift)
+    return lax.shift_right_logical(significand + odd + addend, shift)
+
+
+def _drawn(random_bits: jax.Array, params: FormatParams) -> jax.Array:
+    """The random bits that count, at the top of the addend; 0 unless the rounding is stochastic.
+
+    By a mask: a choice between this and other addends becomes a jump within the loop, which costs more.
+    """
+    count = params.stochastic_bits
+    mask = jnp.where(params.rounding == _STOCHASTIC, (1 << count) - 1, 0)
+    return (random_bits.astype(jnp.int32) & mask) << ((_ADDEND_BITS - count) & 31)
+
+
+def one_if_zero(x: jax.Array) -> jax.Array:
+    """1 for 0 and 0 for what is positive, by arithmetic: a comparison becomes a jump within the loop."""
+    return lax.shift_right_logical(x - 1, jnp.full_like(x, 31))
 
 
 def _of_nonfinite(magnitude: jax.Array, params: FormatParams) -> jax.Array:

@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from altgrad_core.codes import MOST_BITS, SpecialCodes, parse_codable
+from altgrad_core.codes import SpecialCodes, parse_codable
 from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding
-from altgrad_jax.casting import cast, float64_to_odd, floating, grid_of, widened, within_float32
+from altgrad_jax.casting import cast, float64_to_odd, floating, one_if_zero, widened, within_float32
 from altgrad_jax.params import FormatParams
 
 _SIGN = np.int32(-(2**31))
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INF = np.int32(0x7F800000)
 _IMPLICIT_ONE = np.int32(1 << 23)
+_APART = np.int32(1 << 30)
 
 
 @jax.tree_util.register_dataclass
@@ -123,7 +124,6 @@ def _encoded(x: jax.Array, code: CodeParams) -> jax.Array:
         on_grid = _bits(cast(value, params)) & _MAGNITUDE
         of_grid = _codes_of_powers if params.path == "unsigned" else _codes_of_grid
         codes = jnp.where(on_grid >= _INF, code.max_code + 1, of_grid(on_grid, params))
-    codes = jnp.where(codes > code.max_code, code.overflow_code, codes)
     return _with_specials_and_signs(codes, bits, code).astype(code.dtype)
 
 
@@ -134,28 +134,47 @@ def _of_float64(x: jax.Array, params: FormatParams) -> jax.Array:
 
 
 def _codes_by_addition(x: jax.Array, params: FormatParams) -> jax.Array:
-    """The addition that rounds (see ``casting._cast_fast``) leaves the number of quanta in the sum's low bits."""
-    grid = grid_of(x, params)
-    steps = _bits(grid.bounded + grid.magic) - _bits(grid.magic)
-    return steps + (((grid.exponent - grid.lowest) >> 23) << params.mantissa_bits)
+    """The addition that rounds (see ``casting._round_by_addition``) leaves the number of quanta in the sum's low bits.
+
+    The binade, counted from the lowest, says how many codes come before, and is the parity that a format without
+    mantissa bits needs.
+    """
+    bounded = jnp.minimum(_bits(x) & _MAGNITUDE, _bits(2 * params.max_value))
+    lowest = (params.min_exponent + 127) << 23
+    raised, dropped = jnp.maximum((bounded & _INF) - lowest, 0), 23 - params.mantissa_bits
+    before = lax.shift_right_logical(raised, jnp.broadcast_to(dropped, raised.shape))
+    magic = (raised + (lowest + (dropped << 23))) ^ (before & one_if_zero(params.mantissa_bits))
+    return _bits(_float(bounded) + _float(magic)) - magic + before
 
 
 def _with_specials_and_signs(codes: jax.Array, bits: jax.Array, code: CodeParams) -> jax.Array:
-    """Codes without sign of finite values, completed; above 16 bits they mean nothing."""
+    """Codes without sign of values, completed: what overflows, infinities, NaN, signs."""
     magnitude = bits & _MAGNITUDE
     is_nan = magnitude > _INF
     if code.params.path == "unsigned":
         is_nan = is_nan | (bits <= 0)
+    # Negative, until codes are cut to their dtype: that sets NaN apart from what takes a sign.
+    nan_code = code.nan_code - _APART
+    overflow_code = jnp.where(code.overflow_code > code.inf_code, nan_code, code.overflow_code)
     keep_inf = code.params.overflow == OVERFLOWS.index("saturate_finite")
-    # A bit above all codes, which goes when they are cut to their dtype, sets NaN apart from what takes a sign.
-    specials = jnp.where(
-        is_nan, code.nan_code + (1 << MOST_BITS), jnp.where(keep_inf, code.inf_code, code.overflow_code)
-    )
-    codes = jnp.where((magnitude == _INF) | is_nan, specials, codes)
-    # What has a sign lies from 0, or 1 without -0, to infinity: outside, one of the two differences is negative.
+    of_nonfinite = jnp.where(is_nan, nan_code, jnp.where(keep_inf, code.inf_code, overflow_code))
+    codes = jnp.where(codes > code.max_code, overflow_code, codes)
+    codes = jnp.where((magnitude >= _INF) | is_nan, of_nonfinite, codes)
+    if code.params.path == "unsigned":
+        return codes
+    return _with_signs(codes, bits, code)
+
+
+def _with_signs(codes: jax.Array, bits: jax.Array, code: CodeParams) -> jax.Array:
+    """A sign for all but NaN, and zero where there is no -0: put in at the top, where floats have it, then moved down.
+
+    That what is left fits the dtype XLA sees from the count of the shift, and cuts it by a cheaper instruction.
+    """
     first = jnp.where(code.params.negative_zero, 0, 1)
-    outside = (codes - first) | (code.inf_code - codes)
-    return codes | (((bits & ~outside) >> 31) & code.sign_mask)
+    signs = bits & ~(codes - first) & _SIGN
+    unused = 32 - 8 * code.dtype.itemsize
+    to_the_top = jnp.broadcast_to((lax.clz(code.sign_mask) & (31 - unused)) | unused, codes.shape)
+    return lax.shift_right_logical(lax.shift_left(codes, to_the_top) | signs, to_the_top)
 
 
 def _codes_of_grid(magnitude: jax.Array, params: FormatParams) -> jax.Array:

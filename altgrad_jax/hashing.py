@@ -42,11 +42,18 @@ def hash_bits(shape: tuple[int, ...], seed: int | jax.Array, step: int | jax.Arr
 @partial(jax.jit, static_argnums=0, inline=True)  # one program also outside of jit
 def _hashed(shape: tuple[int, ...], seed: jax.Array, step: jax.Array) -> jax.Array:
     key = _mix(_mix(seed + np.uint32(SEED_OFFSET)) ^ step)
-    x = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape) ^ key
+    x = _indices(math.prod(shape)).reshape(shape) ^ key
     x = (x ^ (x >> 16)) * np.uint32(MULTIPLIERS[0])
     x = (x ^ (x >> 15)) + _mix(key + np.uint32(STREAM_OFFSET))
     x = x * np.uint32(MULTIPLIERS[1])
     return x ^ (x >> 15)
+
+
+def _indices(count: int) -> jax.Array:
+    """``iota``, in two parts: of a plain one in a fused loop XLA's CPU backend makes every element by itself."""
+    block = max(min(count & -count, 1024), 1)
+    starts = lax.broadcasted_iota(jnp.uint32, (count // block, block), 0) * np.uint32(block)
+    return starts.reshape(count) | (lax.iota(jnp.uint32, count) & np.uint32(block - 1))
 
 
 def _mix(x: jax.Array) -> jax.Array:

@@ -77,6 +77,16 @@ def _casts(x: np.ndarray, label: str) -> Comparison:
     fnuz = FormatParams.from_format("float8_e4m3fnuz", overflow="saturate")
     contestants["float8_e4m3fnuz"] = Donated(cast, x, fnuz)
     contestants[wide] = Donated(cast, x, FormatParams.from_format("E5M2", path="wide"))
+    contestants["E4M3 constant, stochastic by hash"] = Donated(
+        lambda x, step: quantize(x, "E4M3", rounding="stochastic", random_bits=hash_bits(x.shape, 0, step)),
+        x,
+        jnp.uint32(1),
+    )
+    contestants["hash alone"] = Donated(
+        lambda x, step: jax.lax.bitcast_convert_type(hash_bits(x.shape, 0, step) >> 9, jnp.float32) + x,
+        x,
+        jnp.uint32(1),
+    )
     contestants["E5M2, toward zero"] = Donated(lambda x: quantize(x, "E5M2", rounding="toward_zero"), x)
     wanted = dict.fromkeys(EIGHT, 0.9) | {"bf16, wide path": 0.7, wide: 0.7}
     wanted |= {"E4M3, stochastic by hash": 0.4, "E4M3 in blocks of 32": 0.5}
@@ -87,10 +97,12 @@ def _codes(x: np.ndarray, label: str) -> Comparison:
     array, params = jnp.asarray(x), CodeParams.from_format("E5M2")
     shift = jax.jit(lambda x: (jax.lax.bitcast_convert_type(x, jnp.uint32) >> 24).astype(jnp.uint8))
     of, values = jax.jit(encode), jax.jit(decode)
+    of_constant = jax.jit(lambda x: encode(x, "E5M2"))
     codes = of(array, params)
     contestants = {
         "shift to uint8": lambda: shift(array),
         "encode": lambda: of(array, params),
+        "encode, E5M2 constant": lambda: of_constant(array),
         "decode": lambda: values(codes, params),
     }
     return Comparison(f"Codes, {label}", "shift to uint8", side_by_side(contestants, _ROUNDS), {"encode": 0.85})
