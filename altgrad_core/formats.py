@@ -362,8 +362,8 @@ class Format:
         exponent = max(significand.bit_length() - power.bit_length(), self.min_exponent)
         if not self.is_signed:
             return exponent - self.min_exponent
-        steps = abs(Fraction(value)) / Fraction(2) ** (exponent - self.mantissa_bits)
-        return sign | (int(steps) + ((exponent - self.min_exponent) << self.mantissa_bits))
+        steps = int(math.ldexp(abs(value), self.mantissa_bits - exponent))
+        return sign | (steps + ((exponent - self.min_exponent) << self.mantissa_bits))
 
 
 @lru_cache(maxsize=256)

@@ -24,7 +24,7 @@ def round_to_format(
     random_bits: int | None = None,
     stochastic_bits: int = STOCHASTIC_BITS,
 ) -> float:
-    """Round a real number to the grid of a format, by rational arithmetic.
+    """Round a real number to the grid of a format, in integers.
 
     Args:
         value: any float or fraction; NaN gives NaN.
@@ -57,47 +57,67 @@ def round_to_format(
         return math.nan
     if isinstance(value, float) and math.isinf(value):
         return sign * (math.inf if overflow == "saturate_finite" else _beyond_max(format, overflow))
-    magnitude = abs(Fraction(value))
-    if not format.is_signed:
-        magnitude = max(magnitude, Fraction(2) ** format.min_exponent)
-    exponent = max(_floor_log2(magnitude), format.min_exponent)
-    quantum = Fraction(2) ** (exponent - format.mantissa_bits)
+    over, under = abs(value).as_integer_ratio()
+    if not format.is_signed and _is_below(over, under, format.min_exponent):
+        over, under = _power_of_two(format.min_exponent)
+    exponent = max(_floor_log2(over, under), format.min_exponent)
+    quantum = exponent - format.mantissa_bits
+    raised, lowered = _power_of_two(quantum)
     draw = None if random_bits is None else (random_bits, stochastic_bits)
-    rounded = _round_steps(magnitude / quantum, exponent, format, rounding, draw) * quantum
-    if rounded > Fraction(format.max_representable_value):
+    steps = _round_steps((over * lowered, under * raised), exponent, format, rounding, draw)
+    if _exceeds((steps, quantum), format.finite_parts(format.max_code)):
         return sign * _beyond_max(format, overflow)
-    if rounded == 0 and not format.has_negative_zero:
+    if steps == 0 and not format.has_negative_zero:
         return 0.0
-    return math.copysign(float(rounded), sign)
+    return math.copysign(math.ldexp(steps, quantum), sign)
 
 
 def _beyond_max(format: Format, overflow: Overflow) -> float:
     return format.overflow_value if overflow == "native" else format.max_representable_value
 
 
-def _floor_log2(magnitude: Fraction) -> int:
-    if magnitude == 0:
+def _floor_log2(over: int, under: int) -> int:
+    """Of ``over / under``; far down for zero."""
+    if over == 0:
         return -(10**6)
-    estimate = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
-    return estimate if Fraction(2) ** estimate <= magnitude else estimate - 1
+    estimate = over.bit_length() - under.bit_length()
+    return estimate - 1 if _is_below(over, under, estimate) else estimate
+
+
+def _is_below(over: int, under: int, exponent: int) -> bool:
+    """Whether ``over / under`` is less than a power of two."""
+    raised, lowered = _power_of_two(exponent)
+    return over * lowered < under * raised
+
+
+def _power_of_two(exponent: int) -> tuple[int, int]:
+    """As a ratio of integers."""
+    return 1 << max(exponent, 0), 1 << max(-exponent, 0)
 
 
 def _round_steps(
-    steps: Fraction, exponent: int, format: Format, rounding: Rounding, draw: tuple[int, int] | None
+    quanta: tuple[int, int], exponent: int, format: Format, rounding: Rounding, draw: tuple[int, int] | None
 ) -> int:
-    """Round a number of quanta to an integer; a code's parity is that of its last bit, an exponent bit if M = 0."""
-    whole, rest = divmod(steps, 1)
+    """Round a ratio of integers to one; a code's parity is that of its last bit, an exponent bit if M = 0."""
+    over, under = quanta
+    whole, rest = divmod(over, under)
     if rounding == "toward_zero":
-        return int(whole)
+        return whole
     if draw is not None:
         random_bits, count = draw
-        return int(whole) + (int(rest * 2**count) + random_bits % 2**count >= 2**count)
-    if rest != Fraction(1, 2) or rounding == "nearest_away":
-        return int(whole) + (rest >= Fraction(1, 2))
+        return whole + ((rest << count) // under + random_bits % 2**count >= 2**count)
+    if 2 * rest != under or rounding == "nearest_away":
+        return whole + (2 * rest >= under)
     # Signed formats spend code 0 on zero, so that their smallest power of two has code 1.
     first = whole - 1 if not format.is_signed else whole
-    code = int(first) + ((exponent - format.min_exponent) << format.mantissa_bits)
-    return int(whole) + (code & 1)
+    code = first + ((exponent - format.min_exponent) << format.mantissa_bits)
+    return whole + (code & 1)
+
+
+def _exceeds(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether one significand times a power of two is more than another."""
+    lowest = min(one[1], other[1])
+    return one[0] << (one[1] - lowest) > other[0] << (other[1] - lowest)
 
 
 def quantize_reference(

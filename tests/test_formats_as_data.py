@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import chex
@@ -117,7 +118,7 @@ def test_codes_are_those_of_the_rounded_value(format: Format) -> None:
     else:
         signed_zero = np.zeros(rounded.shape, int)
     wanted = [
-        (format.nan_code or 0) if np.isnan(value) else zero if value == 0 else codes[value]
+        (format.nan_code or 0) if math.isnan(value) else zero if value == 0 else codes[value]
         for value, zero in zip(rounded.tolist(), signed_zero.tolist(), strict=True)
     ]
     np.testing.assert_array_equal(jax.jit(encode)(jnp.asarray(x), CodeParams.from_format(format)), wanted)
