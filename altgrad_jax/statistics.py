@@ -299,9 +299,14 @@ class TallyParts(NamedTuple):
 
     def together(self, size: int) -> jax.Array:
         """The tally of so many elements; see :func:`tally`."""
-        nan, overflow_or_nan, zero, vanishing, amax = self
-        counts = [jnp.full_like(nan, size), overflow_or_nan - nan, size - zero - nan, vanishing - zero, nan]
-        return jnp.stack([*counts, amax])
+        return jnp.stack([*tallied(jnp.full_like(self.nan, size), *self[:-1]), self.amax])
+
+
+def tallied(
+    elements: jax.Array, nan: jax.Array, overflow_or_nan: jax.Array, zero: jax.Array, vanishing: jax.Array
+) -> tuple[jax.Array, ...]:
+    """What is counted in passing, as what is told: elements, overflow, nonzero, underflow and nan; int32 each."""
+    return elements, overflow_or_nan - nan, elements - zero - nan, vanishing - zero, nan
 
 
 def tally_parts(x: jax.Array, limits: Edges) -> TallyParts:

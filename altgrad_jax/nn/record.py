@@ -13,16 +13,14 @@ from jax import lax
 
 from altgrad_core.errors import InputError
 from altgrad_jax.axes import axes_of
-from altgrad_jax.statistics import TallyParts
+from altgrad_jax.statistics import TallyParts, tallied
 
 COUNTS = 5
 _LIMB_BITS = 30
 _LOW_BITS = 15
 _LOW = (1 << _LOW_BITS) - 1
-_SHIFTS = np.array([[_LOW_BITS] * COUNTS + [0], [0] * COUNTS + [0]], np.int32)
-_MASKS = np.array([[-1] * COUNTS + [-1], [_LOW] * COUNTS + [0]], np.int32)
-_IS_AMAX = np.array([False] * COUNTS + [True])
-"""How a tally becomes two rows: what is above the low bits, and these; of amax all bits, and nothing."""
+_UNSEEN = np.int32(-(2**31))
+"""Of amax: less than the bits of any magnitude, so that XLA drops the first maximum."""
 
 
 class Sight(NamedTuple):
@@ -59,16 +57,42 @@ class Shape(NamedTuple):
 class Record:
     """Where one cast, or a stack of them, writes what it sees, inside a jitted function or out.
 
+    Counts are carried when the next ones come, and told apart at the end, so that a recording of one pass compiles
+    nothing here: adding to the zeros of a new record is no operation.
+
     Attributes:
-        seen: int32 ``(2, 6)``: of five counts what is above their low 15 bits, summed up, and these, so that 65,535
-            passes of 2^30 elements have room; last the bits of amax. Of a stack with its axis before.
-        amaxes: bits of float32, as int32, of what has scales of its own; likewise.
+        counts: int32 ``(5,)``: elements and the four counts of :class:`~altgrad_jax.statistics.TallyParts`; those of
+            the last pass, up to 2^30, and the low 15 bits of all before. Of a stack with its axis before.
+        carried: int32 ``(5,)``: what is above, so that 65,535 passes have room; likewise.
+        amax: int32 ``()``, bits of float32; likewise.
+        amaxes: int32, bits of float32, of what has scales of its own; likewise.
         axis_name: mapped axes over which tensors are parts (static); what is whole in every place counts once.
     """
 
-    seen: jax.Ref
+    counts: jax.Ref
+    carried: jax.Ref
+    amax: jax.Ref
     amaxes: jax.Ref | None
     axis_name: tuple[str, ...] = field(metadata={"static": True})
+
+    @classmethod
+    def new(cls, shape: Shape, axis_name: tuple[str, ...], nothing: jax.Array) -> Record:
+        """One in which nothing is seen.
+
+        Args:
+            shape: of what writes to it.
+            axis_name: see the class.
+            nothing: int32 zero, mapped over axes of which each has a record of its own.
+        """
+        counts, carried, amax, amaxes = _empty(shape, nothing)
+        of_scales = None if amaxes is None else jax.new_ref(amaxes)
+        return cls(jax.new_ref(counts), jax.new_ref(carried), jax.new_ref(amax), of_scales, axis_name)
+
+    def clear(self, shape: Shape, nothing: jax.Array) -> None:
+        """Forget what was seen; the arguments as to :meth:`new`."""
+        self.counts[...], self.carried[...], self.amax[...], amaxes = _empty(shape, nothing)
+        if self.amaxes is not None:
+            self.amaxes[...] = amaxes
 
     def write(self, place: jax.Array | None, size: int, sight: Sight) -> None:
         """Add what a cast saw to what it saw before.
@@ -78,17 +102,25 @@ class Record:
             size: how many elements it cast.
             sight: what it saw.
         """
-        added = (sight.tally.together(size) >> _SHIFTS) & _MASKS
+        *parts, amax = sight.tally
+        added = jnp.stack([jnp.full_like(parts[0], size), *parts])
         axes = axes_of(added, self.axis_name)
-        if axes:
-            added = jnp.where(_IS_AMAX, lax.pmax(added, axes), lax.psum(added, axes))
         where = ... if place is None else place
-        before = self.seen[where]
-        self.seen[where] = jnp.where(_IS_AMAX, jnp.maximum(before, added), before + added)
+        before = self.counts[where]
+        carried = self.carried[where] + (before >> _LOW_BITS)
+        if axes:
+            carried, added = carried + lax.psum(added >> _LOW_BITS, axes), lax.psum(added & _LOW, axes)
+            amax = lax.pmax(amax, axes)
+        self.counts[where], self.carried[where] = (before & _LOW) + added, carried
+        self.amax[where] = jnp.maximum(self.amax[where], amax)
         if self.amaxes is not None and sight.amaxes is not None:
             bits = lax.bitcast_convert_type(sight.amaxes, jnp.int32)  # of which a maximum loses no NaN
             bits = lax.pmax(bits, axes) if axes else bits
             self.amaxes[where] = jnp.maximum(self.amaxes[where], bits)
+
+    def read(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Counts, what is above them, and amax; flat, as they are put together with those of other casts."""
+        return self.counts[...].reshape(-1), self.carried[...].reshape(-1), self.amax[...].reshape(-1)
 
 
 class Settled(NamedTuple):
@@ -105,18 +137,21 @@ class Settled(NamedTuple):
     took_place: jax.Array
 
 
-def settled(seen: jax.Array) -> Settled:
+def settled(counts: jax.Array, carried: jax.Array, amax: jax.Array) -> Settled:
     """What is in records, as counts and amaxes.
 
     Args:
-        seen: int32 ``(casts, 2, 6)``.
+        counts: int32 ``(5 * casts,)``, see :class:`Record`.
+        carried: likewise.
+        amax: int32 ``(casts,)``.
     """
-    above, low = seen[:, 0, :COUNTS], seen[:, 1, :COUNTS]
+    seen_above, seen_low = (each.reshape(-1, COUNTS).T for each in (carried + (counts >> _LOW_BITS), counts & _LOW))
+    above, low = (jnp.stack(tallied(*each), axis=-1) for each in (seen_above, seen_low))
     above, low = above + (low >> _LOW_BITS), low & _LOW
     of_low_limb = (1 << (_LIMB_BITS - _LOW_BITS)) - 1
     limbs = jnp.stack([above >> (_LIMB_BITS - _LOW_BITS), (above & of_low_limb) << _LOW_BITS | low], axis=-1)
     took_place = (above[:, 0] | low[:, 0]) != 0
-    return Settled(limbs, lax.bitcast_convert_type(seen[:, 0, COUNTS], jnp.float32), took_place)
+    return Settled(limbs, lax.bitcast_convert_type(jnp.maximum(amax, 0), jnp.float32), took_place)
 
 
 @dataclass(eq=False)
@@ -156,27 +191,26 @@ def begin_recording(shapes: dict[int, Shape], total: int, axis_name: tuple[str, 
         axis_name: mapped axes over which tensors are parts.
         nothing: int32 zero, mapped over axes of which each has a record of its own.
     """
-    empty = {number: _empty(shape, nothing) for number, shape in shapes.items()}
     key = None if isinstance(nothing, jax.core.Tracer) else (tuple(shapes.items()), total, axis_name, nothing.sharding)
     try:
         again = _IDLE.get(key, []).pop()  # not looked at first: another thread may take it meanwhile
     except IndexError:
-        records = {
-            number: Record(jax.new_ref(seen), None if amaxes is None else jax.new_ref(amaxes), axis_name)
-            for number, (seen, amaxes) in empty.items()
-        }
+        records = {number: Record.new(shape, axis_name, nothing) for number, shape in shapes.items()}
         return Recording(records, shapes, total, key)
-    for number, (seen, amaxes) in empty.items():
-        record = again.records[number]
-        record.seen[...] = seen
-        if record.amaxes is not None:
-            record.amaxes[...] = amaxes
+    for number, shape in shapes.items():
+        again.records[number].clear(shape, nothing)
     return again
 
 
-def _empty(shape: Shape, nothing: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    seen = jnp.broadcast_to(nothing, (*shape.lead, 2, COUNTS + 1))
-    return seen, None if shape.amaxes is None else jnp.broadcast_to(nothing, (*shape.lead, *shape.amaxes))
+def _empty(shape: Shape, nothing: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """What is in a record of which nothing is seen: counts, what is above them, amax, amaxes."""
+    counts, amax = jnp.broadcast_to(nothing, (*shape.lead, COUNTS)), jnp.broadcast_to(nothing + _UNSEEN, shape.lead)
+    return (
+        counts,
+        counts,
+        amax,
+        None if shape.amaxes is None else jnp.broadcast_to(nothing, (*shape.lead, *shape.amaxes)),
+    )
 
 
 def end_recording(recording: Recording) -> None:

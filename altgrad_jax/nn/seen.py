@@ -48,10 +48,9 @@ class Seen:
         """Take what was seen out of the records."""
         records = self.recording.records
         if records:
-            seen = [record.seen[...] for record in records.values()]
-            together = jnp.concatenate([each.reshape(-1, *each.shape[-2:]) for each in seen])
+            together = [jnp.concatenate(each) for each in zip(*(each.read() for each in records.values()), strict=True)]
             amaxes = {k: record.amaxes[...] for k, record in records.items() if record.amaxes is not None}
-            self._read = _Read(as_one_value(settled, together), amaxes)
+            self._read = _Read(as_one_value(settled, *together), amaxes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -125,7 +124,7 @@ class Seen:
         before = jnp.concatenate([state.words.reshape(-1, state.words.shape[-1]) for state in states])
         one = replace(states[0].anonymous(), words=before[0])
         after = as_one_value(_updated, one, before, took_place, largest)
-        apart = jnp.split(after, np.cumsum([len(each) for each in places])[:-1])
+        apart = _rows(after) if len(after) == len(states) else _pieces(after, [len(each) for each in places])
         return {state.number: each.reshape(state.words.shape) for state, each in zip(states, apart, strict=True)}
 
     def _by_name(self, of_all: jax.Array) -> dict[str, jax.Array]:
@@ -160,6 +159,24 @@ def _at(of_all: jax.Array, places: np.ndarray) -> jax.Array:
     """What is said of some of all casts, a slice where they follow upon each other."""
     first, last = int(places[0]), int(places[-1])
     return of_all[first : last + 1] if np.array_equal(places, np.arange(first, last + 1)) else of_all[places]
+
+
+def _pieces(x: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
+    return jnp.split(x, np.cumsum(lengths)[:-1])
+
+
+def _rows(x: jax.Array) -> list[jax.Array]:
+    """Each row of int32 ``(n, m)`` as an array of its own, out of one kernel.
+
+    As slices they would be n kernels, which take longer to compile than all that made them. A reduction may have many
+    results: this one is of pairs of a row and zeros, since XLA sees through one of single rows.
+    """
+    pairs = [jnp.stack([row[0], row[0] & 0]) for row in jnp.split(x, len(x))]
+    return lax.reduce(tuple(pairs), (np.int32(0),) * len(pairs), _or_each, (0,))
+
+
+def _or_each(left: tuple[jax.Array, ...], right: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    return tuple(a | b for a, b in zip(left, right, strict=True))
 
 
 def _overflow_rate(limbs: jax.Array) -> jax.Array:
