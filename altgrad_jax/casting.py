@@ -351,13 +351,15 @@ def _cast_integer(x: jax.Array, params: FormatParams, random_bits: jax.Array | N
     stored = jnp.maximum(field, _IMPLICIT_ONE)
     significand = magnitude - stored + _IMPLICIT_ONE
     # Of subnormals only those from 2^-127 on, which is their exponent, can round to a result that is not flushed.
+    # A grid that is scaled may begin beyond float32, by so many binades.
     lowest = params.min_exponent + 127
-    exponent = jnp.maximum(field, jnp.maximum(lowest, 0) << 23)
-    dropped = ((exponent - stored) >> 23) + (23 - params.mantissa_bits)
-    steps = _round_steps(significand, dropped, (exponent >> 23) - lowest, params, random_bits)
+    beyond = jnp.maximum(lowest - 255, 0)
+    exponent = jnp.maximum(field, jnp.clip(lowest, 0, 255) << 23)
+    dropped = ((exponent - stored) >> 23) + (23 - params.mantissa_bits + beyond)
+    steps = _round_steps(significand, dropped, (exponent >> 23) - (lowest - beyond), params, random_bits)
     # steps has at most 24 bits, so it is exact in float32; its exponent field then takes up the quantum's.
     # Zero has none: what is added to its bits is all that is left.
-    quantum = exponent - ((params.mantissa_bits + 127) << 23)
+    quantum = exponent - ((params.mantissa_bits + 127 - beyond) << 23)
     scaled = _bits(steps.astype(jnp.float32)) + quantum
     rounded = jnp.where(scaled > jnp.maximum(quantum, _IMPLICIT_ONE - 1), scaled, 0)
     result = _within_range(rounded, magnitude, params)

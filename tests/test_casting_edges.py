@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from altgrad_core.errors import InputError
-from altgrad_core.formats import OVERFLOWS, Format, parse
+from altgrad_core.formats import OVERFLOWS, Format, Rounding, parse
 from altgrad_core.reference import round_to_format
-from altgrad_jax import cast_counts, decode, encode, quantize, quantize_blocks, quantize_with_counts
+from altgrad_jax import FormatParams, cast_counts, decode, encode, quantize, quantize_blocks, quantize_with_counts
 
 BEYOND = np.array([3e38, 3.4e38, 2.0**128, 1e39, -1e39, 1e300, np.inf, -np.inf, 0.1, 1e-320, 2.0**-127, -0.0])
 X = jnp.array([[1e6, 1.0, 1e-9], [448.0, 449.0, 0.01]])
@@ -67,6 +67,21 @@ def test_the_saturation_mask_lets_pass_what_is_nan_for_its_sign() -> None:
     assert jax.vmap(jax.grad(cast))(jnp.array([0.0, -1.0, 1.0, 3e38])).tolist() == [1, 1, 1, 0]
     masked = jax.grad(lambda x: quantize_with_counts(x, "E4M3", saturation_mask=True)[0].sum())(jnp.array([1.0, 1e6]))
     assert masked.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("rounding", "quanta"),
+    [
+        ("nearest_even", [0, 1, 2, 2, 3, 4, 6]),
+        ("nearest_away", [1, 1, 2, 3, 3, 4, 6]),
+        ("toward_zero", [0, 0, 1, 2, 3, 3, 5]),
+    ],
+)
+def test_a_grid_whose_binades_begin_beyond_float32(rounding: Rounding, quanta: list[int]) -> None:
+    """Scaled by 2^69 the smallest normal value of this format is 2^130, and its quantum 2^125."""
+    params = FormatParams.from_format("E2M5b-60", rounding=rounding, path="integer").scaled(jnp.float32(2.0**69))
+    x = jnp.array([0.5, 0.75, 1.5, 2.5, 3.0, 3.5, 5.5]) * 2.0**125
+    assert (quantize(x, params) / 2.0**125).tolist() == quanta
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (3,), (2, 3), (1, 1), ()])
