@@ -281,12 +281,12 @@ def cast_finite(x: jax.Array, params: FormatParams) -> jax.Array:
     return _float(rounded | _signs(rounded, bits, params))
 
 
-def _magic(exponent: jax.Array, lowest: jax.Array, params: FormatParams) -> jax.Array:
+def _magic(exponent: jax.Array, params: FormatParams) -> jax.Array:
     # Without mantissa bits the parity of a code is that of its exponent. From an even one a tie must go down, which an
     # odd magic number does.
     without_mantissa = jnp.where(params.mantissa_bits == 0, 1, 0)
     parity = lax.shift_right_logical(exponent, jnp.full_like(exponent, 23)) & without_mantissa
-    raise_by = ((23 - params.mantissa_bits) << 23) + ((lowest >> 23) & without_mantissa)
+    raise_by = ((23 - params.mantissa_bits) << 23) + ((params.min_exponent + 127) & without_mantissa)
     return _float((exponent + raise_by) ^ parity)
 
 
@@ -304,7 +304,7 @@ def _round_by_addition(bounded: jax.Array, params: FormatParams) -> jax.Array:
     format's subnormals round in the same way.
     """
     lowest = (params.min_exponent + 127) << 23
-    magic = _magic(jnp.maximum(bounded & _INF, lowest), lowest, params)
+    magic = _magic(jnp.maximum(bounded & _INF, lowest), params)
     return _bits((_float(bounded) + magic) - magic)
 
 
@@ -319,11 +319,9 @@ def _cast_wide(x: jax.Array, params: FormatParams) -> jax.Array:
     shift = jnp.where(below_one, _TO_THE_MIDDLE, -_TO_THE_MIDDLE)
     lowest = params.min_exponent + 127
     # Beyond the middle by more than a significand all of a binade lies below half a quantum, however much beyond.
-    # The parity of the lowest exponent stays: ties without mantissa bits need it.
-    raised, lowered = jnp.minimum(lowest + 64, 217) << 23, jnp.maximum(lowest - 64, lowest & 1) << 23
+    raised, lowered = jnp.minimum(lowest + 64, 217) << 23, jnp.maximum(lowest - 64, 0) << 23
     moved = magnitude + shift
-    lowest = jnp.where(below_one, raised, lowered)
-    magic = _magic(jnp.maximum(moved & _INF, lowest), lowest, params)
+    magic = _magic(jnp.maximum(moved & _INF, jnp.where(below_one, raised, lowered)), params)
     rounded = _bits((_float(moved) + magic) - magic) - shift
     vanishes = magnitude <= edges(params).vanishes_to
     return _finish(jnp.where(vanishes, 0, jnp.maximum(rounded, _IMPLICIT_ONE)), x, params)
