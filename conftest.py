@@ -37,13 +37,15 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 _LONGEST_FIRST = (
     "test_twins.py",
     "test_nn_models.py",
-    "test_job.py",
+    "test_clipping.py",
+    "test_nn_linen.py",
     "test_checkpoint.py",
+    "test_clip_rules.py",
+    "test_job.py",
     "test_replay.py",
     "test_training.py",
     "test_torch_casting.py",
     "test_distribution_jax.py",
-    "test_clipping.py",
 )
 
 

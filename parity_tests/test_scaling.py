@@ -91,7 +91,7 @@ def test_blocks_by_rational_arithmetic(name: str, rule: BlockRule) -> None:
 
 
 def combined(*axes: Iterable[object], every: int) -> list[Any]:
-    """All combinations, of which one in so many, by turns, is no matter of the exhaustive tests alone."""
+    """All combinations: one in so many, by turns, is for every run, and the others for the exhaustive tests."""
     return [
         pytest.param(
             *(value for _, value in each),
