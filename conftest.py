@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -35,14 +36,26 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 # The files that take longest, longest first: two workers then end at about the same time.
 _LONGEST_FIRST = (
     "test_twins.py",
-    "test_job.py",
+    "test_nn_models.py",
+    "test_clipping.py",
+    "test_nn_linen.py",
     "test_checkpoint.py",
+    "test_clip_rules.py",
+    "test_job.py",
     "test_replay.py",
     "test_training.py",
     "test_torch_casting.py",
     "test_distribution_jax.py",
-    "test_clipping.py",
 )
+
+
+@pytest.fixture(scope="module")
+def keys_that_compile_soon() -> Iterator[None]:
+    """For files that make many small models: each shape of random weights is a program, which threefry makes long."""
+    import jax
+
+    with jax.default_prng_impl("rbg"):
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,6 +20,8 @@ from parity_tests.support import TORCH_DEVICE, as_numpy, assert_same_bits, to_to
 from tests.exact_convolutions import CASES, Case, convolutions_of, operands
 from tests.exact_sums import same_bits
 
+pytestmark = pytest.mark.usefixtures("keys_that_compile_soon")
+
 NUMBERS = ("E4M3", "E5M2", "E7M0", "float32")
 SLOW_IN_JAX = {"2d, dilated", "2d, cut off", "2d, of which a stride leaves some", "3d of each channel"}
 _KEY = jax.random.key(0, impl="rbg")

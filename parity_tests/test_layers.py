@@ -17,6 +17,8 @@ import altgrad_torch.nn
 from altgrad_core.rules import OPERANDS, Rule
 from parity_tests.support import TORCH_DEVICE, as_numpy, assert_same_bits, to_torch
 
+pytestmark = pytest.mark.usefixtures("keys_that_compile_soon")
+
 STEPS, BATCH, INPUTS, OUTPUTS = 3, 6, 12, 5
 FORMATS = [("E4M3", "E5M2"), ("E3M4", "E3M4"), ("E0M7", "E7M0"), ("E2M5", "E6M1"), ("E1M6", "E4M3")]
 SCALINGS: dict[str, tuple[Any, Any]] = {

@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,8 @@ from altgrad_jax.nn import (
 from altgrad_jax.nn.record import Record, Shape, Sight, settled
 from altgrad_jax.params import edges
 from altgrad_jax.statistics import CastCounts, TallyParts
+
+pytestmark = pytest.mark.usefixtures("keys_that_compile_soon")
 
 
 def quantized(seed=0, width=4):
@@ -207,9 +210,20 @@ def test_what_is_no_format_is_not_set(format):
         set_formats(quantized(), {".*": format})
 
 
+@nnx.jit
+def observed(model, x):
+    with recording(model):
+        nnx.grad(loss_of)(model, x)
+
+
+@partial(jax.jit, static_argnums=2)
+def grid_of(params, history, reduce):
+    scaled = params.scaled(delayed_scale(history, params.max_value, reduce=reduce))
+    return scaled, edges(scaled)
+
+
 def check_grid(state, reduce):
-    scaled = state.params.scaled(delayed_scale(state.history, state.params.max_value, reduce=reduce))
-    expected = jax.tree.leaves((scaled, edges(scaled)))
+    expected = jax.tree.leaves(grid_of(state.params, state.history, reduce))
     for found, wanted in zip(jax.tree.leaves(state.grid), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
 
@@ -220,8 +234,7 @@ class TestWhatAStateHolds:
         rule = Rule(".*", "E4M3", gradients="E5M2", scaling=Delayed(4, reduce))
         model = quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [rule])
         for scale, name in ((1.0, None), (2.0**-9, "E2M5"), (2.0**12, None)):
-            with recording(model):
-                nnx.grad(loss_of)(model, scale * jnp.ones((2, 4)))
+            observed(model, scale * jnp.ones((2, 4)))
             if name is not None:
                 set_formats(model, {".*": name})
             for variable in model.dot_general.variables:
@@ -236,8 +249,7 @@ class TestWhatAStateHolds:
         layers = [nnx.Linear(4, 4, rngs=nnx.Rngs(seed)) for seed in range(3)]
         model = quantize_model(nnx.Sequential(*layers), rules)
         for scale in (2.0**20, 2.0**10):
-            with recording(model):
-                nnx.grad(loss_of)(model, scale * jnp.ones((2, 4)))
+            observed(model, scale * jnp.ones((2, 4)))
         for layer, reduce in zip(model.layers[1:], ("most_recent", "max"), strict=True):
             for variable in layer.dot_general.variables:
                 check_grid(variable.get_value(), reduce)

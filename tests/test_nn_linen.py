@@ -28,6 +28,8 @@ from altgrad_jax.nn import (
 )
 from tests.exact_sums import mixed, product_of, same_bits
 
+pytestmark = pytest.mark.usefixtures("keys_that_compile_soon")
+
 _KEY = jax.random.key(0, impl="rbg")  # which compiles in a fraction of the time of the default
 _SCALES = (0.5, 0.25, 2.0)
 _RULES = [Rule(".*", "E3M4", gradients="E5M2", scaling=Each(*map(Static, _SCALES)))]

@@ -16,6 +16,8 @@ from altgrad_core.errors import InputError
 from altgrad_jax import Current, Delayed, PackedTensor, Static, load_packed, quantize, save_packed, unpack_tensor
 from altgrad_jax.nn import Each, Rule, pack, quantize_model, record_casts, set_formats, unpack
 
+pytestmark = pytest.mark.usefixtures("keys_that_compile_soon")
+
 _KEY = jax.random.key(0, impl="rbg")  # which compiles in a fraction of the time of the default
 RULES = (
     Rule("up", "E5M6", granularity="channel", scaling=Delayed(2, power_of_two=False)),
@@ -202,14 +204,15 @@ def test_a_stack_of_layers_keeps_a_scale_for_each():
     x, model = _normal(0, 2, 4), quantize_model(Stack(), [Rule(".*", "E4M3")])
     plain = jax.jit(model.init)(_KEY, x)["params"]
     kernel = plain["blocks"]["Dense_0"]["kernel"] * jnp.array([1.0, 64.0, 4096.0])[:, None, None]
-    variables = model.with_casts({"params": {"blocks": {"Dense_0": {"kernel": kernel}}}}, x)
+    variables = jax.jit(model.with_casts)({"params": {"blocks": {"Dense_0": {"kernel": kernel}}}}, x)
+    apply = jax.jit(model.apply)
     tensors = pack(model, variables, x)
     packed = tensors["blocks/Dense_0/kernel"]
     assert packed.scales.shape == (3, 1, 1)
     expected = jnp.stack([quantize(kernel[k], "E4M3", scale=packed.scales[k].item()) for k in range(3)])
     for loaded in (unpack(variables, tensors), unpack(variables, _without_casts(tensors))):
         np.testing.assert_array_equal(loaded["params"]["blocks"]["Dense_0"]["kernel"], expected)
-        np.testing.assert_array_equal(model.apply(loaded, x), model.apply(variables, x))
+        np.testing.assert_array_equal(apply(loaded, x), apply(variables, x))
     others = set_formats(variables, {".*": "E3M4"})["casts"]
     apart = jax.tree.map(lambda one, other: one.at[0].set(other[0]), variables["casts"], others)
     with pytest.raises(InputError, match="blocks/Dense_0/kernel is cast to E3M4, E4M3; expected one format"):

@@ -34,23 +34,24 @@ from altgrad_jax.packed_files import load_packed, save_packed
 from altgrad_jax.packing import PackedTensor, unpack_tensor
 from altgrad_jax.scaling import power_of_two_scale
 
+pytestmark = pytest.mark.usefixtures("keys_that_compile_soon")
+
 ONE = Static(1.0)
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@partial(jax.jit, static_argnums=0)
+def _value_and_pullback(graph, params, rest, x, gradient):
+    out, pullback = jax.vjp(lambda params, x: nnx.merge(graph, params, rest)(x), params, x)
+    return out, *pullback(gradient)
 
 
 def value_and_pullback(model, x, gradient):
-    """Result, gradients of the parameters, gradient of the input."""
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-
-    @jax.jit
-    def run(params, x, gradient):
-        out, pullback = jax.vjp(lambda params, x: nnx.merge(graph, params, rest)(x), params, x)
-        return out, *pullback(gradient)
-
-    return run(params, x, gradient)
+    """Result, gradients of the parameters, gradient of the input; models that differ in numbers share a program."""
+    return _value_and_pullback(*nnx.split(model, nnx.Param, ...), x, gradient)
 
 
 class Mlp(nnx.Module):
@@ -93,19 +94,19 @@ class TestProducts:
             np.testing.assert_array_equal(of_params["bias"][...], plain)
 
     @pytest.mark.parametrize(
-        ("layer", "shape"),
+        ("make", "shape"),
         [
-            (nnx.Linear(6, 5, rngs=nnx.Rngs(0)), (3, 4, 6)),
-            (nnx.LinearGeneral((3, 2), (2, 4), axis=(-2, -1), rngs=nnx.Rngs(0)), (5, 3, 2)),
-            (nnx.LinearGeneral(6, 5, batch_axis={0: 3}, rngs=nnx.Rngs(0)), (3, 4, 6)),
-            (nnx.Einsum("btd,dhk->bthk", (6, 2, 3), (2, 3), rngs=nnx.Rngs(0)), (2, 4, 6)),
-            (nnx.Conv(3, 4, (3, 3), strides=2, rngs=nnx.Rngs(0)), (2, 6, 6, 3)),
-            (nnx.Conv(4, 4, (3,), feature_group_count=2, use_bias=False, rngs=nnx.Rngs(0)), (2, 6, 4)),
+            (partial(nnx.Linear, 6, 5), (3, 4, 6)),
+            (partial(nnx.LinearGeneral, (3, 2), (2, 4), axis=(-2, -1)), (5, 3, 2)),
+            (partial(nnx.LinearGeneral, 6, 5, batch_axis={0: 3}), (3, 4, 6)),
+            (partial(nnx.Einsum, "btd,dhk->bthk", (6, 2, 3), (2, 3)), (2, 4, 6)),
+            (partial(nnx.Conv, 3, 4, (3, 3), strides=2), (2, 6, 6, 3)),
+            (partial(nnx.Conv, 4, 4, (3,), feature_group_count=2, use_bias=False), (2, 6, 4)),
         ],
-        ids=lambda value: type(value).__name__ if isinstance(value, nnx.Module) else None,
+        ids=lambda value: value.func.__name__ if isinstance(value, partial) else None,
     )
-    def test_layers_with_a_hook(self, layer, shape):
-        self.check(layer, 2 * normal(1, *shape))
+    def test_layers_with_a_hook(self, make, shape):
+        self.check(make(rngs=nnx.Rngs(0)), 2 * normal(1, *shape))
 
     def test_a_transposed_convolution(self):
         layer = nnx.ConvTranspose(3, 4, (3, 3), strides=(2, 2), use_bias=False, rngs=nnx.Rngs(0))
@@ -189,6 +190,7 @@ class TestScales:
         layer = nnx.Linear(8, 4, use_bias=False, rngs=nnx.Rngs(0))
         x, gradient = 100 * normal(0, 6, 8), 1e-6 * normal(1, 6, 4)
 
+        @partial(jax.jit, static_argnums=(1, 2))
         def by_hand(array, format, granularity):
             maximum = {"E4M3": 448.0, "E5M2": 57344.0}[format]
             scale = power_of_two_scale(amaxes(array, granularity), maximum)
@@ -234,9 +236,11 @@ class TestScales:
 
     def test_what_is_not_finite_stays_out_of_the_histories(self):
         model = quantize_model(Mlp(nnx.Rngs(0)), [Rule("up|down", "E4M3")])
-        recorded_step(model, normal(0, 3, 8))
+        # The largest gradient is one of another row: relu lets none through where it is given NaN.
+        x = normal(0, 3, 8) * jnp.array([[1.0], [9.0], [1.0]])
+        recorded_step(model, x)
         before = [variable.get_value().history for variable in model.up.dot_general.variables]
-        _, _, counts = recorded_step(model, normal(0, 3, 8).at[0, 0].set(jnp.nan))
+        _, _, counts = recorded_step(model, x.at[0, 0].set(jnp.nan))
         assert counts["up/activations"].as_integers()["nan"] == 8
         for old, variable in zip(before, model.up.dot_general.variables, strict=True):
             np.testing.assert_array_equal(variable.get_value().history, jnp.append(old[1:], old[-1]))
@@ -317,14 +321,14 @@ class TestRecording:
     def test_a_stack_of_layers_that_is_scanned_over_is_the_layers_one_by_one(self):
         rules = [Rule(".*(up|down)", "E4M3", gradients="E5M2")]
 
-        @nnx.split_rngs(splits=3)
+        @nnx.split_rngs(splits=2)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def stacked(rngs):
             return Mlp(rngs)
 
         stack = stacked(nnx.Rngs(0))
         graph, state = nnx.split(stack)
-        blocks = [nnx.merge(graph, jax.tree.map(lambda leaf, k=k: leaf[k], state)) for k in range(3)]
+        blocks = [nnx.merge(graph, jax.tree.map(lambda leaf, k=k: leaf[k], state)) for k in range(2)]
         apart, stack = quantize_model(nnx.List(blocks), rules), quantize_model(stack, rules)
 
         @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
@@ -347,7 +351,7 @@ class TestRecording:
             seen, expected = step(scanned, stack, x), step(one_by_one, apart, x)
         assert [each.as_integers() for each in seen] == [each.as_integers() for each in expected]
         for operand in ("activations", "weights", "gradients"):
-            for k in range(3):
+            for k in range(2):
                 np.testing.assert_allclose(
                     getattr(stack.up.dot_general, operand).get_value().history[k],
                     getattr(apart[k].up.dot_general, operand).get_value().history,

@@ -78,6 +78,9 @@ def test_a_known_tie_that_a_float64_sum_gets_wrong() -> None:
     assert_norm_is(np.pad(x, (0, SIZE - len(x))), nearest_float32(sum_of_squares(x)))
 
 
+MENDED, ROUNDED_EXACTLY = jax.jit(_mended), jax.jit(_rounded_exactly, static_argnums=1)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-20, 1e19, 1e-42])
 def test_the_exact_sum_mends_a_wrong_neighbour(scale: float) -> None:
     """Whatever of three neighbours it starts from; over parts of a leaf, and several leaves."""
@@ -89,8 +92,8 @@ def test_the_exact_sum_mends_a_wrong_neighbour(scale: float) -> None:
         sums = jax.jit(_exponent_sums)(arrays)
         for off in (-1, 0, 1):
             bits = jnp.asarray(right.view(np.int32) + np.int32(off))
-            assert int(_mended(bits, sums)) == int(right.view(np.int32))
-        assert int(_rounded_exactly(arrays, None)) == int(right.view(np.int32))
+            assert int(MENDED(bits, sums)) == int(right.view(np.int32))
+        assert int(ROUNDED_EXACTLY(arrays, None)) == int(right.view(np.int32))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
