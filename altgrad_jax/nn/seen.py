@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -165,14 +166,15 @@ def _pieces(x: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
     return jnp.split(x, np.cumsum(lengths)[:-1])
 
 
-def _rows(x: jax.Array) -> list[jax.Array]:
+@partial(jax.jit, inline=True)  # one program also outside of jit
+def _rows(x: jax.Array) -> tuple[jax.Array, ...]:
     """Each row of int32 ``(n, m)`` as an array of its own, out of one kernel.
 
     As slices they would be n kernels, which take longer to compile than all that made them. A reduction may have many
     results: this one is of pairs of a row and zeros, since XLA sees through one of single rows.
     """
     pairs = [jnp.stack([row[0], row[0] & 0]) for row in jnp.split(x, len(x))]
-    return lax.reduce(tuple(pairs), (np.int32(0),) * len(pairs), _or_each, (0,))
+    return tuple(lax.reduce(tuple(pairs), (np.int32(0),) * len(pairs), _or_each, (0,)))
 
 
 def _or_each(left: tuple[jax.Array, ...], right: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
