@@ -156,14 +156,24 @@ class TestWhatARecordingKeeps:
 
     @pytest.mark.parametrize("count", [2**30, 2**30 - 1, 2**15 - 1])
     def test_as_many_passes_as_are_promised_have_room(self, count):
-        record = Record.new(Shape(stack=None, amaxes=None), (), jnp.int32(0))
-        # As many passes as have been leave this above the low bits; the last one comes on top.
-        before = 65_534 * count
-        record.carried[...] = jnp.full(5, before >> 15, jnp.int32).at[1:].set(0)
-        record.counts[...] = jnp.full(5, before & (2**15 - 1), jnp.int32).at[1:].set(0)
-        record.write(None, count, Sight(TallyParts(*map(jnp.int32, (0, 0, 0, 0, 0))), None))
-        counts = CastCounts(settled(*record.read()).limbs[0]).as_integers()
-        assert counts["elements"] == counts["nonzero"] == 65_535 * count
+        sight = Sight(TallyParts(*map(jnp.int32, (1, count, 0, 0, 0))), None)
+
+        @jax.jit
+        def passes():
+            record = Record.new(Shape(stack=None, amaxes=None), (), jnp.int32(0))
+
+            def one(_, carried):
+                record.write(None, count, sight)
+                return carried
+
+            lax.fori_loop(0, 65_535, one, 0)
+            return record.read()
+
+        counts, carried, amax = passes()
+        found = CastCounts(settled(counts, carried, amax).limbs[0]).as_integers()
+        each = {"elements": count, "overflow": count - 1, "nonzero": count - 1, "underflow": 0, "nan": 1}
+        assert found == {name: 65_535 * number for name, number in each.items()}
+        assert carried.min() >= 0, "no room was left"
 
     def test_of_a_trace_nothing_is_kept(self):
         traced = []

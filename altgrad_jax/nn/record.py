@@ -205,12 +205,8 @@ def begin_recording(shapes: dict[int, Shape], total: int, axis_name: tuple[str, 
 def _empty(shape: Shape, nothing: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """What is in a record of which nothing is seen: counts, what is above them, amax, amaxes."""
     counts, amax = jnp.broadcast_to(nothing, (*shape.lead, COUNTS)), jnp.broadcast_to(nothing + _UNSEEN, shape.lead)
-    return (
-        counts,
-        counts,
-        amax,
-        None if shape.amaxes is None else jnp.broadcast_to(nothing, (*shape.lead, *shape.amaxes)),
-    )
+    amaxes = None if shape.amaxes is None else jnp.broadcast_to(nothing, (*shape.lead, *shape.amaxes))
+    return counts, counts, amax, amaxes
 
 
 def end_recording(recording: Recording) -> None:
