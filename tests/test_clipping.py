@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -366,16 +366,18 @@ def test_other_bad_arguments() -> None:
 MEASURED, GIVEN = {}, {"overflow_rate": 0.5}
 
 
+def measured_or_given(dtypes: Sequence[Any], *in_every_run: tuple[dict[str, float], Any]) -> list[Any]:
+    """All combinations of arguments and dtypes; but for those that are named, for the exhaustive tests."""
+    return [
+        pytest.param(arguments, dtype, marks=() if (arguments, dtype) in in_every_run else pytest.mark.exhaustive)
+        for arguments in (MEASURED, GIVEN)
+        for dtype in dtypes
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "dtype"),
-    [
-        (MEASURED, jnp.bfloat16),
-        (GIVEN, jnp.float32),
-        (GIVEN, jnp.float16),
-        pytest.param(MEASURED, jnp.float32, marks=pytest.mark.exhaustive),
-        pytest.param(MEASURED, jnp.float16, marks=pytest.mark.exhaustive),
-        pytest.param(GIVEN, jnp.bfloat16, marks=pytest.mark.exhaustive),
-    ],
+    measured_or_given(DTYPES, (MEASURED, jnp.bfloat16), (GIVEN, jnp.float32), (GIVEN, jnp.float16)),
 )
 def test_dtype_is_kept(arguments: dict[str, float], dtype: Any) -> None:
     grads = {"w": tree()["w"].astype(dtype)}
@@ -390,16 +392,14 @@ def test_dtype_is_kept(arguments: dict[str, float], dtype: Any) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "dtype"),
-    [
+    measured_or_given(
+        [jnp.float64, *DTYPES],
         (MEASURED, jnp.float64),
         (GIVEN, jnp.float64),
         (MEASURED, jnp.float32),
         (MEASURED, jnp.float16),
         (GIVEN, jnp.bfloat16),
-        pytest.param(MEASURED, jnp.bfloat16, marks=pytest.mark.exhaustive),
-        pytest.param(GIVEN, jnp.float32, marks=pytest.mark.exhaustive),
-        pytest.param(GIVEN, jnp.float16, marks=pytest.mark.exhaustive),
-    ],
+    ),
 )
 def test_all_of_it_under_x64(arguments: dict[str, float], dtype: Any) -> None:
     with jax.enable_x64(True):
