@@ -17,7 +17,7 @@ from jax import lax
 from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, Format, Overflow, Rounding
 from altgrad_jax.arithmetic import product, quotient
-from altgrad_jax.params import FormatParams, as_params, beyond_max, edges
+from altgrad_jax.params import FormatParams, as_params, beyond_max, edges, replaced_from
 
 _SIGN = np.int32(-(2**31))
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -283,16 +283,17 @@ def cast_finite(x: jax.Array, params: FormatParams) -> jax.Array:
 
 def _magic(exponent: jax.Array, params: FormatParams) -> jax.Array:
     # Without mantissa bits the parity of a code is that of its exponent. From an even one a tie must go down, which an
-    # odd magic number does.
-    without_mantissa = jnp.where(params.mantissa_bits == 0, 1, 0)
-    parity = lax.shift_right_logical(exponent, jnp.full_like(exponent, 23)) & without_mantissa
-    raise_by = ((23 - params.mantissa_bits) << 23) + ((params.min_exponent + 127) & without_mantissa)
-    return _float((exponent + raise_by) ^ parity)
+    # odd magic number does; where there are mantissa bits all bits are shifted out.
+    has_mantissa = params.mantissa_bits > 0
+    count = jnp.where(has_mantissa, np.int32(31), np.int32(23))
+    binade = lax.shift_right_logical(exponent, jnp.broadcast_to(count, exponent.shape))
+    raise_by = ((23 - params.mantissa_bits) << 23) + jnp.where(has_mantissa, 0, (params.min_exponent + 127) & 1)
+    return _float(exponent + raise_by + binade)
 
 
 def _cast_fast(x: jax.Array, params: FormatParams) -> jax.Array:
     """Round by adding a power of two and taking it away again."""
-    bounded = jnp.minimum(_bits(x) & _MAGNITUDE, _bits(2 * params.max_value))
+    bounded = jnp.minimum(_bits(x) & _MAGNITUDE, _bits(params.max_value))
     return _finish(_round_by_addition(bounded, params), x, params)
 
 
@@ -314,7 +315,7 @@ def _cast_wide(x: jax.Array, params: FormatParams) -> jax.Array:
     What rounds to nothing is told by a comparison of bits, which sees subnormal float32 as it is; of those only what
     rounds up to 2^-126 is left.
     """
-    magnitude = _bits(x) & _MAGNITUDE
+    magnitude = jnp.minimum(_bits(x) & _MAGNITUDE, _bits(params.max_value))
     below_one = magnitude < _ONE
     shift = jnp.where(below_one, _TO_THE_MIDDLE, -_TO_THE_MIDDLE)
     lowest = params.min_exponent + 127
@@ -328,14 +329,13 @@ def _cast_wide(x: jax.Array, params: FormatParams) -> jax.Array:
 
 
 def _finish(rounded: jax.Array, x: jax.Array, params: FormatParams) -> jax.Array:
-    """From the bits of rounded magnitudes to results: what overflows, infinities, NaN, signs."""
+    """From the bits of magnitudes, bounded by max and rounded, to results: what overflows, infinities, NaN, signs."""
     bits = _bits(x)
-    return _float(_within_range(rounded, bits & _MAGNITUDE, params) | _signs(rounded, bits, params))
-
-
-def _within_range(rounded: jax.Array, magnitude: jax.Array, params: FormatParams) -> jax.Array:
-    rounded = jnp.where(rounded > _bits(params.max_value), _bits(beyond_max(params)), rounded)
-    return jnp.where(magnitude >= _INF, _bits(_of_nonfinite(magnitude, params)), rounded)
+    magnitude = bits & _MAGNITUDE
+    of_overflow = jnp.where(params.overflow == _NATIVE, params.native_overflow, jnp.float32(np.inf))
+    special = jnp.where(magnitude > _INF, _NAN, _bits(of_overflow))
+    result = jnp.where(magnitude >= replaced_from(params), special, rounded)
+    return _float(result | _signs(rounded, bits, params))
 
 
 def _signs(rounded: jax.Array, bits: jax.Array, params: FormatParams) -> jax.Array:
@@ -360,7 +360,8 @@ def _cast_integer(x: jax.Array, params: FormatParams, random_bits: jax.Array | N
     quantum = exponent - ((params.mantissa_bits + 127 - beyond) << 23)
     scaled = _bits(steps.astype(jnp.float32)) + quantum
     rounded = jnp.where(scaled > jnp.maximum(quantum, _IMPLICIT_ONE - 1), scaled, 0)
-    result = _within_range(rounded, magnitude, params)
+    rounded = jnp.where(rounded > _bits(params.max_value), _bits(beyond_max(params)), rounded)
+    result = jnp.where(magnitude >= _INF, _bits(_of_nonfinite(magnitude, params)), rounded)
     # By one comparison: the masks of _signs are cheap where a loop is split by them, which this one is too long for.
     takes_sign = result > jnp.where(params.negative_zero, -1, 0)
     signed = _float(result | jnp.where(takes_sign, _bits(x) & _SIGN, 0))

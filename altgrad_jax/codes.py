@@ -14,8 +14,8 @@ from jax import lax
 from altgrad_core.codes import SpecialCodes, parse_codable
 from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding
-from altgrad_jax.casting import cast, float64_to_odd, floating, one_if_zero, widened, within_float32
-from altgrad_jax.params import FormatParams
+from altgrad_jax.casting import cast, float64_to_odd, floating, widened, within_float32
+from altgrad_jax.params import FormatParams, replaced_from
 
 _SIGN = np.int32(-(2**31))
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -119,12 +119,11 @@ def _encoded(x: jax.Array, code: CodeParams) -> jax.Array:
     value = widened(x) if x.dtype != jnp.float64 else _of_float64(x, code.params)
     params, bits = code.params, _bits(value)
     if params.path == "fast":
-        codes = _codes_by_addition(value, params)
-    else:
-        on_grid = _bits(cast(value, params)) & _MAGNITUDE
-        of_grid = _codes_of_powers if params.path == "unsigned" else _codes_of_grid
-        codes = jnp.where(on_grid >= _INF, code.max_code + 1, of_grid(on_grid, params))
-    return _with_specials_and_signs(codes, bits, code).astype(code.dtype)
+        return _encoded_by_addition(bits, code)
+    on_grid = _bits(cast(value, params)) & _MAGNITUDE
+    of_grid = _codes_of_powers if params.path == "unsigned" else _codes_of_grid
+    codes = _with_specials(of_grid(on_grid, params), on_grid, _INF, code.inf_code, code)
+    return codes.astype(code.dtype) if params.path == "unsigned" else _with_signs(codes, bits, code)
 
 
 def _of_float64(x: jax.Array, params: FormatParams) -> jax.Array:
@@ -133,48 +132,50 @@ def _of_float64(x: jax.Array, params: FormatParams) -> jax.Array:
     return jnp.where(params.overflow == OVERFLOWS.index("saturate_finite"), within_float32(odd, x), odd)
 
 
-def _codes_by_addition(x: jax.Array, params: FormatParams) -> jax.Array:
+def _encoded_by_addition(bits: jax.Array, code: CodeParams) -> jax.Array:
     """The addition that rounds (see ``casting._round_by_addition``) leaves the number of quanta in the sum's low bits.
 
-    The binade, counted from the lowest, says how many codes come before, and is the parity that a format without
-    mantissa bits needs.
+    There it meets how many codes come before the binade, so that their sum is the code, and a tie goes to the even one.
     """
-    bounded = jnp.minimum(_bits(x) & _MAGNITUDE, _bits(2 * params.max_value))
-    lowest = (params.min_exponent + 127) << 23
-    raised, dropped = jnp.maximum((bounded & _INF) - lowest, 0), 23 - params.mantissa_bits
-    before = lax.shift_right_logical(raised, jnp.broadcast_to(dropped, raised.shape))
-    magic = (raised + (lowest + (dropped << 23))) ^ (before & one_if_zero(params.mantissa_bits))
-    return _bits(_float(bounded) + _float(magic)) - magic + before
+    params, magnitude = code.params, bits & _MAGNITUDE
+    bounded = jnp.minimum(magnitude, _bits(params.max_value))
+    lowest, dropped = (params.min_exponent + 127) << 23, 23 - params.mantissa_bits
+    binade = jnp.maximum(bounded & _INF, lowest)
+    before = lax.shift_right_logical(binade - lowest, jnp.broadcast_to(dropped, binade.shape))
+    # The product is exact, so it does not matter whether it is fused with the sum.
+    total = _float(bounded) + _float(binade + before) * _float((dropped + 127) << 23)
+    # Beyond the codes' own bits the exponent's difference is left, which the cut to their dtype takes away.
+    left = dropped << 23
+    of_overflow = jnp.where(params.overflow == OVERFLOWS.index("native"), code.overflow_code, code.inf_code)
+    # A NaN that stands for what overflows takes no sign.
+    of_overflow = jnp.where(of_overflow > code.inf_code, code.nan_code - _APART, of_overflow + left)
+    codes = _with_specials(_bits(total) - binade, magnitude, replaced_from(params), of_overflow, code)
+    return _with_signs(codes, bits, code, left)
 
 
-def _with_specials_and_signs(codes: jax.Array, bits: jax.Array, code: CodeParams) -> jax.Array:
-    """Codes without sign of values, completed: what overflows, infinities, NaN, signs."""
-    magnitude = bits & _MAGNITUDE
-    is_nan = magnitude > _INF
-    if code.params.path == "unsigned":
-        is_nan = is_nan | (bits <= 0)
-    # Negative, until codes are cut to their dtype: that sets NaN apart from what takes a sign.
-    nan_code = code.nan_code - _APART
-    overflow_code = jnp.where(code.overflow_code > code.inf_code, nan_code, code.overflow_code)
-    keep_inf = code.params.overflow == OVERFLOWS.index("saturate_finite")
-    of_nonfinite = jnp.where(is_nan, nan_code, jnp.where(keep_inf, code.inf_code, overflow_code))
-    codes = jnp.where(codes > code.max_code, overflow_code, codes)
-    codes = jnp.where((magnitude >= _INF) | is_nan, of_nonfinite, codes)
-    if code.params.path == "unsigned":
-        return codes
-    return _with_signs(codes, bits, code)
+def _with_specials(
+    codes: jax.Array, magnitude: jax.Array, replaced: jax.Array, of_overflow: jax.Array, code: CodeParams
+) -> jax.Array:
+    """Codes without sign, but where magnitudes, in bits, are replaced: by NaN's above infinity's, else by another.
+
+    NaN's is negative until codes are cut to their dtype: that sets it apart from what takes a sign.
+    """
+    special = jnp.where(magnitude > _INF, code.nan_code - _APART, of_overflow)
+    return jnp.where(magnitude >= replaced, special, codes)
 
 
-def _with_signs(codes: jax.Array, bits: jax.Array, code: CodeParams) -> jax.Array:
+def _with_signs(codes: jax.Array, bits: jax.Array, code: CodeParams, left: jax.typing.ArrayLike = 0) -> jax.Array:
     """A sign for all but NaN, and zero where there is no -0: put in at the top, where floats have it, then moved down.
+
+    ``left`` is what codes that take a sign have beyond their bits.
 
     That what is left fits the dtype XLA sees from the count of the shift, and cuts it by a cheaper instruction.
     """
-    first = jnp.where(code.params.negative_zero, 0, 1)
+    first = left + jnp.where(code.params.negative_zero, 0, 1)
     signs = bits & ~(codes - first) & _SIGN
     unused = 32 - 8 * code.dtype.itemsize
     to_the_top = jnp.broadcast_to((lax.clz(code.sign_mask) & (31 - unused)) | unused, codes.shape)
-    return lax.shift_right_logical(lax.shift_left(codes, to_the_top) | signs, to_the_top)
+    return lax.shift_right_logical(lax.shift_left(codes, to_the_top) | signs, to_the_top).astype(code.dtype)
 
 
 def _codes_of_grid(magnitude: jax.Array, params: FormatParams) -> jax.Array:

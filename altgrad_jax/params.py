@@ -18,6 +18,7 @@ from altgrad_core.reference import check_modes, check_stochastic_bits
 
 _INF = np.int32(0x7F800000)
 _NATIVE = OVERFLOWS.index("native")
+_SATURATE_FINITE = OVERFLOWS.index("saturate_finite")
 
 
 @jax.tree_util.register_dataclass
@@ -262,6 +263,16 @@ def check_one_for_each(params: FormatParams, count: int) -> None:
 def beyond_max(params: FormatParams) -> jax.Array:
     """What a finite value beyond max becomes under the overflow policy: float32, of the shape of the params."""
     return jnp.where(params.overflow == _NATIVE, params.native_overflow, params.max_value)
+
+
+def replaced_from(params: FormatParams) -> jax.Array:
+    """The smallest magnitude, in bits, that casts to nearest even replace: by what stands for overflow, or by NaN.
+
+    Natively that is what rounds beyond max. What saturates only needs to be bounded: infinities, where they are kept,
+    and NaN are left. int32, of the shape of the params.
+    """
+    from_nonfinite = jnp.where(params.overflow == _SATURATE_FINITE, _INF, _INF + 1)
+    return jnp.where(params.overflow == _NATIVE, edges(params).overflows_from, from_nonfinite)
 
 
 class Edges(NamedTuple):

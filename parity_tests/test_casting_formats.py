@@ -226,7 +226,9 @@ def any_format(draw: Callable[[st.SearchStrategy[int]], int]) -> Format:
         family = "fn"
     mantissa_bits = 0 if family == "fnu" else mantissa_bits
     top = 2**exponent_bits - 1
-    bias = draw(st.integers(top - 127, min(top + 124, 149 - mantissa_bits))) if exponent_bits else 0
+    # Quanta from 2^-148: the smallest exponent is 1 - bias, without a sign -bias.
+    largest = min(top + 124, 149 - (family == "fnu") - mantissa_bits)
+    bias = draw(st.integers(top - 127, largest)) if exponent_bits else 0
     return Format(
         "drawn",
         exponent_bits,
