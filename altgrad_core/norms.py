@@ -1,7 +1,8 @@
-"""The Euclidean norm by exact arithmetic: how it is rounded where a float64 sum cannot tell, in both frameworks.
+"""The Euclidean norm by exact arithmetic: how torch rounds it where a float64 sum cannot tell, and what tests compare.
 
 The square of a float32 has at most 48 bits, so a sum of squares is an integer multiple of 2^-298. Squares are summed
-apart for each exponent, where no bit is lost, and put together here as one integer.
+apart for each exponent, where no bit is lost, and put together here as one integer. Inside a jitted function there are
+no such integers: ``altgrad_jax/norms.py`` comes to the same float32 by sums of slices.
 """
 
 from __future__ import annotations

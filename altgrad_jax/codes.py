@@ -154,7 +154,7 @@ def _encoded_by_addition(bits: jax.Array, code: CodeParams) -> jax.Array:
 
 
 def _with_specials(
-    codes: jax.Array, magnitude: jax.Array, replaced: jax.Array, of_overflow: jax.Array, code: CodeParams
+    codes: jax.Array, magnitude: jax.Array, replaced: jax.Array | np.int32, of_overflow: jax.Array, code: CodeParams
 ) -> jax.Array:
     """Codes without sign, but where magnitudes, in bits, are replaced: by NaN's above infinity's, else by another.
 

@@ -1,7 +1,7 @@
 """Norms of trees of gradients, taken in float64. The Euclidean one is correctly rounded, whatever the order of the sum.
 
 A float64 sum of squares has a known worst error. Almost always both ends of that interval round to the same float32,
-which then is the norm; where they do not, the sum is taken again in integers. ``altgrad_torch/norms.py`` does the same.
+which then is the norm; where they do not, an exact sum decides. ``altgrad_torch/norms.py`` gets its own by other means.
 """
 
 from __future__ import annotations
@@ -17,32 +17,17 @@ import numpy as np
 import optax
 from jax import lax
 
-from altgrad_core.norms import EXPONENTS, FLOAT64_ROUNDOFF, LIMB_BITS
-from altgrad_jax.axes import AxisName, by_axes, places, sum_over
+from altgrad_core.norms import FLOAT64_ROUNDOFF
+from altgrad_jax.axes import AxisName, by_axes, places, sum_over, varying_as
+from altgrad_jax.sums import square, square_of_any, sum_of, widen, widen_subnormals
 
-_MAGNITUDE = np.int32(0x7FFFFFFF)
 _IMPLICIT_ONE = np.int32(1 << 23)
 _MAX_BITS = np.int32(0x7F7FFFFF)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _MIN_NORMAL = 2.0**-126
 _SUBNORMALS_COUNT_BELOW = 2.0**-160
-_ROW = 64
-"""The last axis makes rows from this length on."""
-_SHORT = 2**12
-"""Numbers of one leaf at most that are summed up together with those of others."""
-_TOGETHER = 2**14
-"""Numbers of several leaves that are."""
-_LONG = 2**20
-"""Numbers that are summed up in one go at most."""
-_LONG_ROW = 2**14
-"""Numbers that a GPU sums up in one go, of a leaf that has more than that."""
-_CHUNK = 2**16
-_UNIT = 300
-"""Sums of squares are counted in units of 2^-300."""
-_POSITIONS = (2 * np.maximum(np.arange(EXPONENTS) - 1, 0) + 2)[:, None] + np.array([0, LIMB_BITS])
-"""Of the limbs of the sum of each exponent field: what one in them is worth is two to this power, in such units."""
-_WORDS = 20
-_WORD = (1 << 32) - 1
+_FINEST = 2.0**-300
+"""Squares of float32, and of what lies half way between two of them, are multiples of this."""
 
 
 class Norm(NamedTuple):
@@ -126,7 +111,7 @@ def norm_of(leaves: Sequence[jax.Array], norm_type: float = 2.0, axis_name: Axis
         unit = jnp.where(finite & (largest > 0), largest, 1.0)
         total = jnp.float64(0)
         for axes, group in by_axes(leaves, axis_name).items():
-            powers = [jnp.sum((jnp.abs(_widen_subnormals(leaves[k])) / unit) ** norm_type) for k in group]
+            powers = [jnp.sum((jnp.abs(widen_subnormals(leaves[k])) / unit) ** norm_type) for k in group]
             total = total + sum_over(sum(powers, jnp.float64(0)), axes)
         return _of_bits(_rounded_bits(jnp.where(finite, unit * total ** (1 / norm_type), largest)))
 
@@ -134,10 +119,7 @@ def norm_of(leaves: Sequence[jax.Array], norm_type: float = 2.0, axis_name: Axis
 def euclidean_norm(leaves: Sequence[jax.Array], axis_name: AxisName | None = None) -> Norm:
     """:func:`global_norm` of leaves, in two dtypes."""
     with jax.enable_x64(True):
-        total, in_a_row = jnp.float64(0), 0
-        for axes, group in by_axes(leaves, axis_name).items():
-            part, roundings = _sum_of_squares([leaves[k] for k in group])
-            total, in_a_row = total + sum_over(part, axes), max(in_a_row, roundings) + 2
+        total, in_a_row = sum_of(square, leaves, axis_name)
         root = jnp.sqrt(total)
         bits = _rounded_bits(root)
         if any(leaf.dtype == jnp.float64 for leaf in leaves):
@@ -163,100 +145,18 @@ def _relative_error(in_a_row: int, axis_name: AxisName | None) -> float:
     return (in_a_row + 2 * places(axis_name) + 4) * FLOAT64_ROUNDOFF
 
 
-def _sum_of_squares(leaves: Sequence[jax.Array]) -> tuple[jax.Array, int]:
-    """The sum in float64, and how many roundings in a row it has at most.
-
-    Of positive numbers n are added with at most n - 1, in any order whatever. Small leaves are summed up together, as
-    squares or as sums of rows: each sum by itself is three programs for XLA's CPU backend to compile.
-    """
-    parts = [_partial_sums(leaf) for leaf in leaves]
-    groups, in_a_row = _grouped([part for part, _ in parts]), max(each for _, each in parts)
-    total = jnp.float64(0)
-    for group in groups:
-        sums = jnp.concatenate(group)
-        # Sums of squares are not negative, but XLA cannot know: else it would pull the sum apart again.
-        total = total + jnp.sum(jnp.where(sums < 0, jnp.nan, sums))
-    return total, in_a_row + max(sum(part.size for part in group) for group in groups) + 2 * len(groups)
-
-
-def _partial_sums(leaf: jax.Array) -> tuple[jax.Array, int]:
-    """Numbers whose sum is that of the squares, 1-D, and how many roundings in a row there were.
-
-    XLA's CPU backend is fast at sums over the last axis, as it is, and over all, and slow where it has to cut anew.
-    """
-    if leaf.size <= _SHORT:
-        return (_widen(leaf) * _widen(leaf)).reshape(-1), 0
-    if _by_rows(leaf):
-        sums = jnp.sum(_widen(leaf) * _widen(leaf), axis=-1).reshape(-1)
-        if sums.size <= _SHORT:
-            return sums, leaf.shape[-1]
-        return jnp.sum(jnp.where(sums < 0, jnp.nan, sums))[None], leaf.shape[-1] + sums.size
-    flat = leaf.reshape(-1)
-    if flat.size <= _LONG:
-        return jnp.sum(_widen(flat) * _widen(flat))[None], flat.size
-
-    if jax.default_backend() != "cpu":
-        return _sums_of_long_rows(flat), _LONG_ROW
-
-    def add(k: jax.Array, total: jax.Array) -> jax.Array:
-        part = _widen(lax.dynamic_slice_in_dim(flat, k * _LONG, _LONG))
-        return total + jnp.sum(part * part)
-
-    whole = flat.size // _LONG
-    rest = _widen(flat[whole * _LONG :])
-    return lax.fori_loop(0, whole, add, jnp.sum(rest * rest))[None], _LONG + whole
-
-
-def _sums_of_long_rows(flat: jax.Array) -> jax.Array:
-    """For a GPU, which would take the turns of a loop one after the other. That of what is left comes last."""
-    whole = flat.size - flat.size % _LONG_ROW
-    rows, rest = _widen(flat[:whole]).reshape(-1, _LONG_ROW), _widen(flat[whole:])
-    return jnp.append(jnp.sum(rows * rows, axis=-1), jnp.sum(rest * rest))
-
-
-def _grouped(parts: Sequence[jax.Array]) -> list[list[jax.Array]]:
-    """Vectors in groups of bounded length; a single zero where all are empty."""
-    groups, room = [], 0
-    for part in (part for part in parts if part.size):
-        if part.size > room:
-            groups.append([])
-            room = max(_TOGETHER, part.size)
-        groups[-1].append(part)
-        room -= part.size
-    return groups or [[jnp.zeros(1, jnp.float64)]]
-
-
-def _by_rows(leaf: jax.Array) -> bool:
-    return leaf.ndim > 1 and leaf.shape[-1] >= _ROW and leaf.size <= leaf.shape[-1] * _LONG
-
-
 def _largest_magnitude(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> jax.Array:
     """float64; NaN if there is one."""
     with jax.enable_x64(True):
         largest = jnp.float64(0)
         for leaf in leaves:
             # As integers: a float maximum may lose a NaN.
-            wide = jnp.abs(_widen_subnormals(leaf))
+            wide = jnp.abs(widen_subnormals(leaf))
             bits = jnp.max(lax.bitcast_convert_type(wide, jnp.int64), initial=0)
             largest = jnp.maximum(largest, lax.bitcast_convert_type(bits, jnp.float64))
         bits = lax.bitcast_convert_type(largest, jnp.int64)
         bits = bits if axis_name is None else lax.pmax(bits, axis_name)
         return lax.bitcast_convert_type(bits, jnp.float64)
-
-
-def _widen(leaf: jax.Array) -> jax.Array:
-    return lax.convert_element_type(leaf, jnp.float64)
-
-
-def _widen_subnormals(leaf: jax.Array) -> jax.Array:
-    """Exact conversion to float64 of float32 subnormals too, which XLA's CPU backend would read as zero."""
-    if leaf.dtype == jnp.float64:
-        return leaf
-    with jax.enable_x64(True):
-        leaf = leaf.astype(jnp.float32)
-        bits = lax.bitcast_convert_type(leaf, jnp.int32)
-        magnitude = bits & _MAGNITUDE
-        return jnp.where(magnitude < _IMPLICIT_ONE, _widen(magnitude) * 2.0**-149, _widen(leaf))
 
 
 def as_norm(norm: jax.Array) -> Norm:
@@ -275,86 +175,104 @@ def _rounded_bits(value: jax.Array) -> jax.Array:
 
 def _of_bits(bits: jax.Array) -> Norm:
     single = lax.bitcast_convert_type(bits, jnp.float32)
-    return Norm(single, jnp.where(bits < _IMPLICIT_ONE, _widen(bits) * 2.0**-149, _widen(single)))
+    return Norm(single, jnp.where(bits < _IMPLICIT_ONE, widen(bits) * 2.0**-149, widen(single)))
 
 
 # --- the exact sum --------------------------------------------------------------------------------------------------
 
 
 def _rounded_exactly(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> jax.Array:
-    """The bits of the norm, from an exact sum."""
-    sums = jnp.zeros((EXPONENTS, 2), jnp.int64)
-    for axes, group in by_axes(leaves, axis_name).items():
-        sums = sums + sum_over(_exponent_sums([leaves[k] for k in group]), axes)
-    return _mended(_rounded_bits(jnp.sqrt(jnp.sum(_widen(sums) * np.exp2(_POSITIONS - _UNIT)))), sums)
+    """The bits of the norm, whatever the sum is close to.
+
+    First the sum of squares is taken once more, subnormals counted, which leaves three float32 to choose from. Then
+    it is compared with the squares half way between them, as far as that needs it. Squares are cut into slices, from
+    the top: rounded to multiples of a unit, then what that left to those of a finer one, and so on. Those of one slice
+    are so few bits above its unit that float64 sums them up exactly, in any order; what is left after it is at most
+    half of the unit for each square, and a difference beyond that has its sign. Three or four slices are enough, but
+    next to a tie. For up to 2^40 elements.
+
+    Source of the slices: the error-free extraction of Rump, Ogita and Oishi, "Accurate floating-point summation", SIAM
+    Journal on Scientific Computing 31 (2008), here with units that are the same for all.
+    """
+    count = places(axis_name) * sum(leaf.size for leaf in leaves) + 1
+
+    def is_undecided(turn: _Turn) -> jax.Array:
+        last = turn.unit_before(count)
+        return (turn.number < 2) | (jnp.any(jnp.abs(turn.differences) <= count * last) & (last > _FINEST))
+
+    def take(state: jax.Array) -> jax.Array:
+        # Squares that do not depend on the turn XLA would keep, in float64, for all of them. One by one: together the
+        # leaves would all vary, by their types, over what one of them does.
+        parts = [lax.optimization_barrier((leaf, state))[0] for leaf in leaves]
+        turn = _Turn.of(state)
+        unit, last = turn.unit(count), turn.unit_before(count)
+        part, _ = sum_of(lambda leaf: _slice(square_of_any(leaf), unit, last), parts, axis_name)
+        return turn.after(part, part - _slice(turn.half_way_squared(), unit, last))
+
+    start = varying_as(jnp.zeros(4, jnp.float64), leaves, axis_name)
+    return _Turn.of(lax.while_loop(lambda state: is_undecided(_Turn.of(state)), take, start)).decided()
 
 
-def _mended(bits: jax.Array, sums: jax.Array) -> jax.Array:
-    """The right one of a float32 and its two neighbours, by the exact sum of squares."""
-    # Against the squares half way to the next float32, and half way from the last one.
-    total = _words(sums.reshape(-1), jnp.asarray(_POSITIONS.reshape(-1)))
-    above, below = jax.vmap(lambda bits: _sign(total - _square_half_way(bits)))(jnp.stack([bits, bits - 1]))
-    below = jnp.where(bits > 0, below, 1)
-    is_odd = (bits & 1) == 1
-    up = (above > 0) | ((above == 0) & is_odd)
-    down = (below < 0) | ((below == 0) & is_odd)
-    return jnp.minimum(bits + up.astype(jnp.int32) - down.astype(jnp.int32), _MAX_BITS)
+class _Turn(NamedTuple):
+    """Where :func:`_rounded_exactly` is: float64, in one array on the way, since each by itself is compiled by itself.
+
+    Attributes:
+        number: of turns that have been taken: the first takes the sum, the others a slice each.
+        total: the sum of squares, but for a small relative error.
+        differences: of the slices so far from those of the squares half way to the next float32, and from the last.
+    """
+
+    number: jax.Array
+    total: jax.Array
+    differences: jax.Array
+
+    @classmethod
+    def of(cls, state: jax.Array) -> _Turn:
+        return cls(state[0], state[1], state[2:])
+
+    def after(self, part: jax.Array, differences: jax.Array) -> jax.Array:
+        is_first = self.number == 0
+        total = jnp.where(is_first, part, self.total)
+        return jnp.concatenate(
+            [jnp.stack([self.number + 1, total]), jnp.where(is_first, 0.0, self.differences + differences)]
+        )
+
+    def unit(self, count: int, turns_ago: int = 0) -> jax.Array:
+        """Of this turn: the last bit of the sum, or a power of two so far above that no square is as large as half."""
+        slice_ = (self.number - turns_ago).astype(jnp.int64) - 1
+        exponent = (lax.bitcast_convert_type(self.total, jnp.int64) >> 52) - 1023 - 48
+        exponent = jnp.maximum(exponent - slice_ * (50 - count.bit_length()), -300)
+        exponent = jnp.where(slice_ < 0, -300 if turns_ago == 0 else 400, exponent)
+        return lax.bitcast_convert_type((exponent + 1023) << 52, jnp.float64)
+
+    def unit_before(self, count: int) -> jax.Array:
+        return self.unit(count, turns_ago=1)
+
+    @property
+    def bits(self) -> jax.Array:
+        return _rounded_bits(jnp.sqrt(self.total))
+
+    def half_way_squared(self) -> jax.Array:
+        """Exact: of 25 bits each."""
+        bits = self.bits
+        neighbours = jnp.stack([bits, jnp.minimum(bits + 1, _MAX_BITS), jnp.maximum(bits - 1, 0), bits])
+        half_way = jnp.sum(_of_bits(neighbours).double.reshape(2, 2), axis=1) / 2
+        return half_way * half_way
+
+    def decided(self) -> jax.Array:
+        """The bits of the right one of the three."""
+        above, below = self.differences
+        is_odd = (self.bits & 1) == 1
+        up = (above > 0) | ((above == 0) & is_odd)
+        down = (below < 0) | ((below == 0) & is_odd)
+        return jnp.minimum(self.bits + up.astype(jnp.int32) - down.astype(jnp.int32), _MAX_BITS)
 
 
-def _exponent_sums(leaves: Sequence[jax.Array]) -> jax.Array:
-    """Sums of squares of significands for each exponent field: int64 of shape ``(255, 2)``, two limbs."""
-
-    def add(sums: jax.Array, part: jax.Array) -> jax.Array:
-        magnitude = lax.bitcast_convert_type(part, jnp.int32) & _MAGNITUDE
-        field = jnp.maximum(magnitude >> 23, 1)
-        significand = (magnitude - ((field - 1) << 23)).astype(jnp.int64)
-        square = significand * significand
-        limbs = jnp.stack([square & ((1 << LIMB_BITS) - 1), square >> LIMB_BITS], -1)
-        return sums.at[field].add(limbs)
-
-    def add_unless_zero(sums: jax.Array, part: jax.Array) -> tuple[jax.Array, None]:
-        nothing = jnp.max(lax.bitcast_convert_type(part, jnp.int32) & _MAGNITUDE) == 0
-        return lax.cond(nothing, lambda sums, _: sums, add, sums, part), None
-
-    flat = [leaf.astype(jnp.float32).reshape(-1) for leaf in leaves]
-    # Inside shard_map a loop has to start from what hangs on the device as much as what it ends in.
-    nothing = sum(jnp.sum(lax.bitcast_convert_type(leaf[:1], jnp.int32) & 0) for leaf in flat)
-    sums = jnp.zeros((EXPONENTS, 2), jnp.int64) + nothing
-    rests = []
-    for leaf in flat:
-        whole = leaf.size - leaf.size % _CHUNK
-        if whole:
-            sums, _ = lax.scan(add_unless_zero, sums, leaf[:whole].reshape(-1, _CHUNK))
-        rests.append(leaf[whole:])
-    # What is left of all of them together: each loop is a program of its own to compile.
-    rest = jnp.concatenate(rests)
-    rest = jnp.pad(rest, (0, -rest.size % min(_CHUNK, max(rest.size, 1))))
-    return lax.scan(add_unless_zero, sums, rest.reshape(-1, min(_CHUNK, rest.size)))[0] if rest.size else sums
+def _slice(x: jax.Array, unit: jax.Array, last: jax.Array) -> jax.Array:
+    return _to_multiple(x, unit) - _to_multiple(x, last)
 
 
-def _square_half_way(bits: jax.Array) -> jax.Array:
-    """The square of what lies half way to the next float32, in words."""
-    field = jnp.maximum(bits >> 23, 1)
-    middle = (2 * (bits - ((field - 1) << 23)) + 1).astype(jnp.int64)
-    return _words((middle * middle)[None], 2 * (field - 1)[None])
-
-
-def _words(values: jax.Array, positions: jax.Array) -> jax.Array:
-    """``sum(values * 2^positions)`` in units of 2^-300: words of 32 bits, the lowest first, not carried, in int64."""
-    # Values below 2^62 in two pieces of 31 bits, each of which covers at most two words.
-    pieces = jnp.concatenate([values & ((1 << 31) - 1), values >> 31])
-    at = jnp.concatenate([positions, positions + 31]).astype(jnp.int64)
-    moved, word = pieces << (at & 31), at >> 5
-    return jnp.zeros(_WORDS, jnp.int64).at[jnp.stack([word, word + 1])].add(jnp.stack([moved & _WORD, moved >> 32]))
-
-
-def _sign(words: jax.Array) -> jax.Array:
-    """-1, 0 or 1: the sign of a number in words, which may be negative and are carried here."""
-
-    def carry(carried: jax.Array, word: jax.Array) -> tuple[jax.Array, jax.Array]:
-        whole = word + carried
-        return whole >> 32, whole & _WORD
-
-    # A zero that varies over the axes of shard_map over which the words do, as a loop wants it.
-    highest, rest = lax.scan(carry, words[0] & 0, words)
-    return jnp.where(highest < 0, -1, jnp.max(jnp.sign(rest))).astype(jnp.int32)
+def _to_multiple(x: jax.Array, unit: jax.Array) -> jax.Array:
+    """To the nearest multiple of a power of two, which large numbers of up to 51 bits are already: float64."""
+    raised = 1.5 * 2.0**52 * unit
+    return jnp.where(x < 2.0**51 * unit, (x + raised) - raised, x)

@@ -19,7 +19,7 @@ import altgrad_torch
 from altgrad_core.errors import InputError
 from altgrad_core.norms import check_norm_type, norm_of_exponent_sums, round_root
 from altgrad_jax import clip_by_global_norm, global_norm
-from altgrad_jax.norms import _exponent_sums, _mended, _rounded_exactly, norm_of
+from altgrad_jax.norms import _rounded_exactly, norm_of
 from altgrad_torch.norms import norm_of as torch_norm_of
 
 Single = npt.NDArray[np.float32]
@@ -78,22 +78,32 @@ def test_a_known_tie_that_a_float64_sum_gets_wrong() -> None:
     assert_norm_is(np.pad(x, (0, SIZE - len(x))), nearest_float32(sum_of_squares(x)))
 
 
-MENDED, ROUNDED_EXACTLY = jax.jit(_mended), jax.jit(_rounded_exactly, static_argnums=1)
+ROUNDED_EXACTLY = jax.jit(_rounded_exactly, static_argnums=1)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-20, 1e19, 1e-42])
-def test_the_exact_sum_mends_a_wrong_neighbour(scale: float) -> None:
-    """Whatever of three neighbours it starts from; over parts of a leaf, and several leaves."""
+def test_the_exact_sum_over_several_leaves(scale: float) -> None:
     draw = np.random.default_rng(0)
     leaves = [(draw.standard_normal(size) * scale).astype(np.float32) for size in (3, 2**16 + 5)]
     right = nearest_float32(sum((sum_of_squares(leaf) for leaf in leaves), Fraction(0)))
     with jax.enable_x64(True):
-        arrays = [jnp.asarray(leaf) for leaf in leaves]
-        sums = jax.jit(_exponent_sums)(arrays)
-        for off in (-1, 0, 1):
-            bits = jnp.asarray(right.view(np.int32) + np.int32(off))
-            assert int(MENDED(bits, sums)) == int(right.view(np.int32))
-        assert int(ROUNDED_EXACTLY(arrays, None)) == int(right.view(np.int32))
+        assert int(ROUNDED_EXACTLY([jnp.asarray(leaf) for leaf in leaves], None)) == int(right.view(np.int32))
+
+
+def any_magnitudes(draw: np.random.Generator) -> Single:
+    """Of all binades, of a few, of the smallest numbers there are, or hardly any."""
+    bits = draw.integers(0, 0x7F800000, SIZE).astype(np.uint32).view(np.float32)
+    few = np.ldexp(draw.standard_normal(SIZE), draw.integers(-149, 120)).astype(np.float32)
+    smallest = (draw.integers(0, 9, SIZE) * 2.0**-149).astype(np.float32)
+    return [bits, few, smallest, np.where(np.arange(SIZE) < 2, bits, 0)][draw.integers(4)]
+
+
+def test_the_exact_sum_of_whatever_there_is() -> None:
+    draw = np.random.default_rng(3)
+    with jax.enable_x64(True):
+        for x in (any_magnitudes(draw) for _ in range(300)):
+            expected = nearest_float32(sum_of_squares(x))
+            assert int(ROUNDED_EXACTLY([jnp.asarray(x)], None)) == int(expected.view(np.int32)), x
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
