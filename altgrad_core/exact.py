@@ -13,6 +13,7 @@ and only until the rounding is certain, is AltGrad's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import floordiv
 from typing import Any, NamedTuple
 
 from altgrad_core.errors import InputError
@@ -78,7 +79,13 @@ def bits_of_spans(length: int) -> int:
     return FLOAT64_BITS - bits_of_length(length)
 
 
-def cut_of(left: Any, right: Any, length: int, where: Callable[[Any, Any, Any], Any] = _either) -> Cut:
+def cut_of(
+    left: Any,
+    right: Any,
+    length: int,
+    where: Callable[[Any, Any, Any], Any] = _either,
+    divide: Callable[[Any, Any], Any] = floordiv,
+) -> Cut:
     """How to cut operands of two spans so that all dots of one place have a sum that float64 holds.
 
     The shorter operand may stay whole, and the slices of the longer one take what is left; or both are cut alike. What
@@ -89,6 +96,7 @@ def cut_of(left: Any, right: Any, length: int, where: Callable[[Any, Any, Any], 
         right: likewise, of the other.
         length: terms of a sum.
         where: for arrays, the function of this name.
+        divide: integers that are not negative, to whole numbers.
 
     >>> cut_of(21, 25, 512)
     Cut(bits=23, left=1, right=2)
@@ -96,22 +104,19 @@ def cut_of(left: Any, right: Any, length: int, where: Callable[[Any, Any, Any], 
     Cut(bits=19, left=7, right=7)
     """
     alike = (FLOAT64_BITS - _PAIRS_BITS - bits_of_length(length)) // 2
-    of_left, of_right = _slices(left, alike), _slices(right, alike)
+    of_left, of_right = (divide(span + (alike - 1), alike) for span in (left, right))
     is_left_shorter = left < right
     rest = bits_of_spans(length) - where(is_left_shorter, left, right)
     rest = where(rest > _LONGEST_SLICE, _LONGEST_SLICE, rest)
     is_possible = rest >= _SHORTEST_SLICE
-    of_longer = _slices(where(is_left_shorter, right, left), where(is_possible, rest, 1))
+    slice_bits = where(is_possible, rest, 1)
+    of_longer = divide(where(is_left_shorter, right, left) + (slice_bits - 1), slice_bits)
     one_is_whole = is_possible & (of_longer < of_left * of_right)
     return Cut(
         where(one_is_whole, rest, alike),
         where(one_is_whole, where(is_left_shorter, 1, of_longer), of_left),
         where(one_is_whole, where(is_left_shorter, of_longer, 1), of_right),
     )
-
-
-def _slices(span: Any, bits: Any) -> Any:
-    return (span - 1) // bits + 1
 
 
 def bits_until_rounded(slice_bits: Any) -> Any:
@@ -126,7 +131,7 @@ def bits_until_rounded(slice_bits: Any) -> Any:
     return _INT64_BITS - 1 - slice_bits
 
 
-def largest_rest(slice_bits: Any) -> Any:
+def largest_rest(slice_bits: Any, divide: Callable[[Any, Any], Any] = floordiv) -> Any:
     """What all digits below one can add up to at most, in units of that one.
 
     A digit is what three neighbouring sums leave in one place: less than ``2^slice_bits`` from each of two, and the top
@@ -136,4 +141,4 @@ def largest_rest(slice_bits: Any) -> Any:
     (3, 67240195)
     """
     digit = (2 << slice_bits) + (1 << FLOAT64_BITS - 2 * slice_bits)
-    return digit // ((1 << slice_bits) - 1) + 1
+    return divide(digit, (1 << slice_bits) - 1) + 1

@@ -14,8 +14,9 @@ from jax import lax
 from altgrad_core.errors import InputError
 from altgrad_core.nonfinite import NO_CULPRIT, culprit_message
 from altgrad_jax.axes import AxisName, by_axes, sum_over
+from altgrad_jax.sums import flat, together
 
-_MOST = 2**31 - 1
+_MOST = _NOBODY = 2**31 - 1
 
 
 class Culprit(NamedTuple):
@@ -48,13 +49,24 @@ def find_culprit(leaves: Sequence[jax.Array], axis_name: AxisName | None = None)
     (1, 2)
     """
     with jax.enable_x64(True):
-        counts = jnp.zeros(len(leaves), jnp.int64)
-        for axes, group in by_axes(leaves, axis_name).items():
-            seen = jnp.stack([jnp.sum(~jnp.isfinite(leaves[k]), dtype=jnp.int64) for k in group])
-            counts = counts.at[np.array(group)].set(sum_over(seen, axes))
-        total = jnp.minimum(jnp.sum(counts), _MOST).astype(jnp.int32)
-        first = lax.argmax((counts > 0).astype(jnp.int32), 0, jnp.int32)
+        total, first = jnp.int64(0), jnp.int32(_NOBODY)
+        for axes, places in by_axes(leaves, axis_name).items():
+            for group in together([leaves[k] for k in places]):
+                count, culprit = _of_group([places[k] for k in group], leaves)
+                total = total + sum_over(count, axes)
+                first = jnp.minimum(first, lax.pmin(culprit, axes) if axes else culprit)
+        total = jnp.minimum(total, _MOST).astype(jnp.int32)
         return Culprit(jnp.where(total > 0, first, NO_CULPRIT).astype(jnp.int32), total)
+
+
+def _of_group(places: Sequence[int], leaves: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """How many elements of some leaves are not finite, and the place of the first leaf that has one."""
+    bad = ~jnp.isfinite(flat([leaves[k] for k in places]))
+    count = jnp.sum(bad, dtype=jnp.int64)
+    if len(places) == 1:
+        return count, jnp.where(count > 0, np.int32(places[0]), np.int32(_NOBODY))
+    owners = np.repeat(np.array(places, np.int32), [leaves[k].size for k in places])
+    return count, jnp.min(jnp.where(bad, owners, np.int32(_NOBODY)))
 
 
 def leaf_path(tree: optax.Updates, index: int | jax.Array) -> str | None:

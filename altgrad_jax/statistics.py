@@ -518,14 +518,13 @@ def _add_each(left: Sequence[jax.Array], right: Sequence[jax.Array]) -> tuple[ja
 
 
 def _pooled(limbs: jax.Array) -> jax.Array:
-    """Sum over the first axis of up to 2^15, in parts that cannot wrap."""
-    low, middle = _sum(limbs[..., 1] & 0x7FFF), _sum(limbs[..., 1] >> 15)
-    high = _sum(limbs[..., 0]) + (middle >> 15)
+    """Sum over the first axis of up to 2^15, in halves of limbs, whose sums cannot wrap."""
+    shift, mask = (np.array(each, np.int32).reshape((1,) * limbs.ndim + (2,)) for each in ((0, 15), (0x7FFF, -1)))
+    halves = (limbs[..., None] >> shift) & mask
+    sums = jnp.sum(halves, 0, dtype=jnp.int32)  # where x64 is on it would be int64
+    low, middle = sums[..., 1, 0], sums[..., 1, 1]
+    high = sums[..., 0, 0] + (sums[..., 0, 1] << 15) + (middle >> 15)
     return _carry(jnp.stack([high, low + ((middle & 0x7FFF) << 15)], -1))
-
-
-def _sum(counts: jax.Array) -> jax.Array:
-    return jnp.sum(counts, 0, dtype=jnp.int32)  # where x64 is on it would be int64
 
 
 def _limbs(counts: jax.Array) -> jax.Array:

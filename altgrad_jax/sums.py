@@ -42,16 +42,14 @@ def sum_of(term: Term, leaves: Sequence[jax.Array], axis_name: AxisName | None) 
 
 
 def _sum_of_group(term: Term, leaves: Sequence[jax.Array]) -> tuple[jax.Array, int]:
-    """Small leaves are summed up together, by their terms or by sums of rows.
-
-    Each sum by itself is three programs for XLA's CPU backend to compile.
-    """
-    parts = [_partial_sums(term, leaf) for leaf in leaves]
-    groups, in_a_row = _grouped([part for part, _ in parts]), max(each for _, each in parts)
-    total = jnp.float64(0)
+    apart = [flat([leaves[k] for k in group]) if len(group) > 1 else leaves[group[0]] for group in together(leaves)]
+    parts, in_a_row = zip(*(_partial_sums(term, each) for each in apart), strict=True) if apart else ((), (0,))
+    total, longest = jnp.float64(0), 0
+    groups = together(parts)
     for group in groups:
-        total = total + jnp.sum(_kept_apart(jnp.concatenate(group)))
-    return total, in_a_row + max(sum(part.size for part in group) for group in groups) + 2 * len(groups)
+        sums = flat([parts[k] for k in group])
+        total, longest = total + jnp.sum(_kept_apart(sums)), max(longest, sums.size)
+    return total, max(in_a_row) + longest + 2 * len(groups)
 
 
 def _kept_apart(sums: jax.Array) -> jax.Array:
@@ -93,16 +91,41 @@ def _sums_of_long_rows(term: Term, flat: jax.Array) -> jax.Array:
     return jnp.append(rows, jnp.sum(term(flat[whole:])))
 
 
-def _grouped(parts: Sequence[jax.Array]) -> list[list[jax.Array]]:
-    """Vectors in groups of bounded length; a single zero where all are empty."""
-    groups, room = [], 0
-    for part in (part for part in parts if part.size):
-        if part.size > room:
-            groups.append([])
-            room = max(_TOGETHER, part.size)
-        groups[-1].append(part)
-        room -= part.size
-    return groups or [[jnp.zeros(1, jnp.float64)]]
+def together(leaves: Sequence[jax.Array]) -> list[list[int]]:
+    """Which of several arrays, by their places, are best put together before they are reduced: of one dtype.
+
+    Each reduction is three programs for XLA's CPU backend to compile, whatever it reduces. What is long is reduced by
+    itself, where a copy would cost more; what is empty is in no group.
+
+    >>> together([jnp.ones(10), jnp.ones(0), jnp.ones(10**6), jnp.ones(20)])
+    [[0, 3], [2]]
+    """
+    groups: dict[np.dtype, list[list[int]]] = {}
+    for k, leaf in enumerate(leaves):
+        of_dtype = groups.setdefault(leaf.dtype, [])
+        if 0 < leaf.size <= _SHORT:
+            if not of_dtype or sum(leaves[j].size for j in of_dtype[-1]) + leaf.size > _TOGETHER:
+                of_dtype.append([])
+            of_dtype[-1].append(k)
+    long = [[k] for k, leaf in enumerate(leaves) if leaf.size > _SHORT]
+    return [group for of_dtype in groups.values() for group in of_dtype] + long
+
+
+def flat(leaves: Sequence[jax.Array]) -> jax.Array:
+    """Leaves of one dtype one after the other: what is made of their elements after that is one kernel for all.
+
+    Put together as bits: where leaves are sharded XLA adds parts to zeros, and on a CPU a float32 addition would take
+    subnormals for zero.
+    """
+    if len(leaves) == 1:
+        return leaves[0].reshape(-1)
+    dtype = leaves[0].dtype
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
+    words = jnp.dtype(f"int{8 * dtype.itemsize}")
+    return lax.bitcast_convert_type(
+        jnp.concatenate([lax.bitcast_convert_type(leaf.reshape(-1), words) for leaf in leaves]), dtype
+    )
 
 
 def _by_rows(leaf: jax.Array) -> bool:

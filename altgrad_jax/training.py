@@ -161,7 +161,7 @@ class Program:
             state.opt_state,
             state.params,
             # A rate below every threshold keeps the gate shut, where the run does not clip.
-            overflow_rate=jnp.where(state.run.switches.clip, seen.gradient.overflow_rate, -1),
+            overflow_rate=jnp.where(state.run.switches.clip, seen.gradient_overflow_rate, -1),
             total_norm=norm,
         )
         refused = state.run.switches.refuse_spikes & _is_spike(norm, state.norm_history)
@@ -326,10 +326,10 @@ class Program:
             applied=applied,
             norm=norm,
             clipped=optax.tree.get(opt_state, "clipped", clip & (norm > self.optimizer.base_clip)),
-            overflow_rate=seen.gradient.overflow_rate,
-            underflow_rate=seen.gradient.underflow_rate,
-            operand_overflow_rate=seen.operand.overflow_rate,
-            operand_underflow_rate=seen.operand.underflow_rate,
+            overflow_rate=seen.gradient_overflow_rate,
+            underflow_rate=seen.gradient_underflow_rate,
+            operand_overflow_rate=seen.operand_overflow_rate,
+            operand_underflow_rate=seen.operand_underflow_rate,
             stall_rate=optax.tree.get(opt_state, "stall_rate"),
             saturation_rate=optax.tree.get(opt_state, "saturation_rate"),
             amax_refused=refused,
@@ -344,18 +344,30 @@ class _Seen(NamedTuple):
     """What a record held at the end of a step."""
 
     amax: jax.Array
-    gradient: CastCounts
-    operand: CastCounts
     overflow_rates: jax.Array
     underflow_rates: jax.Array
+    gradient_overflow_rate: jax.Array
+    gradient_underflow_rate: jax.Array
+    operand_overflow_rate: jax.Array
+    operand_underflow_rate: jax.Array
 
     @classmethod
     def of(cls, record: Record) -> _Seen:
         tallies = read_record(record)
-        counts = CastCounts.of_tallies(tallies)
-        gradients, operands = CastCounts(counts.limbs[:, GRADIENT]), CastCounts(counts.limbs[:, :GRADIENT])
-        rates = (counts.overflow_rate, counts.underflow_rate)
-        return cls(amax_of_tallies(tallies), gradients.pooled(), operands.pooled(), *rates)
+        limbs = CastCounts.of_tallies(tallies).limbs
+        pooled = [CastCounts(some).pooled().limbs[None] for some in (limbs[:, GRADIENT], limbs[:, :GRADIENT])]
+        # All rates at once, since each quotient by itself would be compiled by itself.
+        counts = CastCounts(jnp.concatenate([limbs.reshape(-1, *limbs.shape[2:]), *pooled]))
+        overflow, underflow = counts.overflow_rate, counts.underflow_rate
+        return cls(
+            amax_of_tallies(tallies),
+            overflow_rates=overflow[:-2].reshape(limbs.shape[:2]),
+            underflow_rates=underflow[:-2].reshape(limbs.shape[:2]),
+            gradient_overflow_rate=overflow[-2],
+            gradient_underflow_rate=underflow[-2],
+            operand_overflow_rate=overflow[-1],
+            operand_underflow_rate=underflow[-1],
+        )
 
 
 def _module(params: Params, path: tuple[str | int, ...]) -> Params:

@@ -16,7 +16,7 @@ from jax import lax
 from altgrad_jax.casting import cast
 from altgrad_jax.nn.border import as_one_value
 from altgrad_jax.params import Edges, FormatParams, edges
-from altgrad_jax.statistics import tally
+from altgrad_jax.statistics import TallyParts, tallied, tally_parts
 
 DotDimensionNumbers = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 """``((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch))``, as ``lax.dot_general`` takes it."""
@@ -26,7 +26,8 @@ LHS, RHS, GRADIENT = range(3)
 
 
 Refs = tuple[jax.Ref | None, jax.Ref | None, jax.Ref | None]
-"""Where the three casts of a product write what they saw; see :func:`empty_record`."""
+"""Where the three casts of a product write what they saw, int32 ``(6,)``: elements and their tally in parts, which are
+put together for all casts at once, since each would be a kernel of its own. See :func:`empty_record`."""
 
 Record = tuple[Refs, ...]
 """The references of all products of a model."""
@@ -41,7 +42,9 @@ def empty_record(sites: int) -> Record:
 
 def read_record(record: Record) -> jax.Array:
     """int32 of shape ``(sites, 3, 6)``: the :func:`~altgrad_jax.statistics.tally` of every cast."""
-    return jnp.stack([jnp.stack([ref[...] for ref in refs if ref is not None]) for refs in record])
+    flat = jnp.concatenate([ref[...] for refs in record for ref in refs if ref is not None])  # one kernel, if flat
+    seen = flat.reshape(len(record), len(record[0]), -1)
+    return jnp.stack([*tallied(*(seen[..., k] for k in range(5))), seen[..., 5]], axis=-1)
 
 
 @jax.tree_util.register_dataclass
@@ -177,7 +180,8 @@ def _cast_and_record(x: jax.Array, grid: Grid, ref: jax.Ref | None) -> jax.Array
     grids, index = replace(grid, index=()), jnp.array(grid.index, jnp.int32)
     if ref is None:
         return as_one_value(_cast_on, x, grids, index)
-    quantized, ref[...] = as_one_value(_cast_and_tally, x, grids, index)
+    quantized, seen = as_one_value(_cast_and_see, x, grids, index)
+    ref[...] = jnp.stack([jnp.full_like(seen.nan, x.size), *seen])
     return quantized
 
 
@@ -185,9 +189,9 @@ def _cast_on(x: jax.Array, grids: Grid, index: jax.Array) -> jax.Array:
     return cast(x, grids.looked_up(index)[0])
 
 
-def _cast_and_tally(x: jax.Array, grids: Grid, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _cast_and_see(x: jax.Array, grids: Grid, index: jax.Array) -> tuple[jax.Array, TallyParts]:
     params, limits = grids.looked_up(index)
-    return cast(x, params), tally(x, limits)
+    return cast(x, params), tally_parts(x, limits)
 
 
 def _nothing_seen() -> jax.Array:
