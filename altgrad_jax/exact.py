@@ -326,39 +326,53 @@ class _Sum(NamedTuple):
 def _sum_of_many(dot: _Dot, values: tuple[jax.Array, jax.Array], numbers: jax.Array) -> jax.Array:
     """The exact sum, or a float64 that rounds to the same float32."""
     left, right = _sliced(values, numbers)
-    exponent, slice_bits = left.exponent + right.exponent, left.bits.astype(jnp.int64)
     # A sum without terms is zero, however many digits there are.
     has_terms = dot((left.values != 0).astype(jnp.float32), (right.values != 0).astype(jnp.float32)) > 0
 
     def is_undecided(state: tuple[jax.Array, _Sum]) -> jax.Array:
         place, total = state
-        is_decided = (total.midpoint != 0) & (jnp.abs(total.rest) > largest_rest(slice_bits, _quotient))
+        largest = largest_rest(left.bits.astype(jnp.int64), _quotient)
+        is_decided = (total.midpoint != 0) & (jnp.abs(total.rest) > largest)
         return (place >= -2) & jnp.any(~is_decided & has_terms)
 
     def add(state: tuple[jax.Array, _Sum]) -> tuple[jax.Array, _Sum]:
         place, total = state
+        left, right = _sliced(values, _in_this_turn(numbers, place))
+        slice_bits = left.bits.astype(jnp.int64)
         # The dots of a place reach into the two above it, so that the digit two places above is now known.
-        worth = _power_of_two(exponent + slice_bits * (place + 2))
-        return place - 1, _with_digit(total, _dots_of_place(dot, left, right, place, nothing), worth, slice_bits)
+        worth = _power_of_two(left.exponent + right.exponent + slice_bits * (place + 2))
+        return place - 1, _with_digit(total, _dots_of_place(dot, values, numbers, place, nothing), worth, slice_bits)
 
     # Zeros that vary over the axes of shard_map over which the dots do, as a loop wants them.
     nothing = has_terms.astype(jnp.int64) & 0
     start = left.count + right.count - 2, _Sum(nothing, nothing.astype(jnp.float64), nothing, nothing)
     _, total = lax.while_loop(is_undecided, add, start)
-    whole = lax.convert_element_type(total.rest, jnp.float64) * _power_of_two(exponent)
+    whole = lax.convert_element_type(total.rest, jnp.float64) * _power_of_two(left.exponent + right.exponent)
     nudged = total.midpoint + jnp.sign(total.rest) * jnp.abs(total.midpoint) * 2.0**-40
     return jnp.where(total.midpoint == 0, whole, nudged)
 
 
-def _dots_of_place(dot: _Dot, left: _Sliced, right: _Sliced, place: jax.Array, nothing: jax.Array) -> jax.Array:
+def _dots_of_place(
+    dot: _Dot, values: tuple[jax.Array, jax.Array], numbers: jax.Array, place: jax.Array, nothing: jax.Array
+) -> jax.Array:
     """The sum of the dots of all pairs of slices whose numbers add up to a place; int64."""
 
     def add(k: jax.Array, total: jax.Array) -> jax.Array:
+        left, right = _sliced(values, _in_this_turn(numbers, k))
         return total + dot(left.slice(k), right.slice(place - k))
 
+    left, right = _sliced(values, _in_this_turn(numbers, place))
     first, last = jnp.maximum(place - right.count + 1, 0), jnp.minimum(place, left.count - 1)
     total = lax.fori_loop(first, last + 1, add, nothing.astype(jnp.float64))
     return lax.convert_element_type(total, jnp.int64)
+
+
+def _in_this_turn(numbers: jax.Array, turn: jax.Array) -> jax.Array:
+    """The same numbers, of which XLA cannot know: what depends on them alone it would compute once before the loop.
+
+    Each number in a program of its own, to save an operation on a scalar.
+    """
+    return lax.optimization_barrier((numbers, turn))[0]
 
 
 def _with_digit(total: _Sum, dots: jax.Array, worth: jax.Array, slice_bits: jax.Array) -> _Sum:
