@@ -17,7 +17,7 @@ from jax import lax
 from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, Format, Overflow, Rounding
 from altgrad_jax.arithmetic import product, quotient
-from altgrad_jax.params import FormatParams, as_params, beyond_max, edges, replaced_from
+from altgrad_jax.params import Edges, FormatParams, as_params, beyond_max, edges, replaced_from
 
 _SIGN = np.int32(-(2**31))
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -261,14 +261,19 @@ def within_float32(single: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isinf(single) & jnp.isfinite(x), jnp.copysign(jnp.float32(_FLOAT32_MAX), single), single)
 
 
-def cast(x: jax.Array, params: FormatParams, random_bits: jax.Array | None = None) -> jax.Array:
-    """The bare cast of float32 to float32: no scale, no checks, no gradient rule. See :func:`quantize`."""
+def cast(
+    x: jax.Array, params: FormatParams, random_bits: jax.Array | None = None, limits: Edges | None = None
+) -> jax.Array:
+    """The bare cast of float32 to float32: no scale, no checks, no gradient rule. See :func:`quantize`.
+
+    ``limits`` are the :func:`~altgrad_jax.params.edges` of the params, worked out here if they are not at hand.
+    """
     if params.path == "identity":
         return x
     if params.path == "fast":
-        return _cast_fast(x, params)
+        return _cast_fast(x, params, limits)
     if params.path == "wide":
-        return _cast_wide(x, params)
+        return _cast_wide(x, params, limits or edges(params))
     if params.path == "unsigned":
         return _cast_unsigned(x, params, random_bits)
     return _cast_integer(x, params, random_bits)
@@ -291,10 +296,10 @@ def _magic(exponent: jax.Array, params: FormatParams) -> jax.Array:
     return _float(exponent + raise_by + binade)
 
 
-def _cast_fast(x: jax.Array, params: FormatParams) -> jax.Array:
+def _cast_fast(x: jax.Array, params: FormatParams, limits: Edges | None) -> jax.Array:
     """Round by adding a power of two and taking it away again."""
     bounded = jnp.minimum(_bits(x) & _MAGNITUDE, _bits(params.max_value))
-    return _finish(_round_by_addition(bounded, params), x, params)
+    return _finish(_round_by_addition(bounded, params), x, params, limits)
 
 
 def _round_by_addition(bounded: jax.Array, params: FormatParams) -> jax.Array:
@@ -309,7 +314,7 @@ def _round_by_addition(bounded: jax.Array, params: FormatParams) -> jax.Array:
     return _bits((_float(bounded) + magic) - magic)
 
 
-def _cast_wide(x: jax.Array, params: FormatParams) -> jax.Array:
+def _cast_wide(x: jax.Array, params: FormatParams, limits: Edges) -> jax.Array:
     """As :func:`_cast_fast`, on magnitudes that were brought to the middle of float32's range: any signed format.
 
     What rounds to nothing is told by a comparison of bits, which sees subnormal float32 as it is; of those only what
@@ -324,17 +329,17 @@ def _cast_wide(x: jax.Array, params: FormatParams) -> jax.Array:
     moved = magnitude + shift
     magic = _magic(jnp.maximum(moved & _INF, jnp.where(below_one, raised, lowered)), params)
     rounded = _bits((_float(moved) + magic) - magic) - shift
-    vanishes = magnitude <= edges(params).vanishes_to
-    return _finish(jnp.where(vanishes, 0, jnp.maximum(rounded, _IMPLICIT_ONE)), x, params)
+    vanishes = magnitude <= limits.vanishes_to
+    return _finish(jnp.where(vanishes, 0, jnp.maximum(rounded, _IMPLICIT_ONE)), x, params, limits)
 
 
-def _finish(rounded: jax.Array, x: jax.Array, params: FormatParams) -> jax.Array:
+def _finish(rounded: jax.Array, x: jax.Array, params: FormatParams, limits: Edges | None) -> jax.Array:
     """From the bits of magnitudes, bounded by max and rounded, to results: what overflows, infinities, NaN, signs."""
     bits = _bits(x)
     magnitude = bits & _MAGNITUDE
-    of_overflow = jnp.where(params.overflow == _NATIVE, params.native_overflow, jnp.float32(np.inf))
+    of_overflow = jnp.where(params.overflow == _SATURATE_FINITE, jnp.float32(np.inf), beyond_max(params))
     special = jnp.where(magnitude > _INF, _NAN, _bits(of_overflow))
-    result = jnp.where(magnitude >= replaced_from(params), special, rounded)
+    result = jnp.where(magnitude >= replaced_from(params, limits), special, rounded)
     return _float(result | _signs(rounded, bits, params))
 
 

@@ -146,7 +146,7 @@ def _encoded_by_addition(bits: jax.Array, code: CodeParams) -> jax.Array:
     total = _float(bounded) + _float(binade + before) * _float((dropped + 127) << 23)
     # Beyond the codes' own bits the exponent's difference is left, which the cut to their dtype takes away.
     left = dropped << 23
-    of_overflow = jnp.where(params.overflow == OVERFLOWS.index("native"), code.overflow_code, code.inf_code)
+    of_overflow = jnp.where(params.overflow == OVERFLOWS.index("saturate_finite"), code.inf_code, code.overflow_code)
     # A NaN that stands for what overflows takes no sign.
     of_overflow = jnp.where(of_overflow > code.inf_code, code.nan_code - _APART, of_overflow + left)
     codes = _with_specials(_bits(total) - binade, magnitude, replaced_from(params), of_overflow, code)

@@ -14,7 +14,7 @@ from jax import lax
 from altgrad_core.errors import InputError
 from altgrad_core.nonfinite import NO_CULPRIT, culprit_message
 from altgrad_jax.axes import AxisName, by_axes, sum_over
-from altgrad_jax.sums import flat, together
+from altgrad_jax.sums import joined, together
 
 _MOST = _NOBODY = 2**31 - 1
 
@@ -61,7 +61,7 @@ def find_culprit(leaves: Sequence[jax.Array], axis_name: AxisName | None = None)
 
 def _of_group(places: Sequence[int], leaves: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
     """How many elements of some leaves are not finite, and the place of the first leaf that has one."""
-    bad = ~jnp.isfinite(flat([leaves[k] for k in places]))
+    bad = ~jnp.isfinite(joined([leaves[k] for k in places]))
     count = jnp.sum(bad, dtype=jnp.int64)
     if len(places) == 1:
         return count, jnp.where(count > 0, np.int32(places[0]), np.int32(_NOBODY))

@@ -129,13 +129,23 @@ class FormatParams:
         lowest, highest = (-125, jnp.minimum(103 + self.mantissa_bits, 126)) if self.path == "fast" else (-149, 127)
         room = highest - ((_bits(self.max_value) >> 23) - 127)
         widened = _float((jnp.minimum(shift, room) + 127) << 23)
-        native = self.native_overflow * widened
+        min_exponent = jnp.maximum(self.min_exponent + shift, self.mantissa_bits + lowest)
+        if self.path == "fast":
+            min_exponent = jnp.minimum(min_exponent, highest + 1)
+        maximum = self._on_grid(self.max_value * widened, min_exponent)
         return replace(
             self,
-            min_exponent=jnp.maximum(self.min_exponent + shift, self.mantissa_bits + lowest),
-            max_value=self.max_value * widened,
-            native_overflow=jnp.where(jnp.isnan(native), self.native_overflow, native),  # a product has another NaN
+            min_exponent=min_exponent,
+            max_value=maximum,
+            native_overflow=jnp.where(jnp.isfinite(self.native_overflow), maximum, self.native_overflow),
         )
+
+    def _on_grid(self, magnitude: jax.Array, min_exponent: jax.Array) -> jax.Array:
+        """The next value, toward zero, of the grid that begins there: a cast counts on max to be one of its values."""
+        bits = _bits(magnitude)
+        dropped = 23 - self.mantissa_bits + jnp.maximum(min_exponent - ((bits >> 23) - 127), 0)
+        kept = bits & -(1 << jnp.minimum(dropped, 23))
+        return _float(jnp.where(dropped > 23, 0, kept))
 
     def for_each(self, count: int) -> FormatParams:
         """The params of ``count`` tensors, whose formats may come to differ: arrays of shape ``(count,)``.
@@ -265,14 +275,21 @@ def beyond_max(params: FormatParams) -> jax.Array:
     return jnp.where(params.overflow == _NATIVE, params.native_overflow, params.max_value)
 
 
-def replaced_from(params: FormatParams) -> jax.Array:
+def replaced_from(params: FormatParams, limits: Edges | None = None) -> jax.Array:
     """The smallest magnitude, in bits, that casts to nearest even replace: by what stands for overflow, or by NaN.
 
     Natively that is what rounds beyond max. What saturates only needs to be bounded: infinities, where they are kept,
     and NaN are left. int32, of the shape of the params.
+
+    Args:
+        params: the format.
+        limits: its :func:`edges`, if they are at hand.
     """
-    from_nonfinite = jnp.where(params.overflow == _SATURATE_FINITE, _INF, _INF + 1)
-    return jnp.where(params.overflow == _NATIVE, edges(params).overflows_from, from_nonfinite)
+    limits = edges(params) if limits is None else limits
+    # Results below 2^-126 are zero, also under a scale that leaves none above.
+    native = jnp.maximum(limits.overflows_from, np.int32(1 << 23))
+    saturating = jnp.where(params.overflow == _SATURATE_FINITE, _INF, _INF + 1)
+    return jnp.where(params.overflow == _NATIVE, native, saturating)
 
 
 class Edges(NamedTuple):

@@ -25,7 +25,7 @@ from altgrad_jax.casting import quantize
 from altgrad_jax.hashing import hash_bits
 from altgrad_jax.params import FormatParams, check_one_for_each, paths_of
 from altgrad_jax.scaling import amax, power_of_two_scale
-from altgrad_jax.sums import flat, together
+from altgrad_jax.sums import joined, together
 
 State = TypeVar("State")
 """Any pytree of arrays."""
@@ -46,7 +46,7 @@ def all_finite(tree: optax.Params, *, axis_name: AxisName | None = None) -> jax.
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     leaves = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     # x * 0 is 0, or NaN where x is not finite: a sum, where reducing with "and" takes three passes.
-    sums = [jnp.sum(flat([leaves[k] for k in group]) * 0) for group in together(leaves)]
+    sums = [jnp.sum(joined([leaves[k] for k in group]) * 0) for group in together(leaves)]
     finite = jnp.all(jnp.stack([jnp.isfinite(each) for each in sums])) if sums else jnp.asarray(True)
     return finite if axis_name is None else lax.pmin(finite.astype(jnp.int32), axis_name) == 1
 

@@ -11,6 +11,7 @@ from jax import lax
 
 from altgrad_jax.axes import AxisName, by_axes, sum_over
 
+_FLOATS = tuple(map(jnp.dtype, ("float64", "float32", "bfloat16", "float16")))
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _IMPLICIT_ONE = np.int32(1 << 23)
 _ROW = 64
@@ -42,12 +43,12 @@ def sum_of(term: Term, leaves: Sequence[jax.Array], axis_name: AxisName | None) 
 
 
 def _sum_of_group(term: Term, leaves: Sequence[jax.Array]) -> tuple[jax.Array, int]:
-    apart = [flat([leaves[k] for k in group]) if len(group) > 1 else leaves[group[0]] for group in together(leaves)]
+    apart = [joined([leaves[k] for k in group]) for group in together(leaves)]
     parts, in_a_row = zip(*(_partial_sums(term, each) for each in apart), strict=True) if apart else ((), (0,))
     total, longest = jnp.float64(0), 0
     groups = together(parts)
     for group in groups:
-        sums = flat([parts[k] for k in group])
+        sums = joined([parts[k] for k in group])
         total, longest = total + jnp.sum(_kept_apart(sums)), max(longest, sums.size)
     return total, max(in_a_row) + longest + 2 * len(groups)
 
@@ -95,32 +96,40 @@ def together(leaves: Sequence[jax.Array]) -> list[list[int]]:
     """Which of several arrays, by their places, are best put together before they are reduced: of one dtype.
 
     Each reduction is three programs for XLA's CPU backend to compile, whatever it reduces. What is long is reduced by
-    itself, where a copy would cost more; what is empty is in no group.
+    itself, where a copy would cost more, and so is what is split over explicit axes of a mesh, which cannot be put
+    together; what is empty is in no group.
 
     >>> together([jnp.ones(10), jnp.ones(0), jnp.ones(10**6), jnp.ones(20)])
     [[0, 3], [2]]
     """
     groups: dict[np.dtype, list[list[int]]] = {}
+    alone = []
     for k, leaf in enumerate(leaves):
         of_dtype = groups.setdefault(leaf.dtype, [])
-        if 0 < leaf.size <= _SHORT:
+        if leaf.size > _SHORT or (leaf.size and _is_split(leaf)):
+            alone.append([k])
+        elif leaf.size:
             if not of_dtype or sum(leaves[j].size for j in of_dtype[-1]) + leaf.size > _TOGETHER:
                 of_dtype.append([])
             of_dtype[-1].append(k)
-    long = [[k] for k, leaf in enumerate(leaves) if leaf.size > _SHORT]
-    return [group for of_dtype in groups.values() for group in of_dtype] + long
+    return [group for of_dtype in groups.values() for group in of_dtype] + alone
 
 
-def flat(leaves: Sequence[jax.Array]) -> jax.Array:
-    """Leaves of one dtype one after the other: what is made of their elements after that is one kernel for all.
+def _is_split(leaf: jax.Array) -> bool:
+    """Whether its type says so, as it does of explicit axes alone."""
+    return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
 
-    Put together as bits: where leaves are sharded XLA adds parts to zeros, and on a CPU a float32 addition would take
-    subnormals for zero.
+
+def joined(leaves: Sequence[jax.Array]) -> jax.Array:
+    """A group of :func:`together`, one leaf after the other: what is made of it is one kernel for all.
+
+    A leaf alone stays as it is, its axes as they are sharded. Others are put together as bits: where they are sharded
+    XLA adds parts to zeros, and on a CPU an addition of floats would take subnormals for zero.
     """
     if len(leaves) == 1:
-        return leaves[0].reshape(-1)
+        return leaves[0]
     dtype = leaves[0].dtype
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if dtype not in _FLOATS:
         return jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
     words = jnp.dtype(f"int{8 * dtype.itemsize}")
     return lax.bitcast_convert_type(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from altgrad_core.errors import InputError
-from altgrad_core.formats import OVERFLOWS, Format, Rounding, parse
+from altgrad_core.formats import OVERFLOWS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import round_to_format
 from altgrad_jax import FormatParams, cast_counts, decode, encode, quantize, quantize_blocks, quantize_with_counts
 
@@ -111,3 +111,27 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="needs random_bits"):
         quantize_blocks(jnp.ones(3), "E4M3", rounding="stochastic")
     assert quantize(jnp.ones(2), "E4M3", rounding="stochastic", random_bits=[1, 2]).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("overflow", OVERFLOWS)
+@pytest.mark.parametrize(("format", "exponent"), [("E4M3b40", -100), ("E2M1", 105), ("E2M1", 106), ("E4M3", 120)])
+def test_a_grid_that_is_scaled_beyond_its_path_is_bounded_by_its_own_values(
+    format: str, exponent: int, overflow: Overflow
+) -> None:
+    """Its finest quanta or its largest values are cut off; what is left has a maximum that is one of its values."""
+    params = FormatParams.from_format(format, overflow=overflow).scaled(jnp.float32(2.0**exponent))
+    maximum = float(params.max_value)
+    x = np.float32(maximum) * np.linspace(0, 3, 97, dtype=np.float32)
+    once = quantize(jnp.asarray(x), params)
+    np.testing.assert_array_equal(quantize(once, params), once)
+    finite = np.asarray(once)[np.isfinite(once)]
+    assert np.isfinite(once).all() or (format == "E4M3" and overflow == "native")
+    assert (finite <= maximum).all()
+    assert finite.max() == maximum
+
+
+def test_under_a_scale_that_leaves_nothing_above_what_is_flushed_small_values_are_zero() -> None:
+    params = FormatParams.from_format(Format("ieee", 2, 5, 110, has_inf=True, has_nan=True)).scaled(
+        jnp.float32(2.0**-19)
+    )
+    assert np.asarray(quantize(jnp.array([-4.87e-39, 4.87e-39]), params)).view(np.uint32).tolist() == [0x80000000, 0]

@@ -15,10 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from altgrad_jax import clip_by_global_norm, global_norm, partition_relative_clip, skip_nonfinite, stall_monitor
+from altgrad_jax import (
+    all_finite,
+    clip_by_global_norm,
+    global_norm,
+    partition_relative_clip,
+    skip_nonfinite,
+    stall_monitor,
+)
+from altgrad_jax.nonfinite import find_culprit
 from altgrad_jax.norms import norm_of
 from altgrad_jax.scaling import power_of_two_scale
 from altgrad_jax.statistics import stall_counts
@@ -238,9 +246,29 @@ def stalled(weights: np.ndarray, changes: np.ndarray) -> dict[str, list[float]]:
     }
 
 
+def looked_through() -> dict[str, Any]:
+    """What is finite, of leaves split over the axes of a mesh, auto and explicit; and whether that gathers leaves."""
+    good = {"short": np.ones((8, 4)), "shorter": np.ones(8), "whole": np.ones(4)}
+    bad = {name: np.where(np.arange(x.size).reshape(x.shape) == 3, np.inf, x) for name, x in good.items()}
+    specs = (P(None, "model"), P("data"), P())
+    found: dict[str, Any] = {}
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        on = jax.make_mesh((4, 2), AXES, axis_types=(kind, kind))
+        for case, arrays in (("good", good), ("bad", bad)):
+            shardings = [NamedSharding(on, spec) for spec in specs]
+            leaves = jax.device_put([jnp.asarray(x, jnp.float32) for x in arrays.values()], shardings)
+            culprit = jax.jit(find_culprit)(leaves)
+            found[f"{kind.name}/{case}"] = [bool(jax.jit(all_finite)(leaves)), int(culprit.index), int(culprit.count)]
+    columns = jax.device_put(jnp.ones((512, 512)), NamedSharding(mesh(), P(None, "model")))
+    for look in (all_finite, find_culprit):
+        found[f"gathers/{look.__name__}"] = "all-gather" in jax.jit(look).lower([columns]).compile().as_text()
+    return found
+
+
 def main(file: str) -> None:
     assert jax.device_count() == 8
     found = {"propagate": clipped_by_given_rates(), "other": other_ways(), "stalls": stalled(WEIGHTS, CHANGES)}
+    found["looked through"] = looked_through()
     write_result(file, found | {kind: clipped_by_measured_rates(kind) for kind in ("skip", "zero")})
 
 
@@ -354,3 +382,11 @@ def test_stalls_are_those_of_whole_leaves(found: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[-1])
+
+
+def test_leaves_are_looked_through_where_they_lie(found: dict[str, Any]) -> None:
+    seen = found["looked through"]
+    assert seen["Auto/good"] == seen["Explicit/good"] == [True, -1, 0]
+    assert seen["Auto/bad"] == seen["Explicit/bad"] == [False, 0, 3]
+    assert not seen["gathers/all_finite"]
+    assert not seen["gathers/find_culprit"]

@@ -151,6 +151,7 @@ def test_all_finite(bad: float, dtype: Any) -> None:
     assert bool(all_finite({"w": jnp.ones(3, dtype), "n": jnp.arange(2), "none": jnp.zeros((0, 2))}))
     assert not bool(all_finite([jnp.ones(3), jnp.array([1.0, bad], dtype)]))
     assert bool(all_finite({"n": jnp.arange(2)}))
+    assert bool(all_finite([jnp.ones(2, "float4_e2m1fn"), jnp.ones(3, "float4_e2m1fn"), jnp.ones(2, "float8_e5m2")]))
 
 
 def test_select_takes_all_or_nothing() -> None:

@@ -104,7 +104,8 @@ def _quantize_and_see(x: jax.Array, state: CastState, *, recorded: bool) -> tupl
     bits = hash_bits(x.shape, state.seed, state.step) if state.path == "integer" else None
     if state.has_grid:
         grid, limits = state.grid
-        return cast(wide, grid, bits).astype(x.dtype), Sight(tally_parts(wide, limits), None) if recorded else None
+        sight = Sight(tally_parts(wide, limits), None) if recorded else None
+        return cast(wide, grid, bits, limits).astype(x.dtype), sight
     params = state.params
     own = (
         amaxes(x, state.granularity)
@@ -114,8 +115,9 @@ def _quantize_and_see(x: jax.Array, state: CastState, *, recorded: bool) -> tupl
     scale = scale_of(state, own)
     if scale.ndim == 0 and state.scaling.power_of_two:
         grid = params.scaled(scale)
-        sight = Sight(tally_parts(wide, edges(grid)), None) if recorded else None
-        return cast(wide, grid, bits).astype(x.dtype), sight
+        limits = edges(grid)
+        sight = Sight(tally_parts(wide, limits), None) if recorded else None
+        return cast(wide, grid, bits, limits).astype(x.dtype), sight
     scale = spread(scale, x.shape, state.granularity)
     quantized = quantize(x, params, scale=scale, random_bits=bits)
     if not recorded:

@@ -186,12 +186,13 @@ def _cast_and_record(x: jax.Array, grid: Grid, ref: jax.Ref | None) -> jax.Array
 
 
 def _cast_on(x: jax.Array, grids: Grid, index: jax.Array) -> jax.Array:
-    return cast(x, grids.looked_up(index)[0])
+    params, limits = grids.looked_up(index)
+    return cast(x, params, limits=limits)
 
 
 def _cast_and_see(x: jax.Array, grids: Grid, index: jax.Array) -> tuple[jax.Array, TallyParts]:
     params, limits = grids.looked_up(index)
-    return cast(x, params), tally_parts(x, limits)
+    return cast(x, params, limits=limits), tally_parts(x, limits)
 
 
 def _nothing_seen() -> jax.Array:
