@@ -337,8 +337,7 @@ def _finish(rounded: jax.Array, x: jax.Array, params: FormatParams, limits: Edge
     """From the bits of magnitudes, bounded by max and rounded, to results: what overflows, infinities, NaN, signs."""
     bits = _bits(x)
     magnitude = bits & _MAGNITUDE
-    of_overflow = jnp.where(params.overflow == _SATURATE_FINITE, jnp.float32(np.inf), beyond_max(params))
-    special = jnp.where(magnitude > _INF, _NAN, _bits(of_overflow))
+    special = _bits(_of_nonfinite(magnitude, params))
     result = jnp.where(magnitude >= replaced_from(params, limits), special, rounded)
     return _float(result | _signs(rounded, bits, params))
 

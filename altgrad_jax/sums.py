@@ -1,4 +1,7 @@
-"""Sums in float64 over the elements of leaves, inside ``jax.enable_x64``: as fast as XLA's reductions are."""
+"""Sums in float64 over the elements of leaves, inside ``jax.enable_x64``: as fast as XLA's reductions are.
+
+In torch it is NumPy that sums, see ``altgrad_torch/cpu.py``.
+"""
 
 from __future__ import annotations
 
