@@ -358,7 +358,11 @@ def _cast_integer(x: jax.Array, params: FormatParams, random_bits: jax.Array | N
     beyond = jnp.maximum(lowest - 255, 0)
     exponent = jnp.maximum(field, jnp.clip(lowest, 0, 255) << 23)
     dropped = ((exponent - stored) >> 23) + (23 - params.mantissa_bits + beyond)
-    steps = _round_steps(significand, dropped, (exponent >> 23) - (lowest - beyond), params, random_bits)
+    # Of the binade's number, which counts from the lowest.
+    without_mantissa = params.mantissa_bits == 0
+    count = jnp.broadcast_to(jnp.where(without_mantissa, np.int32(23), np.int32(31)), exponent.shape)
+    parity = lax.shift_right_logical(exponent, count) ^ jnp.where(without_mantissa, lowest - beyond, 0)
+    steps = _round_steps(significand, dropped, parity, params, random_bits)
     # steps has at most 24 bits, so it is exact in float32; its exponent field then takes up the quantum's.
     # Zero has none: what is added to its bits is all that is left.
     quantum = exponent - ((params.mantissa_bits + 127 - beyond) << 23)
@@ -366,9 +370,10 @@ def _cast_integer(x: jax.Array, params: FormatParams, random_bits: jax.Array | N
     rounded = jnp.where(scaled > jnp.maximum(quantum, _IMPLICIT_ONE - 1), scaled, 0)
     rounded = jnp.where(rounded > _bits(params.max_value), _bits(beyond_max(params)), rounded)
     result = jnp.where(magnitude >= _INF, _bits(_of_nonfinite(magnitude, params)), rounded)
-    # By one comparison: the masks of _signs are cheap where a loop is split by them, which this one is too long for.
-    takes_sign = result > jnp.where(params.negative_zero, -1, 0)
-    signed = _float(result | jnp.where(takes_sign, _bits(x) & _SIGN, 0))
+    # Told by a difference's sign: the masks of _signs are cheap where a loop is split by them, for which this one is
+    # too long.
+    signs = _bits(x) & ~(result - jnp.where(params.negative_zero, 0, 1)) & _SIGN
+    signed = _float(result | signs)
     return _without_random_bits_nan(signed, params, random_bits)
 
 
@@ -384,7 +389,7 @@ def _cast_unsigned(x: jax.Array, params: FormatParams, random_bits: jax.Array | 
     exponent = jnp.maximum(exponent, params.min_exponent)
     significand = jnp.where(smallest, _IMPLICIT_ONE, significand)
     dropped = jnp.full_like(exponent, 23)
-    # A code is its binade here, where signed formats have one more, for zero.
+    # A code is its binade's number here, where signed formats have one more, for zero: the significand is worth one.
     steps = _round_steps(significand, dropped, exponent - params.min_exponent + 1, params, random_bits)
     exponent = exponent + steps - 1
     below = lax.shift_left(jnp.ones_like(exponent), jnp.clip(exponent + 149, 0, 31))
@@ -404,25 +409,36 @@ def _without_random_bits_nan(result: jax.Array, params: FormatParams, random_bit
 
 
 def _round_steps(
-    significand: jax.Array, dropped: jax.Array, binade: jax.Array, params: FormatParams, random_bits: jax.Array | None
+    significand: jax.Array, dropped: jax.Array, parity: jax.Array, params: FormatParams, random_bits: jax.Array | None
 ) -> jax.Array:
-    """Round ``significand / 2^dropped`` to an integer by the mode in ``params``; ``binade`` counts from the lowest.
+    """Round ``significand / 2^dropped`` to an integer by the mode in ``params``.
 
     Every mode adds something and cuts off what is left: half of a quantum, nothing, or what was drawn.
+
+    Args:
+        significand: int32, at most 24 bits.
+        dropped: int32, at least 0.
+        parity: int32, whose lowest bit tells whether even integers have odd codes.
+        params: the format.
+        random_bits: for stochastic rounding.
     """
     # 30 bits hold the most that can be drawn, and what lies further down cannot tip the sum.
-    significand = lax.shift_right_logical(significand, jnp.clip(dropped - _ADDEND_BITS, 0, 31))
-    # At least 1; that it is not negative XLA has to be told, or it guards every shift by it.
-    shift = jnp.clip(dropped, 0, _ADDEND_BITS)
+    shift = _bounded(dropped, _ADDEND_BITS)
+    significand = lax.shift_right_logical(significand, _bounded(dropped - shift, 31))
     mode = params.rounding
     addend = jnp.where(mode == _NEAREST_EVEN, _HALF - 1, jnp.where(mode == _NEAREST_AWAY, _HALF, np.int32(0)))
     if random_bits is not None:
         addend = addend | _drawn(random_bits, params)
     # A tie with an odd code goes up.
-    whole = lax.shift_right_logical(significand, shift) + (binade & one_if_zero(params.mantissa_bits))
-    odd = whole & one_if_zero(mode - _NEAREST_EVEN)
+    odd = (lax.shift_right_logical(significand, shift) ^ parity) & one_if_zero(mode - _NEAREST_EVEN)
     addend = lax.shift_right_logical(jnp.broadcast_to(addend, shift.shape), _ADDEND_BITS - shift)
     return lax.shift_right_logical(significand + odd + addend, shift)
+
+
+def _bounded(count: jax.Array, limit: int) -> jax.Array:
+    """A count of at least 0, at most so much: as unsigned, from which XLA sees that a shift by it needs no guard."""
+    unsigned = lax.bitcast_convert_type(count, jnp.uint32)
+    return lax.bitcast_convert_type(jnp.minimum(unsigned, np.uint32(limit)), jnp.int32)
 
 
 def _drawn(random_bits: jax.Array, params: FormatParams) -> jax.Array:

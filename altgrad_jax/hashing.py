@@ -6,7 +6,7 @@ The definition is :func:`altgrad_core.hashing.hash_bits_reference`. For stochast
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -42,15 +42,24 @@ def hash_bits(shape: tuple[int, ...], seed: int | jax.Array, step: int | jax.Arr
 @partial(jax.jit, static_argnums=0, inline=True)  # one program also outside of jit
 def _hashed(shape: tuple[int, ...], seed: jax.Array, step: jax.Array) -> jax.Array:
     key = _mix(_mix(seed + np.uint32(SEED_OFFSET)) ^ step)
-    x = _indices(math.prod(shape)).reshape(shape) ^ key
+    x = _indices(shape) ^ key
     x = (x ^ (x >> 16)) * np.uint32(MULTIPLIERS[0])
     x = (x ^ (x >> 15)) + _mix(key + np.uint32(STREAM_OFFSET))
     x = x * np.uint32(MULTIPLIERS[1])
     return x ^ (x >> 15)
 
 
-def _indices(count: int) -> jax.Array:
-    """``iota``, in two parts: of a plain one in a fused loop XLA's CPU backend makes every element by itself."""
+def _indices(shape: tuple[int, ...]) -> jax.Array:
+    """Each element's place in the order of memory, from the counters of the loops that a fused program runs anyway."""
+    if len(shape) < 2:
+        return _indices_in_two_parts(math.prod(shape)).reshape(shape)
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    longer = [axis for axis, size in enumerate(shape) if size > 1] or [0]
+    return reduce(lax.add, [lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(strides[axis]) for axis in longer])
+
+
+def _indices_in_two_parts(count: int) -> jax.Array:
+    """``iota``: of a plain one in a fused loop XLA's CPU backend makes every element by itself."""
     block = max(min(count & -count, 1024), 1)
     starts = lax.broadcasted_iota(jnp.uint32, (count // block, block), 0) * np.uint32(block)
     return starts.reshape(count) | (lax.iota(jnp.uint32, count) & np.uint32(block - 1))
