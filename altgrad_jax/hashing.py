@@ -55,7 +55,8 @@ def _indices(shape: tuple[int, ...]) -> jax.Array:
         return _indices_in_two_parts(math.prod(shape)).reshape(shape)
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     longer = [axis for axis, size in enumerate(shape) if size > 1] or [0]
-    return reduce(lax.add, [lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(strides[axis]) for axis in longer])
+    counters = [lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(strides[axis]) for axis in longer]
+    return reduce(lax.add, counters)
 
 
 def _indices_in_two_parts(count: int) -> jax.Array:
