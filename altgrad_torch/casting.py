@@ -18,6 +18,7 @@ from torch import Tensor
 from altgrad_core.errors import InputError
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import check_modes, check_stochastic_bits
+from altgrad_torch.conversions import values_by_torch
 from altgrad_torch.cpu import under_transforms
 from altgrad_torch.kernels import Beyond, Draw, beyond_max, round_float64_to_grid, round_to_grid
 from altgrad_torch.params import FormatParams
@@ -97,8 +98,12 @@ def quantize(
             return x
         unit = None
     how = _How(grid, rounding, beyond_max(grid, overflow), stochastic_bits)
-    straight_through = _StraightThrough if torch.compiler.is_compiling() else _StraightThroughForwards
-    on_grid = straight_through.apply(x, unit, random_bits, how)
+    if torch.compiler.is_compiling():
+        on_grid = _StraightThrough.apply(x, unit, random_bits, how)
+    elif under_transforms():
+        on_grid = _StraightThroughForwards.apply(x, unit, random_bits, how)
+    else:
+        on_grid = _StraightThroughEagerly.apply(x, unit, random_bits, how)
     if not saturation_mask:
         return on_grid
     return torch.where(_overflows(x.detach(), unit, random_bits, how), on_grid.detach(), on_grid)
@@ -198,6 +203,9 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
+        if scale is None and (rounded := _nearest_by_torch(x, how)) is not None:
+            return rounded
+
         def part(x: Tensor, scale: Tensor | None, random_bits: Tensor | None) -> Tensor:
             return _scaled_cast(x, scale, random_bits, how)
 
@@ -221,6 +229,17 @@ class _StraightThroughForwards(_StraightThrough):
         return grad_inputs[0].view_as(grad_inputs[0])
 
 
+class _StraightThroughEagerly(torch.autograd.Function):
+    """The same without ``setup_context``, since torch looks up the signature of what has one in each call."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
+        return _StraightThrough.forward(x, scale, random_bits, how)
+
+    backward = _StraightThrough.backward
+    jvp = _StraightThroughForwards.jvp
+
+
 def cast(
     x: Tensor,
     format: Format | FormatParams,
@@ -234,11 +253,20 @@ def cast(
     if is_float32(format) and x.dtype == torch.float32:
         return x
     how = _How(format, rounding, beyond_max(format, overflow), stochastic_bits)
+    if (rounded := _nearest_by_torch(x, how)) is not None:
+        return rounded
 
     def part(x: Tensor, random_bits: Tensor | None) -> Tensor:
         return _cast(x, None, random_bits, how)
 
     return in_chunks(part, format, torch.float32, x.detach(), random_bits)
+
+
+def _nearest_by_torch(x: Tensor, how: _How) -> Tensor | None:
+    """All at once what torch's own conversion can do, which needs no chunks."""
+    if how.rounding != "nearest_even" or x.dtype != torch.float32 or isinstance(how.grid, FormatParams):
+        return None
+    return None if torch.compiler.is_compiling() else values_by_torch(x, how.grid)
 
 
 def cast_marking_overflow(x: Tensor, params: FormatParams, rounding: Rounding) -> Tensor:

@@ -12,7 +12,8 @@ from altgrad_core.codes import SpecialCodes, parse_codable
 from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, CastPath, Format, Overflow, Rounding
 from altgrad_core.reference import check_modes
-from altgrad_torch.casting import cast, cast_marking_overflow, check_floating, in_chunks
+from altgrad_torch.casting import cast, cast_marking_overflow, check_floating, in_chunks, widened
+from altgrad_torch.conversions import codes_by_torch
 from altgrad_torch.kernels import extended_bits, powers_of_two
 from altgrad_torch.params import FormatParams
 
@@ -177,6 +178,10 @@ def encode(
     resolved = codable(format)
 
     def part(x: Tensor) -> Tensor:
+        if rounding == "nearest_even" and x.dtype != torch.float64 and not torch.compiler.is_compiling():
+            codes = codes_by_torch(widened(x), resolved)
+            if codes is not None:
+                return codes
         return codes_of_grid(cast(x, resolved, rounding=rounding, overflow=overflow), resolved)
 
     return in_chunks(part, resolved, dtype_of_codes(resolved), x.detach())

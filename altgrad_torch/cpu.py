@@ -272,7 +272,7 @@ def _shared_out(
 
     threads = min(torch.get_num_threads(), size // _PIECE)
     if threads < 2:
-        with _flushed(flushing):
+        with while_flushing(flushing):
             return work()
     # To flush is a switch of each thread, and theirs ends with them.
     with ThreadPoolExecutor(threads, initializer=torch.set_flush_denormal, initargs=(flushing,)) as pool:
@@ -288,7 +288,7 @@ def _taken_from(waiting: deque[_Piece]) -> Iterator[_Piece]:
 
 
 @contextmanager
-def _flushed(flushing: bool) -> Iterator[None]:
+def while_flushing(flushing: bool) -> Iterator[None]:
     """While inside, this thread flushes subnormals, if it is to; it did before if a subnormal reads as zero."""
     if not flushing or not _subnormal() * np.float32(1):
         yield
@@ -312,7 +312,7 @@ def _flushes_like_xla() -> bool:
     smallest = np.full(32, 2.0**-126, np.float32)
     near, below = np.nextafter(smallest, np.float32(1)), np.full(32, _subnormal())
     rounded_up = np.float32(1 - 2.0**-23)
-    with _flushed(True):
+    with while_flushing(True):
         kept, flushed = near * rounded_up, np.concatenate([smallest * np.float32(0.75), below * np.float32(1)])
     return bool((kept == smallest).all() and not flushed.view(np.uint32).any())
 

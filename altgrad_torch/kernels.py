@@ -1,7 +1,8 @@
 """The arithmetic of a cast: float32 (or float64) in, float32 on the grid out, elementwise.
 
 Everything here is bit exact whether the processor keeps subnormal numbers or flushes them
-(``torch.set_flush_denormal``): where one could matter, it is handled as an integer.
+(``torch.set_flush_denormal``, which its other threads do not learn of): where one could matter, it is handled as an
+integer.
 
 Each grid is served twice. Eager torch pays for every pass over memory and most for branches, so what casts by a
 :class:`~altgrad_core.formats.Format` writes where it reads and masks by arithmetic. A compiler fuses the passes, so
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from altgrad_core.formats import Format, Overflow, Rounding
+from altgrad_torch.conversions import values_by_torch
 from altgrad_torch.cpu import under_transforms
 from altgrad_torch.params import FormatParams
 
@@ -30,7 +32,6 @@ _NAN = 0x7FC00000
 _IMPLICIT_ONE = 1 << 23
 _SIGN_AND_EXPONENT = -_IMPLICIT_ONE
 _MIN_EXPONENT = -126
-_LARGEST_SUBNORMAL = 2.0**-126 - 2.0**-149
 
 _ADDENDS: dict[Rounding, int] = {"nearest_even": (1 << 29) - 1, "nearest_away": 1 << 29, "toward_zero": 0}
 """What is added before the rest is cut off, in 2^-30 of a quantum; to nearest even one more where the code is odd."""
@@ -91,6 +92,8 @@ def round_to_grid(
     # Under vmap random bits may be of more dimensions than x shows, and what is made of x would have no room for them.
     if torch.compiler.is_compiling() or not format.is_signed or under_transforms():
         return _round_compiled(x, FormatParams.from_format(format, device=x.device), rounding, beyond, draw)
+    if rounding == "nearest_even" and (rounded := values_by_torch(x, format)) is not None:
+        return rounded
     if format.cast_path == "fast" and rounding == "nearest_even":
         return _finish_in_place(_nearest_in_place(x, format), x, format, beyond)
     if format.min_exponent == _MIN_EXPONENT:
@@ -199,8 +202,11 @@ def _significands_in_place(x: Tensor, format: Format, rounding: Rounding, draw: 
         if rounding == "nearest_even":
             magnitude.add_(magnitude.bitwise_right_shift(dropped).bitwise_and_(1))
         magnitude.add_(_ADDENDS[rounding] >> (30 - dropped))
-    out = magnitude.bitwise_and_(-(1 << dropped)).bitwise_or_(_SIGN).view(torch.float32)
-    return torch.nn.functional.hardshrink(out, _LARGEST_SUBNORMAL)
+    return (
+        torch.threshold_(magnitude.bitwise_and_(-(1 << dropped)), _IMPLICIT_ONE - 1, 0)
+        .bitwise_or_(_SIGN)
+        .view(torch.float32)
+    )
 
 
 def _integers_in_place(x: Tensor, format: Format, rounding: Rounding, draw: Draw | None) -> Tensor:
@@ -225,9 +231,9 @@ def _integers_in_place(x: Tensor, format: Format, rounding: Rounding, draw: Draw
     significand.add_(addend.bitwise_right_shift_(30 - shift)).bitwise_right_shift_(shift)
     negative_power = stored.clamp_min_(lowest).add_(256).bitwise_left_shift_(23).view(torch.float32)
     out = significand.to(torch.float32).mul_(2.0**-format.mantissa_bits).mul_(negative_power)
-    if format.min_exponent - format.mantissa_bits >= _MIN_EXPONENT:
-        return out
-    return torch.nn.functional.hardshrink(out, _LARGEST_SUBNORMAL)
+    if format.min_exponent - format.mantissa_bits < _MIN_EXPONENT:
+        torch.threshold_(out.view(torch.int32), _SIGN | (_IMPLICIT_ONE - 1), _SIGN)
+    return out
 
 
 def _nearest(x: Tensor, params: FormatParams) -> Tensor:
