@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from altgrad_core.scaling import PerTensor
 from altgrad_jax.casting import cast, divide_by_scale, quantize
 from altgrad_jax.granularity import amaxes, spread
 from altgrad_jax.hashing import hash_bits
@@ -19,6 +20,11 @@ from altgrad_jax.nn.record import Record, Sight, check_recording, current_record
 from altgrad_jax.params import edges
 from altgrad_jax.scaling import Current, amax
 from altgrad_jax.statistics import tally_parts
+
+_FLAT_UP_TO = 2**16
+"""Elements of tensors that are cast flat, so that all of a size share what is traced and compiled, where no tensor can
+be split over devices, which would gather it. Larger ones would take longer: what XLA does to their layout on the way to
+a product it would do apart from the cast."""
 
 
 def cast_operand(x: jax.Array, state: CastState | None) -> jax.Array:
@@ -96,7 +102,10 @@ def _cast_and_record(x: jax.Array, state: CastState, record: Record | None) -> j
 
 
 def _quantized(x: jax.Array, state: CastState, *, recorded: bool) -> tuple[jax.Array, Sight | None]:
-    return as_one_value(_quantize_and_see, x, state.anonymous(), recorded=recorded)
+    is_flat = isinstance(state.granularity, PerTensor) and x.size <= _FLAT_UP_TO and jax.device_count() == 1
+    given = x.reshape(-1) if is_flat else x
+    quantized, sight = as_one_value(_quantize_and_see, given, state.anonymous(), recorded=recorded)
+    return quantized.reshape(x.shape), sight
 
 
 def _quantize_and_see(x: jax.Array, state: CastState, *, recorded: bool) -> tuple[jax.Array, Sight | None]:

@@ -145,8 +145,8 @@ def settled(counts: jax.Array, carried: jax.Array, amax: jax.Array) -> Settled:
         carried: likewise.
         amax: int32 ``(casts,)``.
     """
-    seen_above, seen_low = (each.reshape(-1, COUNTS).T for each in (carried + (counts >> _LOW_BITS), counts & _LOW))
-    above, low = (jnp.stack(tallied(*each), axis=-1) for each in (seen_above, seen_low))
+    seen = jnp.stack([carried + (counts >> _LOW_BITS), counts & _LOW]).reshape(2, -1, COUNTS)
+    above, low = tallied(seen)
     above, low = above + (low >> _LOW_BITS), low & _LOW
     of_low_limb = (1 << (_LIMB_BITS - _LOW_BITS)) - 1
     limbs = jnp.stack([above >> (_LIMB_BITS - _LOW_BITS), (above & of_low_limb) << _LOW_BITS | low], axis=-1)
