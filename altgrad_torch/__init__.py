@@ -59,5 +59,6 @@ from altgrad_torch.statistics import CastCounts as CastCounts
 from altgrad_torch.statistics import StallCounts as StallCounts
 from altgrad_torch.statistics import cast_counts as cast_counts
 from altgrad_torch.statistics import observe as observe
+from altgrad_torch.statistics import overflow_rate as overflow_rate
 from altgrad_torch.statistics import quantize_with_counts as quantize_with_counts
 from altgrad_torch.statistics import stall_counts as stall_counts

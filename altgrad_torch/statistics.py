@@ -30,6 +30,7 @@ from altgrad_torch.scaling import power_of_two_scale
 
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
+_COUNTABLE = (torch.float32, torch.bfloat16, torch.float16)
 _IMPLICIT_ONE = 1 << 23
 _CHUNK = 1 << 20
 """Elements counted at a time, which bounds the memory of temporaries, where several threads count them."""
@@ -208,7 +209,7 @@ def observe(
     >>> float(observe(torch.tensor([1.0, -3.0]), "E5M2")[1])
     3.0
     """
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype not in _COUNTABLE:
         raise TypeError(f"counts are made of float32, bfloat16 and float16 tensors; got {x.dtype}")
     if is_sharded(x):
         return _observe_shards(x, format, scale)
@@ -220,6 +221,54 @@ def observe(
         if plain_limits is not None:
             return _observe_on_cpu(x, *plain_limits)
     return _observe_by_chunks(x, limits, unit)
+
+
+def overflow_rate(
+    tensors: Iterable[Tensor] | Tensor, format: str | Format | FormatParams, *, scale: Tensor | float | None = None
+) -> Tensor:
+    """The fraction of all elements of all tensors that a cast overflows, infinities included: what clippers take.
+
+    The same as the pooled rate of :func:`cast_counts`; but a CPU's tensor in which nothing overflows is only read, by
+    torch, for its largest magnitude.
+
+    Args:
+        tensors: floating-point tensors of any shapes, such as gradients; see :func:`cast_counts`.
+        format: see there.
+        scale: see there; the same for all.
+
+    Returns:
+        float32 scalar, on the device of the first tensor.
+
+    Raises:
+        ValueError: if there are no tensors.
+        TypeError: if one is not floating point, or float64.
+        UnknownFormatError: for an unknown name.
+
+    >>> float(overflow_rate([torch.tensor([1e6, 1.0]), torch.zeros(2)], "E5M2"))
+    0.25
+    """
+    listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    if not listed:
+        raise InputError("there are no tensors to take a rate of; expected at least one")
+    device = listed[0].device
+    seen = torch.stack([_elements_and_overflows(each, format, scale).to(device) for each in listed]).sum(0)
+    return _ratio(seen[1], seen[0])
+
+
+def _elements_and_overflows(x: Tensor, format: str | Format | FormatParams, scale: Tensor | float | None) -> Tensor:
+    if is_plain(x) and x.numel() and x.dtype in _COUNTABLE and not torch.compiler.is_compiling():
+        grid = as_grid(format)
+        limits = edges(grid) if isinstance(grid, FormatParams) else _thresholds(grid)
+        of_magnitudes = _limits_of_magnitudes(x, limits, None if scale is None else checked_scale(scale, x))
+        if of_magnitudes is not None and _is_below(x, of_magnitudes[0]):
+            return torch.tensor([x.numel(), 0])
+    return observe(x, format, scale=scale)[0].totals[:2]
+
+
+def _is_below(x: Tensor, limit: int) -> bool:
+    """Whether all magnitudes are, in bits of float32; not of NaN, nor beside a limit that a processor may flush."""
+    ends = [abs(each.item()) for each in torch.aminmax(x.detach())]
+    return limit >= _IMPLICIT_ONE and all(end < _float_of(limit) for end in ends)
 
 
 def _observe_on_cpu(x: Tensor, overflows_from: int, vanishes_to: int) -> tuple[CastCounts, Tensor]:

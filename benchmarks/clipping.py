@@ -117,9 +117,12 @@ def _torch_clips(arrays: list[np.ndarray], title: str) -> Comparison:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     clipper = altgrad_torch.PartitionRelativeClipper("E5M2")
 
-    def measured() -> None:
+    def counted() -> None:
         counts = [altgrad_torch.cast_counts(gradient, "E5M2").totals for gradient in gradients]
         clipper.clip_if_needed(parameters, altgrad_torch.CastCounts(torch.stack(counts)).pooled().overflow_rate)
+
+    def measured() -> None:
+        clipper.clip_if_needed(parameters, altgrad_torch.overflow_rate(gradients, "E5M2"))
 
     theirs = "clip_grad_norm_, foreach"
     contestants: dict[str, Callable[[], object]] = {
@@ -127,6 +130,8 @@ def _torch_clips(arrays: list[np.ndarray], title: str) -> Comparison:
         "gate open, rate given": lambda: clipper.clip_if_needed(parameters, 0.5),
         "gate shut, rate given": lambda: clipper.clip_if_needed(parameters, 0.0),
         "gate shut, rate measured": measured,
+        "gate shut, all counts taken": counted,
+        "a read for the maximum": lambda: [gradient.amax() for gradient in gradients],
         "get_total_norm": lambda: torch.nn.utils.get_total_norm(gradients, foreach=True),
         "global_norm": lambda: altgrad_torch.global_norm(gradients),
     }

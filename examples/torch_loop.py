@@ -2,7 +2,7 @@
 
 import torch
 
-from altgrad_torch import BitStallDetector, EmergencyMantissaShift, PartitionRelativeClipper, cast_counts, quantize
+from altgrad_torch import BitStallDetector, EmergencyMantissaShift, PartitionRelativeClipper, overflow_rate, quantize
 
 STEPS = 60
 
@@ -22,7 +22,7 @@ def main() -> None:
         loss.backward()
         finite = bool(loss.isfinite())
         if finite:
-            rate = max(float(cast_counts(p.grad, current).overflow_rate) for p in model.parameters())
+            rate = overflow_rate([p.grad for p in model.parameters()], current)
             clipper.clip_if_needed(model, overflow_rate=rate)
             with detector.watch(model):
                 optimizer.step()

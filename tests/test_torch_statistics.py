@@ -212,3 +212,42 @@ def test_the_detector_watches_a_parameter_without_elements() -> None:
     with detector.watch([torch.nn.Parameter(torch.ones(0, 3))]):
         pass
     assert detector.counts.totals.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_overflow_rate_is_that_of_all_counts(name: str, scale: float | None) -> None:
+    """Next to the limit, where nothing overflows and where something does; with NaN; of three dtypes; as data."""
+    limits = statistics._limits_of_magnitudes(torch.ones(1), statistics._thresholds(parse(name)), _unit(scale))
+    assert limits is not None
+    below = np.clip(limits[0] - np.arange(1, 9), 0, INF - 1).astype(np.uint32).view(np.float32)
+    calm = [torch.from_numpy(np.concatenate([below, -below])), torch.zeros(3, 2), torch.empty(0)]
+    mixed = [
+        torch.from_numpy(next_to(limits).view(np.float32)),
+        torch.tensor([torch.nan, 1.0]),
+        torch.tensor(-torch.inf),
+    ]
+    for tensors in (calm, calm + mixed, [each.to(torch.bfloat16) for each in mixed], [torch.ones(4).to(torch.float16)]):
+        pooled = ag.CastCounts(
+            torch.stack([ag.cast_counts(each, name, scale=scale).totals for each in tensors])
+        ).pooled()
+        for grid in (name, FormatParams.from_format(name)):
+            rate = ag.overflow_rate(tensors, grid, scale=scale)
+            assert rate.dtype == torch.float32
+            assert rate.shape == ()
+            assert rate == pooled.overflow_rate
+    assert ag.overflow_rate(calm, name, scale=scale) == 0
+    assert ag.overflow_rate(torch.tensor([-torch.inf, 0.0]), name, scale=scale) == 0.5
+
+
+def test_nothing_is_counted_where_nothing_overflows(without_numpy: None, without_torch: None) -> None:
+    gradient = torch.nn.Parameter(torch.linspace(-5e4, 5e4, 1001))
+    assert ag.overflow_rate([gradient, gradient[::3], gradient.detach().reshape(7, 11, 13).mT], "E5M2") == 0
+
+
+def test_an_overflow_rate_of_nothing() -> None:
+    assert ag.overflow_rate(torch.empty(0), "E5M2") == 0
+    with pytest.raises(ValueError, match="no tensors"):
+        ag.overflow_rate([], "E5M2")
+    with pytest.raises(TypeError, match="float64"):
+        ag.overflow_rate([torch.zeros(2, dtype=torch.float64)], "E5M2")
