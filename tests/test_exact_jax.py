@@ -39,10 +39,12 @@ def wanted() -> dict[str, Single]:
 
 
 def test_one_program_for_all_formats(wanted: dict[str, Single]) -> None:
+    """Under strict promotion as well."""
     chex.clear_trace_counter()
     product = jax.jit(chex.assert_max_traces(exact_matmul, n=1))
-    for way in FORMATS:
-        same_bits(product(*operands(way)), wanted[way])
+    with jax.numpy_dtype_promotion("strict"):
+        for way in FORMATS:
+            same_bits(product(*operands(way)), wanted[way])
     assert not jax.config.jax_enable_x64
 
 
