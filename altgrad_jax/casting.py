@@ -357,6 +357,7 @@ def _cast_integer(x: jax.Array, params: FormatParams, random_bits: jax.Array | N
     lowest = params.min_exponent + 127
     beyond = jnp.maximum(lowest - 255, 0)
     exponent = jnp.maximum(field, jnp.clip(lowest, 0, 255) << 23)
+    # At least 0: the first may be -1, for 2^-127 on, and the second is at least 1.
     dropped = ((exponent - stored) >> 23) + (23 - params.mantissa_bits + beyond)
     # Of the binade's number, which counts from the lowest.
     without_mantissa = params.mantissa_bits == 0

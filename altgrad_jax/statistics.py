@@ -307,7 +307,7 @@ class TallyParts(NamedTuple):
 _TALLIED = np.array(
     [[1, 0, 0, 0, 0], [0, -1, 1, 0, 0], [1, -1, 0, -1, 0], [0, 0, 0, -1, 1], [0, 1, 0, 0, 0]], dtype=np.int32
 )
-"""Row by row, how often each count that is taken in passing is in one that is told."""
+"""Row by row, how often each count taken in passing is in one that is told: as in :meth:`TallyParts.together`."""
 
 
 def tallied(counts: jax.Array) -> jax.Array:
@@ -321,7 +321,8 @@ def tallied(counts: jax.Array) -> jax.Array:
     Returns:
         int32 of the same shape.
     """
-    return jnp.sum(counts[..., None, :] * _TALLIED, axis=-1, dtype=jnp.int32)
+    told = _TALLIED.reshape((1,) * (counts.ndim - 1) + _TALLIED.shape)
+    return jnp.sum(counts[..., None, :] * told, axis=-1, dtype=jnp.int32)
 
 
 def tally_parts(x: jax.Array, limits: Edges) -> TallyParts:

@@ -109,7 +109,7 @@ def together(leaves: Sequence[jax.Array]) -> list[list[int]]:
     alone = []
     for k, leaf in enumerate(leaves):
         of_dtype = groups.setdefault(leaf.dtype, [])
-        if leaf.size > _SHORT or (leaf.size and _is_split(leaf)):
+        if leaf.size > _SHORT or (leaf.size and is_split(leaf)):
             alone.append([k])
         elif leaf.size:
             if not of_dtype or sum(leaves[j].size for j in of_dtype[-1]) + leaf.size > _TOGETHER:
@@ -118,8 +118,8 @@ def together(leaves: Sequence[jax.Array]) -> list[list[int]]:
     return [group for of_dtype in groups.values() for group in of_dtype] + alone
 
 
-def _is_split(leaf: jax.Array) -> bool:
-    """Whether its type says so, as it does of explicit axes alone."""
+def is_split(leaf: jax.Array) -> bool:
+    """Whether an array's type says that it is split over axes of a mesh, as it does of explicit axes alone."""
     return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
 
 

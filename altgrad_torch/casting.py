@@ -263,10 +263,10 @@ def cast(
 
 
 def _nearest_by_torch(x: Tensor, how: _How) -> Tensor | None:
-    """All at once what torch's own conversion can do, which needs no chunks."""
+    """All at once what torch's own conversion can do of a tensor of many chunks; of one alone the kernels know."""
     if how.rounding != "nearest_even" or x.dtype != torch.float32 or isinstance(how.grid, FormatParams):
         return None
-    return None if torch.compiler.is_compiling() else values_by_torch(x, how.grid)
+    return None if in_one_go(how.grid, x) else values_by_torch(x, how.grid)
 
 
 def cast_marking_overflow(x: Tensor, params: FormatParams, rounding: Rounding) -> Tensor:

@@ -178,10 +178,10 @@ def encode(
     resolved = codable(format)
 
     def part(x: Tensor) -> Tensor:
-        if rounding == "nearest_even" and x.dtype != torch.float64 and not torch.compiler.is_compiling():
-            codes = codes_by_torch(widened(x), resolved)
-            if codes is not None:
-                return codes
+        x = x if x.dtype == torch.float64 else widened(x)
+        may_convert = rounding == "nearest_even" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+        if may_convert and (codes := codes_by_torch(x, resolved)) is not None:
+            return codes
         return codes_of_grid(cast(x, resolved, rounding=rounding, overflow=overflow), resolved)
 
     return in_chunks(part, resolved, dtype_of_codes(resolved), x.detach())

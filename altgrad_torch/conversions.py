@@ -36,7 +36,6 @@ _WORTH_ENCODING = ("float8_e5m2", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5
 """Those whose every code is one of ours: of bfloat16 we count what is below 2^-126 as zero."""
 
 
-@torch.no_grad()
 def values_by_torch(x: Tensor, format: Format) -> Tensor | None:
     """Values rounded to nearest even, by torch, or None where torch is of no use.
 
@@ -53,11 +52,12 @@ def values_by_torch(x: Tensor, format: Format) -> Tensor | None:
     >>> values_by_torch(torch.tensor([1e9]), parse("E5M2")) is None
     True
     """
+    if not _may_be_read(x):
+        return None
     dtype = _dtype_of(format, _WORTH_A_ROUND_TRIP)
-    return None if dtype is None or not is_plain(x) else _round_trip(x.detach(), dtype, format.max_representable_value)
+    return None if dtype is None else _round_trip(x.detach(), dtype, format.max_representable_value)
 
 
-@torch.no_grad()
 def codes_by_torch(x: Tensor, format: Format) -> Tensor | None:
     """Codes of the values rounded to nearest even, by torch, or None where torch is of no use.
 
@@ -72,14 +72,20 @@ def codes_by_torch(x: Tensor, format: Format) -> Tensor | None:
     >>> codes_by_torch(torch.tensor([1.0, -1.0]), parse("E4M3"))
     tensor([ 56, 184], dtype=torch.uint8)
     """
+    if not _may_be_read(x):
+        return None
     dtype = _dtype_of(format, _WORTH_ENCODING)
-    if dtype is None or not is_plain(x) or not _is_within(x.detach(), format.max_representable_value):
+    if dtype is None or not _is_within(x.detach(), format.max_representable_value):
         return None
     return _codes(x.detach(), dtype)
 
 
+def _may_be_read(x: Tensor) -> bool:
+    return is_plain(x) and not x.is_neg()
+
+
 def _is_within(x: Tensor, limit: float) -> bool:
-    """Whether all elements are numbers up to a limit; there is to be at least one."""
+    """Whether there are elements, all of them numbers up to a limit."""
     if not x.numel():
         return False
     least, most = (each.item() for each in torch.aminmax(x))
@@ -98,7 +104,7 @@ def _round_trip(x: Tensor, dtype: torch.dtype, limit: float) -> Tensor | None:
     else:
         return None
     largest = parts[0][0].numel()
-    narrow, halves = torch.empty(largest, dtype=dtype), torch.empty(largest, dtype=torch.int16)
+    narrow, halves = (torch.empty(largest, dtype=each, device="cpu") for each in (dtype, torch.int16))
     for into, part in parts:
         scratch = (each[: part.numel()].view(part.shape) for each in (narrow, halves))
         _round_trip_into(into, part, *scratch)
@@ -137,13 +143,15 @@ def _dtype_of(format: Format, names: tuple[str, ...]) -> torch.dtype | None:
     return getattr(torch, format.dtype.name)
 
 
+@cache
 def _is_right(format: Format) -> bool:
     """Whether torch has the dtype and rounds to it as NumPy does: by vectors and one by one, flushing or not."""
     name = "" if format.dtype is None else format.dtype.name
     if format.dtype is None or not hasattr(torch, name):
         return False
     dtype, values = getattr(torch, name), _boundaries(format)
-    narrow = values.astype(format.dtype)
+    with np.errstate(all="ignore"):
+        narrow = values.astype(format.dtype)
     wide = narrow.astype(np.float32)
     wide = np.where(np.abs(wide) < _MIN_NORMAL, np.copysign(np.float32(0), wide), wide)
     by_vectors = torch.from_numpy(values)
@@ -161,10 +169,13 @@ def _is_right(format: Format) -> bool:
 
 
 def _boundaries(format: Format) -> npt.NDArray[np.float32]:
-    """In every binade of float32 up to max what one or two bits, or all but them, make of a significand."""
+    """In every binade of float32 up to max significands of one or two bits, or of all above one, and their neighbours.
+
+    Among them are, for every length that is cut off, ties that go down, up, and up into the next binade.
+    """
     powers = 1 << np.arange(23)
-    near = np.concatenate([powers + away for away in (-1, 0, 1)] + [3 * powers + away for away in (-1, 0, 1)])
-    significands = np.unique(near[near < 1 << 23]).astype(np.uint32)
+    near = [each + away for each in (powers, 3 * powers, (1 << 23) - powers) for away in (-1, 0, 1)]
+    significands = np.unique(np.concatenate(near) & ((1 << 23) - 1)).astype(np.uint32)
     magnitudes = (np.arange(255, dtype=np.uint32)[:, None] << 23 | significands).reshape(-1)
     values = np.concatenate([magnitudes, magnitudes | np.uint32(1 << 31)]).view(np.float32)
     return values[np.abs(values) <= format.max_representable_value]

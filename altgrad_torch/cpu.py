@@ -66,7 +66,8 @@ def under_transforms() -> bool:
 def _nobody_watches() -> bool:
     """Whether what is done to a tensor is done to its memory and to nothing else; told in private alone, too."""
     modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: -1)
-    return not under_transforms() and modes() == 0
+    earlier_modes = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", lambda: -1)
+    return not under_transforms() and modes() == 0 and earlier_modes() == 0
 
 
 @torch.no_grad()

@@ -261,7 +261,7 @@ def _elements_and_overflows(x: Tensor, format: str | Format | FormatParams, scal
         limits = edges(grid) if isinstance(grid, FormatParams) else _thresholds(grid)
         of_magnitudes = _limits_of_magnitudes(x, limits, None if scale is None else checked_scale(scale, x))
         if of_magnitudes is not None and _is_below(x, of_magnitudes[0]):
-            return torch.tensor([x.numel(), 0])
+            return torch.tensor([x.numel(), 0], device=x.device)
     return observe(x, format, scale=scale)[0].totals[:2]
 
 

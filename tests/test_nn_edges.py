@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from altgrad_core.errors import InputError
 from altgrad_jax import Delayed, Static, delayed_scale, get_format, set_format
@@ -25,7 +25,9 @@ from altgrad_jax.nn import (
     set_formats,
     summary,
 )
+from altgrad_jax.nn.casts import cast_operand
 from altgrad_jax.nn.record import Record, Shape, Sight, settled
+from altgrad_jax.nn.seen import named_states
 from altgrad_jax.params import edges
 from altgrad_jax.statistics import CastCounts, TallyParts
 
@@ -309,3 +311,27 @@ class TestWhatAStateHolds:
         with jax.log_compiles():
             set_formats(model, {".*": "E4M3"})
         assert not [each for each in caplog.messages if "ompil" in each]
+
+
+def test_counts_are_told_without_promoting_ranks():
+    counted = {}
+    for mode in ("allow", "raise"):
+        with jax.numpy_rank_promotion(mode):
+            model = quantized()
+            with recording(model) as seen:
+                nnx.grad(loss_of)(model, jnp.ones((2, 4)))
+            counted[mode] = {name: counts.as_integers() for name, counts in seen.counts.items()}
+    assert counted["raise"] == counted["allow"]
+    assert {counts["elements"] for counts in counted["raise"].values()} == {8, 16}
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(None, "b"), PartitionSpec("a", "b")], ids=str)
+def test_a_small_operand_keeps_its_place_on_explicit_axes(spec):
+    """Elsewhere it is cast flat, which would lose the axes, or fail, though it is of one device."""
+    mesh = jax.make_mesh((1, 1), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    state = next(iter(named_states(nnx.state(quantized())).values()))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.linspace(0.1, 2.0, 24).reshape(4, 6), NamedSharding(mesh, spec))
+        cast = jax.jit(cast_operand)(x, state)
+    assert cast.sharding.spec == spec
+    np.testing.assert_array_equal(cast, cast_operand(jnp.linspace(0.1, 2.0, 24).reshape(4, 6), state))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import altgrad_torch.conversions as conversions
 from altgrad_core.formats import Format, Overflow, Rounding, parse
@@ -14,6 +15,8 @@ from altgrad_torch import decode, encode, quantize
 from altgrad_torch.conversions import codes_by_torch, values_by_torch
 from altgrad_torch.cpu import while_flushing
 from tests.threads import fixture_of_threads
+
+X = torch.tensor([1.1, -3.9, 0.3])
 
 some_threads = fixture_of_threads(1, 2)
 
@@ -112,18 +115,61 @@ def test_other_formats_are_ours(name: str) -> None:
     assert values_by_torch(torch.ones(8), parse(name)) is None
 
 
+def test_what_may_not_be_read_is_ours() -> None:
+    """A view that negates, which torch may convert without doing so; what is traced before it is dispatched."""
+    negated = torch._neg_view(torch.linspace(0.5, 2.0, 8))
+    assert negated.is_neg()
+    assert all(values_by_torch(negated, each) is None for each in ROUND_TRIPS)
+    assert all(codes_by_torch(negated, each) is None for each in ENCODED)
+    traced = make_fx(lambda x: quantize(x, "E5M2"), pre_dispatch=True)(torch.ones(3))
+    assert traced(X).tolist() == [1.0, -4.0, 0.3125]
+    assert torch.is_grad_enabled()
+
+
+def test_scratch_is_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the default device, and however NumPy is to take what underflows while torch is tried out."""
+    monkeypatch.setattr(conversions, "_is_right", conversions._is_right.__wrapped__)
+    conversions._dtype_of.cache_clear()
+    with torch.device("meta"), np.errstate(all="raise"):
+        assert values_by_torch(X, parse("fp16")) is not None
+        assert quantize(X, "E5M2").tolist() == [1.0, -4.0, 0.3125]
+        assert encode(X, "E4M3").tolist() == [57, 200, 42]
+
+
+@pytest.mark.parametrize("format", ROUND_TRIPS, ids=str)
+def test_what_torch_is_tried_out_on(format: Format) -> None:
+    """Ties down, up and into the next binade, from normal numbers and from what lies below 2^-126."""
+    values = conversions._boundaries(format)
+    dropped = 23 - format.mantissa_bits
+    rest = values.view(np.uint32) & ((1 << dropped) - 1)
+    ties = rest == 1 << (dropped - 1)
+    last = values.view(np.uint32) >> dropped & 1
+    assert (ties & (last == 0)).any()
+    assert (ties & (last == 1)).any()
+    exponent = np.frexp(quantize_reference(values, format))[1]
+    assert (exponent > np.frexp(values)[1]).any()
+    assert np.float32(2.0**-126 - 2.0**-149) in values
+
+
 def test_a_torch_that_rounds_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def truncates(out: Tensor, x: Tensor, narrow: Tensor, halves: Tensor) -> None:
         out.copy_((x.view(torch.int32) & ~((1 << 21) - 1)).view(torch.float32))
 
+    def flushes(out: Tensor, x: Tensor, narrow: Tensor, halves: Tensor) -> None:
+        out.copy_((x * (x.abs() >= 2.0**-126)).to(torch.bfloat16))
+
     def saturates(x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.clamp(-240.0, 240.0).to(dtype).view(torch.uint8)
 
+    is_right = conversions._is_right.__wrapped__
+    assert is_right(parse("bf16"))
+    monkeypatch.setattr(conversions, "_round_trip_into", flushes)
+    assert not is_right(parse("bf16"))
     monkeypatch.setattr(conversions, "_round_trip_into", truncates)
-    assert not conversions._is_right(parse("E5M2"))
-    assert conversions._is_right(parse("E4M3"))
+    assert not is_right(parse("E5M2"))
+    assert is_right(parse("E4M3"))
     monkeypatch.setattr(conversions, "_codes", saturates)
-    assert not conversions._is_right(parse("E4M3"))
+    assert not is_right(parse("E4M3"))
 
 
 @pytest.mark.parametrize("rounding", ["nearest_even", "nearest_away", "toward_zero"])

@@ -20,11 +20,12 @@ from altgrad_jax.nn.record import Record, Sight, check_recording, current_record
 from altgrad_jax.params import edges
 from altgrad_jax.scaling import Current, amax
 from altgrad_jax.statistics import tally_parts
+from altgrad_jax.sums import is_split
 
 _FLAT_UP_TO = 2**16
-"""Elements of tensors that are cast flat, so that all of a size share what is traced and compiled, where no tensor can
-be split over devices, which would gather it. Larger ones would take longer: what XLA does to their layout on the way to
-a product it would do apart from the cast."""
+"""Elements of tensors that are cast flat, so that all of a size share what is traced and compiled, where there is one
+device: what is split over several would be gathered. Larger ones would take longer: what XLA does to their layout on
+the way to a product it would do apart from the cast."""
 
 
 def cast_operand(x: jax.Array, state: CastState | None) -> jax.Array:
@@ -102,10 +103,11 @@ def _cast_and_record(x: jax.Array, state: CastState, record: Record | None) -> j
 
 
 def _quantized(x: jax.Array, state: CastState, *, recorded: bool) -> tuple[jax.Array, Sight | None]:
-    is_flat = isinstance(state.granularity, PerTensor) and x.size <= _FLAT_UP_TO and jax.device_count() == 1
+    is_whole = jax.device_count() == 1 and not is_split(x)
+    is_flat = is_whole and x.size <= _FLAT_UP_TO and isinstance(state.granularity, PerTensor)
     given = x.reshape(-1) if is_flat else x
     quantized, sight = as_one_value(_quantize_and_see, given, state.anonymous(), recorded=recorded)
-    return quantized.reshape(x.shape), sight
+    return quantized.reshape(x.shape) if is_flat else quantized, sight
 
 
 def _quantize_and_see(x: jax.Array, state: CastState, *, recorded: bool) -> tuple[jax.Array, Sight | None]:
