@@ -52,10 +52,10 @@ def values_by_torch(x: Tensor, format: Format) -> Tensor | None:
     >>> values_by_torch(torch.tensor([1e9]), parse("E5M2")) is None
     True
     """
-    if not _may_be_read(x):
-        return None
     dtype = _dtype_of(format, _WORTH_A_ROUND_TRIP)
-    return None if dtype is None else _round_trip(x.detach(), dtype, format.max_representable_value)
+    if dtype is None or not _may_be_read(x) or not _is_right(format):
+        return None
+    return _round_trip(x.detach(), dtype, format.max_representable_value)
 
 
 def codes_by_torch(x: Tensor, format: Format) -> Tensor | None:
@@ -72,12 +72,19 @@ def codes_by_torch(x: Tensor, format: Format) -> Tensor | None:
     >>> codes_by_torch(torch.tensor([1.0, -1.0]), parse("E4M3"))
     tensor([ 56, 184], dtype=torch.uint8)
     """
-    if not _may_be_read(x):
-        return None
     dtype = _dtype_of(format, _WORTH_ENCODING)
-    if dtype is None or not _is_within(x.detach(), format.max_representable_value):
+    if dtype is None or not is_read_within(x, format.max_representable_value) or not _is_right(format):
         return None
     return _codes(x.detach(), dtype)
+
+
+def is_read_within(x: Tensor, limit: float) -> bool:
+    """Whether all elements are numbers up to a limit, there are some, and they may be read now to tell.
+
+    >>> is_read_within(torch.tensor([1.0, -2.0]), 2.0), is_read_within(torch.tensor([torch.nan]), torch.inf)
+    (True, False)
+    """
+    return _may_be_read(x) and _is_within(x.detach(), limit)
 
 
 def _may_be_read(x: Tensor) -> bool:
@@ -137,19 +144,19 @@ def _codes(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @cache
 def _dtype_of(format: Format, names: tuple[str, ...]) -> torch.dtype | None:
-    """The dtype of a format, if it is among these and torch's conversions to it were found right."""
-    if format.dtype is None or format.dtype.name not in names or not _is_right(format):
+    """The dtype of a format, if it is among these and torch has it."""
+    if format.dtype is None or format.dtype.name not in names:
         return None
-    return getattr(torch, format.dtype.name)
+    return getattr(torch, format.dtype.name, None)
 
 
 @cache
 def _is_right(format: Format) -> bool:
-    """Whether torch has the dtype and rounds to it as NumPy does: by vectors and one by one, flushing or not."""
-    name = "" if format.dtype is None else format.dtype.name
-    if format.dtype is None or not hasattr(torch, name):
+    """Whether torch rounds to the dtype of a format as NumPy does: by vectors and one by one, flushing or not."""
+    dtype, values = _dtype_of(format, _WORTH_A_ROUND_TRIP + _WORTH_ENCODING), _boundaries(format)
+    if format.dtype is None or dtype is None:
         return False
-    dtype, values = getattr(torch, name), _boundaries(format)
+    name = format.dtype.name
     with np.errstate(all="ignore"):
         narrow = values.astype(format.dtype)
     wide = narrow.astype(np.float32)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from altgrad_core.formats import Format, Overflow, Rounding
-from altgrad_torch.conversions import values_by_torch
+from altgrad_torch.conversions import is_read_within, values_by_torch
 from altgrad_torch.cpu import under_transforms
 from altgrad_torch.params import FormatParams
 
@@ -32,6 +32,7 @@ _NAN = 0x7FC00000
 _IMPLICIT_ONE = 1 << 23
 _SIGN_AND_EXPONENT = -_IMPLICIT_ONE
 _MIN_EXPONENT = -126
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 _ADDENDS: dict[Rounding, int] = {"nearest_even": (1 << 29) - 1, "nearest_away": 1 << 29, "toward_zero": 0}
 """What is added before the rest is cut off, in 2^-30 of a quantum; to nearest even one more where the code is odd."""
@@ -182,7 +183,8 @@ def _finish_in_place(out: Tensor, x: Tensor, format: Format, beyond: Beyond) -> 
         out.clamp_min_(-maximum)
     else:
         torch.threshold_(out, -_next_up(maximum), -float(beyond.finite))
-    if beyond.infinite != beyond.finite and not math.isnan(beyond.infinite):
+    # To look for infinities where there are none takes as long as all the rest.
+    if beyond.infinite != beyond.finite and not math.isnan(beyond.infinite) and not is_read_within(x, _FLOAT32_MAX):
         out.masked_fill_(x.isinf(), math.inf)
     out.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf).copysign_(x)
     if format.has_negative_zero:
