@@ -23,6 +23,7 @@ from altgrad_core.errors import InputError
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import round_to_format
 from altgrad_torch.casting import as_grid, cast, checked_scale, divide_by_scale, flush_subnormals, quantize
+from altgrad_torch.conversions import is_read_within
 from altgrad_torch.cpu import CHUNK_OF_ONE_THREAD, count_magnitudes, is_plain
 from altgrad_torch.norms import is_sharded, local, over_shards, summed
 from altgrad_torch.params import Edges, FormatParams, edges
@@ -256,19 +257,13 @@ def overflow_rate(
 
 
 def _elements_and_overflows(x: Tensor, format: str | Format | FormatParams, scale: Tensor | float | None) -> Tensor:
-    if is_plain(x) and x.numel() and x.dtype in _COUNTABLE and not torch.compiler.is_compiling():
+    if x.dtype in _COUNTABLE and not torch.compiler.is_compiling():
         grid = as_grid(format)
         limits = edges(grid) if isinstance(grid, FormatParams) else _thresholds(grid)
         of_magnitudes = _limits_of_magnitudes(x, limits, None if scale is None else checked_scale(scale, x))
-        if of_magnitudes is not None and _is_below(x, of_magnitudes[0]):
+        if of_magnitudes is not None and is_read_within(x, _float_of(of_magnitudes[0] - 1)):
             return torch.tensor([x.numel(), 0], device=x.device)
     return observe(x, format, scale=scale)[0].totals[:2]
-
-
-def _is_below(x: Tensor, limit: int) -> bool:
-    """Whether all magnitudes are, in bits of float32; not of NaN, nor beside a limit that a processor may flush."""
-    ends = [abs(each.item()) for each in torch.aminmax(x.detach())]
-    return limit >= _IMPLICIT_ONE and all(end < _float_of(limit) for end in ends)
 
 
 def _observe_on_cpu(x: Tensor, overflows_from: int, vanishes_to: int) -> tuple[CastCounts, Tensor]:

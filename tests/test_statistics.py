@@ -27,7 +27,7 @@ from altgrad_jax import (
     statistics,
 )
 from altgrad_jax.params import edges
-from altgrad_jax.statistics import tally
+from altgrad_jax.statistics import TallyParts, tallied, tally
 
 WIDE = ("bf16", "fp16", "E5M6", "E4M0", "E8M2b140", "E8M0b128", "E8M0b129", "E8M0b130")
 LIMB = 2**30
@@ -114,6 +114,13 @@ def test_identity_counts_infinities_and_nothing_else() -> None:
     x = jnp.asarray(np.array([1e-45, 3e38, np.inf, -np.inf, np.nan, 0], np.float32))
     expected = {"elements": 6, "overflow": 2, "nonzero": 4, "underflow": 0, "nan": 1}
     assert cast_counts(x, "float32").as_integers() == expected
+
+
+def test_counts_are_told_alike_one_by_one_and_together() -> None:
+    """Of any numbers, so that each of them is told apart; the amax has no part in it."""
+    parts = np.random.default_rng(0).integers(0, 1000, (7, 5), dtype=np.int32)
+    apart = [TallyParts(*map(jnp.int32, (*row[1:], 9))).together(int(row[0])) for row in parts]
+    np.testing.assert_array_equal(tallied(jnp.asarray(parts)), np.stack(apart)[:, :5])
 
 
 def test_no_elements() -> None:
