@@ -183,7 +183,7 @@ def _finish_in_place(out: Tensor, x: Tensor, format: Format, beyond: Beyond) -> 
         out.clamp_min_(-maximum)
     else:
         torch.threshold_(out, -_next_up(maximum), -float(beyond.finite))
-    # To look for infinities where there are none takes as long as all the rest.
+    # To look for infinities where there are none takes longer than to see from the extremes that there are none.
     if beyond.infinite != beyond.finite and not math.isnan(beyond.infinite) and not is_read_within(x, _FLOAT32_MAX):
         out.masked_fill_(x.isinf(), math.inf)
     out.nan_to_num_(nan=math.nan, posinf=math.inf, neginf=-math.inf).copysign_(x)
