@@ -1,7 +1,8 @@
 """A training step of a user's Flax NNX model with every layer cast and recorded, against the plain model.
 
-``python -m benchmarks.layers [--write]``. The model is a decoder of Flax's own layers; Qwix casts the
-same model, where it is installed. What it takes to trace and compile a step is in the second table.
+``python -m benchmarks.layers [--write]``. The model is a decoder of Flax's own layers; Qwix casts the same model, where
+it is installed, and Flax's own fp8 operations the same decoder in Linen, where they are hooks. What it takes to trace
+and compile a step is in the last table.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
@@ -22,24 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from altgrad_jax.nn import CastVariable, Rule, quantize_model, recording
+from benchmarks import layers_linen
 from benchmarks.page import write_page
+from benchmarks.shapes import SHAPES, Shape
 from benchmarks.timing import Comparison, side_by_side
 
-
-@dataclass(frozen=True)
-class Shape:
-    batch: int
-    length: int
-    width: int
-    layers: int = 2
-    heads: int = 4
-    vocabulary: int = 65
-
-    def __str__(self) -> str:
-        return f"{self.layers} layers of {self.width}, {self.batch} x {self.length} tokens"
-
-
-SHAPES = (Shape(8, 32, 64), Shape(16, 64, 64), Shape(4, 64, 512, heads=8))
 _WANTED = {64: 1 / 1.10, 512: 1 / 1.05}
 
 
@@ -143,16 +130,18 @@ def _by_qwix(plain: Decoder, tokens: jax.Array) -> nnx.Module:
 
 def comparisons() -> Iterator[Comparison]:
     for shape in SHAPES:
-        tokens = jax.random.randint(jax.random.key(0), (shape.batch, shape.length + 1), 0, shape.vocabulary)
+        tokens = shape.tokens()
         trainings = {name: make() for name, make in models(shape, tokens).items()}
         timings = side_by_side(trainings, rounds=60)
         yield Comparison(str(shape), "plain float32", timings, {"cast and recorded": _WANTED[shape.width]})
+    for shape in SHAPES:
+        yield layers_linen.comparison(shape)
 
 
 def compile_times() -> Mapping[str, Mapping[str, float]]:
     """Of a step of the first shape, each from an empty cache of this process."""
     shape, found = SHAPES[0], {}
-    tokens = jax.random.randint(jax.random.key(0), (shape.batch, shape.length + 1), 0, shape.vocabulary)
+    tokens = shape.tokens()
     jax.config.update("jax_enable_compilation_cache", False)
     for name, make in models(shape, tokens).items():
         jax.clear_caches()
