@@ -30,13 +30,9 @@ def as_one_value(function: Callable[..., Result], *args: Tree, **static: Hashabl
         *args: pytrees of arrays.
         **static: what is no array.
     """
-    inside = _traced_once(function, tuple(sorted(static)))
-
-    def apart(*args: Tree) -> Result:
-        with set_xla_metadata(inlineable="false"):
-            return inside(*args, **static)
-
-    return lax.platform_dependent(*args, cpu=apart, default=functools.partial(inside, **static))
+    # On the way back JAX sets the mesh that is there anyway, and would trace all of it again for that.
+    with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+        return _traced_once(function, tuple(sorted(static)))(*args, **static)
 
 
 @functools.cache
@@ -48,4 +44,13 @@ def _traced_once(function: Callable[..., Result], names: tuple[str, ...]) -> Cal
         with set_xla_metadata(inlineable=None):
             return traced(*args, **static)
 
-    return jax.jit(inside, static_argnames=names)
+    called = jax.jit(inside, static_argnames=names)
+
+    def by_platform(*args: Tree, **static: Hashable) -> Result:
+        def apart(*args: Tree) -> Result:
+            with set_xla_metadata(inlineable="false"):
+                return called(*args, **static)
+
+        return lax.platform_dependent(*args, cpu=apart, default=functools.partial(called, **static))
+
+    return jax.jit(by_platform, static_argnames=names, inline=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,8 @@ _LOW_BITS = 15
 _LOW = (1 << _LOW_BITS) - 1
 _UNSEEN = np.int32(-(2**31))
 """Of amax: less than the bits of any magnitude, so that XLA drops the first maximum."""
+_WORDS = 2 * COUNTS + 1
+_EMPTY = np.array([0] * 2 * COUNTS + [_UNSEEN], np.int32)
 
 
 class Sight(NamedTuple):
@@ -61,17 +64,14 @@ class Record:
     nothing here: adding to the zeros of a new record is no operation.
 
     Attributes:
-        counts: int32 ``(5,)``: elements and the four counts of :class:`~altgrad_jax.statistics.TallyParts`; those of
-            the last pass, up to 2^30, and the low 15 bits of all before. Of a stack with its axis before.
-        carried: int32 ``(5,)``: what is above, so that 65,535 passes have room; likewise.
-        amax: int32 ``()``, bits of float32; likewise.
+        words: int32 ``(11,)``: elements and the four counts of :class:`~altgrad_jax.statistics.TallyParts`, those of
+            the last pass, up to 2^30, and the low 15 bits of all before; what is above them, so that 65,535 passes
+            have room; the bits of amax. Of a stack with its axis before.
         amaxes: int32, bits of float32, of what has scales of its own; likewise.
         axis_name: mapped axes over which tensors are parts (static); what is whole in every place counts once.
     """
 
-    counts: jax.Ref
-    carried: jax.Ref
-    amax: jax.Ref
+    words: jax.Ref
     amaxes: jax.Ref | None
     axis_name: tuple[str, ...] = field(metadata={"static": True})
 
@@ -84,13 +84,12 @@ class Record:
             axis_name: see the class.
             nothing: int32 zero, mapped over axes of which each has a record of its own.
         """
-        counts, carried, amax, amaxes = _empty(shape, nothing)
-        of_scales = None if amaxes is None else jax.new_ref(amaxes)
-        return cls(jax.new_ref(counts), jax.new_ref(carried), jax.new_ref(amax), of_scales, axis_name)
+        words, amaxes = _empty(shape, nothing)
+        return cls(jax.new_ref(words), None if amaxes is None else jax.new_ref(amaxes), axis_name)
 
     def clear(self, shape: Shape, nothing: jax.Array) -> None:
         """Forget what was seen; the arguments as to :meth:`new`."""
-        self.counts[...], self.carried[...], self.amax[...], amaxes = _empty(shape, nothing)
+        self.words[...], amaxes = _empty(shape, nothing)
         if self.amaxes is not None:
             self.amaxes[...] = amaxes
 
@@ -102,25 +101,30 @@ class Record:
             size: how many elements it cast.
             sight: what it saw.
         """
-        *parts, amax = sight.tally
-        added = jnp.stack([jnp.full_like(parts[0], size), *parts])
-        axes = axes_of(added, self.axis_name)
         where = ... if place is None else place
-        before = self.counts[where]
-        carried = self.carried[where] + (before >> _LOW_BITS)
-        if axes:
-            carried, added = carried + lax.psum(added >> _LOW_BITS, axes), lax.psum(added & _LOW, axes)
-            amax = lax.pmax(amax, axes)
-        self.counts[where], self.carried[where] = (before & _LOW) + added, carried
-        self.amax[where] = jnp.maximum(self.amax[where], amax)
+        self.words[where] = _words_after(self.words[where], np.int32(size), sight.tally, self.axis_name)
         if self.amaxes is not None and sight.amaxes is not None:
             bits = lax.bitcast_convert_type(sight.amaxes, jnp.int32)  # of which a maximum loses no NaN
+            axes = axes_of(bits, self.axis_name)
             bits = lax.pmax(bits, axes) if axes else bits
             self.amaxes[where] = jnp.maximum(self.amaxes[where], bits)
 
-    def read(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Counts, what is above them, and amax; flat, as they are put together with those of other casts."""
-        return self.counts[...].reshape(-1), self.carried[...].reshape(-1), self.amax[...].reshape(-1)
+    def read(self) -> jax.Array:
+        """int32 ``(casts * 11,)``: the words; flat, as XLA puts them together with those of other casts at once."""
+        return self.words[...].reshape(-1)
+
+
+@partial(jax.jit, static_argnums=3)  # traced once for all casts
+def _words_after(before: jax.Array, size: jax.Array, seen: TallyParts, axis_name: tuple[str, ...]) -> jax.Array:
+    *parts, amax = seen
+    added = jnp.stack([jnp.full_like(parts[0], size), *parts])
+    counts, above, largest = jnp.split(before, (COUNTS, 2 * COUNTS))
+    above = above + (counts >> _LOW_BITS)
+    axes = axes_of(added, axis_name)
+    if axes:
+        above, added = above + lax.psum(added >> _LOW_BITS, axes), lax.psum(added & _LOW, axes)
+        amax = lax.pmax(amax, axes)
+    return jnp.concatenate([(counts & _LOW) + added, above, jnp.maximum(largest, amax)])
 
 
 class Settled(NamedTuple):
@@ -137,21 +141,20 @@ class Settled(NamedTuple):
     took_place: jax.Array
 
 
-def settled(counts: jax.Array, carried: jax.Array, amax: jax.Array) -> Settled:
+def settled(words: jax.Array) -> Settled:
     """What is in records, as counts and amaxes.
 
     Args:
-        counts: int32 ``(5 * casts,)``, see :class:`Record`.
-        carried: likewise.
-        amax: int32 ``(casts,)``.
+        words: int32 ``(casts * 11,)``, see :class:`Record`.
     """
-    seen = jnp.stack([carried + (counts >> _LOW_BITS), counts & _LOW]).reshape(2, -1, COUNTS)
+    counts, carried, amax = jnp.split(words.reshape(-1, _WORDS), (COUNTS, 2 * COUNTS), axis=1)
+    seen = jnp.stack([carried + (counts >> _LOW_BITS), counts & _LOW])
     above, low = tallied(seen)
     above, low = above + (low >> _LOW_BITS), low & _LOW
     of_low_limb = (1 << (_LIMB_BITS - _LOW_BITS)) - 1
     limbs = jnp.stack([above >> (_LIMB_BITS - _LOW_BITS), (above & of_low_limb) << _LOW_BITS | low], axis=-1)
     took_place = (above[:, 0] | low[:, 0]) != 0
-    return Settled(limbs, lax.bitcast_convert_type(jnp.maximum(amax, 0), jnp.float32), took_place)
+    return Settled(limbs, lax.bitcast_convert_type(jnp.maximum(amax[:, 0], 0), jnp.float32), took_place)
 
 
 @dataclass(eq=False)
@@ -202,11 +205,11 @@ def begin_recording(shapes: dict[int, Shape], total: int, axis_name: tuple[str, 
     return again
 
 
-def _empty(shape: Shape, nothing: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """What is in a record of which nothing is seen: counts, what is above them, amax, amaxes."""
-    counts, amax = jnp.broadcast_to(nothing, (*shape.lead, COUNTS)), jnp.broadcast_to(nothing + _UNSEEN, shape.lead)
+def _empty(shape: Shape, nothing: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """What is in a record of which nothing is seen: words and amaxes."""
+    words = jnp.broadcast_to(nothing + _EMPTY, (*shape.lead, _WORDS))
     amaxes = None if shape.amaxes is None else jnp.broadcast_to(nothing, (*shape.lead, *shape.amaxes))
-    return counts, counts, amax, amaxes
+    return words, amaxes
 
 
 def end_recording(recording: Recording) -> None:

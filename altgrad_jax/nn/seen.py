@@ -49,9 +49,9 @@ class Seen:
         """Take what was seen out of the records."""
         records = self.recording.records
         if records:
-            together = [jnp.concatenate(each) for each in zip(*(each.read() for each in records.values()), strict=True)]
+            words = jnp.concatenate([record.read() for record in records.values()])
             amaxes = {k: record.amaxes[...] for k, record in records.items() if record.amaxes is not None}
-            self._read = _Read(as_one_value(settled, *together), amaxes)
+            self._read = _Read(as_one_value(settled, words), amaxes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -173,7 +173,7 @@ def _rows(x: jax.Array) -> tuple[jax.Array, ...]:
     As slices they would be n kernels, which take longer to compile than all that made them. A reduction may have many
     results: this one is of pairs of a row and zeros, since XLA sees through one of single rows.
     """
-    pairs = [jnp.stack([row[0], row[0] & 0]) for row in jnp.split(x, len(x))]
+    pairs = [pair[:, 0] for pair in jnp.split(jnp.stack([x, x & 0]), len(x), axis=1)]
     return tuple(lax.reduce(tuple(pairs), (np.int32(0),) * len(pairs), _or_each, (0,)))
 
 
