@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from importlib import import_module
 from altgrad_core.errors import InputError
 
 _INTERRUPTED = 130
+_UNREAD = 141
 _USAGE = 2
 _DIFFERS = 1
 _MOST_DEVICES = 16
@@ -51,6 +53,7 @@ _COMMANDS = {
 def main() -> None:
     """Parse the command line and run what it asks for; user errors are one line, without a traceback."""
     _share_out_the_cores()
+    _write_in_any_encoding()
     try:
         _run(sys.argv[1:])
     except ModuleNotFoundError as error:
@@ -61,6 +64,10 @@ def main() -> None:
         # Who trains needs more than a command line: name it all at once.
         extra = _TRAIN if extra == _CLI and sys.argv[1:2] and sys.argv[1] in _TRAINING else extra
         sys.exit(f"altgrad: {package} is not installed; this command needs the extra altgrad[{extra}]")
+    except BrokenPipeError:
+        # Whoever read has seen enough, as ``head`` has; nothing is left to be written when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_UNREAD)
     except (InputError, OSError) as error:
         sys.exit(f"altgrad: {error}")
     except KeyboardInterrupt:
@@ -94,6 +101,13 @@ def _overview() -> str:
     lines = [f"  {name:8} {command.line}" for name, command in _COMMANDS.items()]
     more = "altgrad COMMAND --help says more."
     return "\n".join(["usage: altgrad COMMAND ...", "", _DESCRIPTION, "", *lines, "", more])
+
+
+def _write_in_any_encoding() -> None:
+    """Have a question mark stand for what the encoding of an output lacks: a dot, a bar, the name of a file."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _share_out_the_cores() -> None:

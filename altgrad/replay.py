@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
+from altgrad.show.tables import WholeTable
 from altgrad_core.control import DECISIONS, Controller
 from altgrad_core.errors import InputError
 from altgrad_core.events import Event, unjsonable
@@ -83,7 +83,7 @@ def replay(config: ReplayConfig, console: Console | None = None) -> bool:
     console = console or Console()
     found = replay_run(config.run)
     if found.decisions or found.logged:
-        console.print(_table(found), highlight=False)
+        console.print(_table(found), highlight=False, crop=False)
     counted = f"{len(found.decisions)} decision{'s' * (len(found.decisions) != 1)} in {found.steps} steps"
     if found.difference is None:
         console.print(f"{counted}: all agree with the log", highlight=False)
@@ -187,10 +187,10 @@ def _event(line: str, folder: Path) -> Event:
         raise ReplayError(f"{folder / 'events.jsonl'} is damaged: {error}") from None
 
 
-def _table(found: Replay) -> Table:
-    table = Table(title="Decisions of the controller", title_justify="left")
+def _table(found: Replay) -> WholeTable:
+    table = WholeTable(title="Decisions of the controller", title_justify="left")
     for name in ("step", "decision", "cause", "numbers", "log"):
-        table.add_column(name, justify="right" if name == "step" else "left")
+        table.add_column(name, justify="right" if name == "step" else "left", no_wrap=name == "step")
     kept = [event.to_json() for event in found.logged]
     for event in found.decisions:
         line = event.to_json()

@@ -25,9 +25,17 @@ def check_choice(what: str, name: object, known: Sequence[str]) -> None:
     altgrad_core.errors.InputError: unknown colour 'rad'; did you mean 'red'? Expected one of red, green
     """
     if name not in known:
-        near = difflib.get_close_matches(str(name).casefold(), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(f"unknown {what} {name!r}; {hint}Expected one of {', '.join(known)}")
+        raise InputError(f"unknown {what} {name!r}; {did_you_mean(name, known)}Expected one of {', '.join(known)}")
+
+
+def did_you_mean(name: object, known: Sequence[str]) -> str:
+    """A question for what is spelt nearest to a name, with a space after it; empty where nothing is near.
+
+    >>> did_you_mean("gren", ("red", "green")), did_you_mean("blue", ("red", "green"))
+    ("did you mean 'green'? ", '')
+    """
+    near = difflib.get_close_matches(str(name).casefold(), known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 @contextmanager

@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
+from itertools import islice
 from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from altgrad_core.errors import InputError
+from altgrad_core.errors import InputError, did_you_mean
 
 Rounding = Literal["nearest_even", "nearest_away", "toward_zero", "stochastic"]
 """How a value between two neighbours of the grid is rounded; ``nearest_even`` means ties to the even *code*."""
@@ -185,7 +186,9 @@ class Format:
         named = dtype if isinstance(dtype, str) else str(getattr(dtype, "__name__", dtype))
         name = named.removeprefix("torch.")
         if name not in _DTYPE_NAMES:
-            raise UnknownFormatError(f"no format for dtype {dtype!r}; expected one of {', '.join(_DTYPE_NAMES)}")
+            raise UnknownFormatError(
+                f"no format for dtype {dtype!r}; {_dtype_hint(name)}expected one of {', '.join(_DTYPE_NAMES)}"
+            )
         return FORMAT_REGISTRY[name]
 
     @property
@@ -437,6 +440,15 @@ EIGHT = ("E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")
 _DTYPE_NAMES = tuple(name for name in FORMAT_REGISTRY if name.startswith(("float", "bfloat")))
 
 
+def _dtype_hint(name: str) -> str:
+    """Asks for the dtype that a name without one is nearest to: as the same format, else by its letters."""
+    if name in FORMAT_REGISTRY:
+        dtype = FORMAT_REGISTRY[name].dtype
+        return "" if dtype is None else f"did you mean {dtype.name!r}? "
+    # What NumPy has is not misspelt: the letters of float64 are nearest to float16, which is no substitute.
+    return "" if name in np.sctypeDict else did_you_mean(name, _DTYPE_NAMES)
+
+
 def _numpy_dtype(name: str) -> np.dtype:
     if name in ("float16", "float32"):
         return np.dtype(name)
@@ -470,6 +482,9 @@ _SUFFIXES: Mapping[str, _Specials] = MappingProxyType(
     }
 )
 """By LLVM's letters: finite, one NaN, unsigned zero; ``fnu`` is unsigned altogether, as in ml_dtypes."""
+
+_BIASES = range(-128, 151)
+"""All that formats of any bits can have."""
 
 _COUNT, _BIAS = (
     "0|[1-9][0-9]{0,3}",
@@ -515,13 +530,47 @@ def parse(name: str | Format) -> Format:
             f"format {name!r} has {bits} bits, {exponent_bits} of them exponent; expected "
             f"3 to 16 bits with at most 8 of exponent; {_suggestion(name)}"
         )
-    half = 2 ** (exponent_bits - 1) if exponent_bits else 1
-    default_bias = half if specials.is_signed and not specials.has_negative_zero else half - 1
-    bias = default_bias if match["bias"] is None else int(match["bias"])
     try:
-        return Format(name, exponent_bits, mantissa_bits, bias, **vars(specials))
+        return _made(match)
     except ValueError as error:
-        raise UnknownFormatError(f"format {name!r}: {error}") from None
+        raise UnknownFormatError(f"format {name!r}: {error}; {_near_ones(match)}") from None
+
+
+def _bias(match: re.Match[str]) -> int:
+    """The bias that a name of the grammar has, by default or in words."""
+    if match["bias"] is not None:
+        return int(match["bias"])
+    half = 2 ** (int(match["exponent"]) - 1) if match["exponent"] != "0" else 1
+    specials = _SUFFIXES[match["suffix"]]
+    return half if specials.is_signed and not specials.has_negative_zero else half - 1
+
+
+def _made(match: re.Match[str]) -> Format:
+    """What a name of the grammar describes, if there can be such a format."""
+    specials = vars(_SUFFIXES[match["suffix"]])
+    return Format(match[0], int(match["exponent"]), int(match["mantissa"]), _bias(match), **specials)
+
+
+def _can_be(name: str) -> bool:
+    match = _GRAMMAR.fullmatch(name)
+    try:
+        return bool(match and _made(match))
+    except InputError:
+        return False
+
+
+def _near_ones(match: re.Match[str]) -> str:
+    """Asks for formats of the bits of one that cannot be: with another bias, and where it names none of other kinds."""
+    bits, suffix, bias = (int(match["exponent"]), int(match["mantissa"])), match["suffix"], _bias(match)
+    bare = f"E{bits[0]}M{bits[1]}"
+    biased = (f"{bare}b{other}{suffix}" for other in sorted(_BIASES, key=lambda other: abs(other - bias)))
+    near = list(islice(filter(_can_be, biased), 1))
+    if match["bias"] is None or not near:
+        by_value = {known: name for name, known in FORMAT_REGISTRY.items()}
+        same = [name for known, name in by_value.items() if (known.exponent_bits, known.mantissa_bits) == bits]
+        others = same or filter(_can_be, (f"{bare}ieee", f"{bare}fn", bare))
+        near = [*islice(others, 2), *near]
+    return f"did you mean {' or '.join(near)}?"
 
 
 def _suffix_of(format: Format) -> str:

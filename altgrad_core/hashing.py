@@ -6,6 +6,7 @@ definition is :func:`hash_bits_reference`; ``altgrad_jax`` and ``altgrad_torch``
 
 from __future__ import annotations
 
+import math
 import numbers
 
 import numpy as np
@@ -78,6 +79,19 @@ def check_word(name: str, value: object) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= int(value) <= _WORD:
         raise InputError(f"{name} is {value!r}; expected an integer from 0 to 2^32 - 1")
+
+
+def check_shape(shape: object) -> None:
+    """Check a shape.
+
+    Raises:
+        TypeError: if it is not a tuple or list.
+        ValueError: if it has more elements than the indices can count.
+    """
+    if not isinstance(shape, (tuple, list)):
+        nearest = f"({shape},)" if isinstance(shape, numbers.Integral) else "(2, 3)"
+        raise TypeError(f"shape is {shape!r}; expected a tuple of sizes, such as {nearest}")
+    check_count(math.prod(shape))
 
 
 def check_count(count: int) -> None:

@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from altgrad_core.errors import InputError
+from altgrad_core.errors import InputError, check_choice
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, Format, Overflow, Rounding
 
 
@@ -170,13 +170,29 @@ def check_stochastic_bits(count: int) -> None:
         raise InputError(f"stochastic_bits is {count!r}; expected an integer from 1 to {STOCHASTIC_BITS}")
 
 
+def check_width(count: int, dtype: str, width: int) -> None:
+    """Check that random integers have as many bits as are used: with fewer, fractions would be rounded down more often.
+
+    Args:
+        count: how many bits are used.
+        dtype: the name of what holds them.
+        width: its bits.
+
+    Raises:
+        InputError: if those are fewer.
+    """
+    if width < count:
+        raise InputError(
+            f"random_bits of {dtype} have {width} bits; expected stochastic_bits of at most {width}, not {count}, or "
+            "a wider dtype, such as uint32"
+        )
+
+
 def check_modes(rounding: str, overflow: str) -> None:
     """Check the names of a rounding and an overflow mode.
 
     Raises:
-        ValueError: naming the bad value and what was expected.
+        ValueError: naming the bad value, what was expected and the nearest of that.
     """
-    if rounding not in ROUNDINGS:
-        raise InputError(f"unknown rounding {rounding!r}; expected one of {', '.join(ROUNDINGS)}")
-    if overflow not in OVERFLOWS:
-        raise InputError(f"unknown overflow policy {overflow!r}; expected one of {', '.join(OVERFLOWS)}")
+    check_choice("rounding", rounding, ROUNDINGS)
+    check_choice("overflow policy", overflow, OVERFLOWS)

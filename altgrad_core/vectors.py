@@ -34,6 +34,8 @@ _FORMAT_FIELDS = (
     *("has_inf", "has_nan", "has_negative_zero", "is_signed"),
 )
 
+_COLUMNS, _DRAWN_COLUMN = ("input", "output", "code"), "random_bits"
+
 Words = npt.NDArray[np.uint32]
 
 
@@ -225,13 +227,19 @@ def write_vectors(path: str | os.PathLike[str], vectors: Vectors, *, overwrite: 
     path = Path(path)
     try:
         with path.open("w" if overwrite else "x", encoding="ascii", newline="\n") as file:
-            file.writelines(line + "\n" for line in _lines(vectors))
+            file.writelines(vector_lines(vectors))
     except FileExistsError:
         raise InputError(f"{path} exists; expected a new file, or --overwrite (overwrite=True)") from None
     return path
 
 
-def _lines(vectors: Vectors) -> Iterator[str]:
+def vector_lines(vectors: Vectors) -> Iterator[str]:
+    """The lines of a file of vectors, each with its end.
+
+    >>> header, *rows = vector_lines(golden_vectors("E7M0", random_inputs=0))
+    >>> rows[0].rstrip()
+    '["00000000", "00000000", "00"]'
+    """
     header: dict[str, Any] = {
         "layout": LAYOUT,
         "version": LAYOUT_VERSION,
@@ -242,21 +250,26 @@ def _lines(vectors: Vectors) -> Iterator[str]:
     if vectors.stochastic_bits is not None:
         header["stochastic_bits"] = vectors.stochastic_bits
     drawn = vectors.random_bits
-    header["columns"] = ["input", "output", "code"] + ([] if drawn is None else ["random_bits"])
+    header["columns"] = _columns(is_stochastic=drawn is not None)
     header["count"] = len(vectors)
-    yield json.dumps(header)
+    yield json.dumps(header) + "\n"
     digits = -(-vectors.format.bits // 4)
     rows = zip(vectors.inputs.tolist(), vectors.outputs.tolist(), vectors.codes.tolist(), strict=True)
     for k, (given, right, code) in enumerate(rows):
         tail = "" if drawn is None else f', "{drawn[k]:08x}"'
-        yield f'["{given:08x}", "{right:08x}", "{code:0{digits}x}"{tail}]'
+        yield f'["{given:08x}", "{right:08x}", "{code:0{digits}x}"{tail}]\n'
+
+
+def _columns(*, is_stochastic: bool) -> list[str]:
+    return [*_COLUMNS, *([_DRAWN_COLUMN] if is_stochastic else [])]
 
 
 def read_vectors(path: str | os.PathLike[str]) -> Vectors:
-    """Read a file of vectors.
+    """Read a file of vectors, its columns in any order.
 
     Raises:
-        ValueError: for a file of another layout, one that was cut off, and lines that cannot be read.
+        ValueError: for a file of another layout or with other columns, one that was cut off, and lines that cannot be
+            read.
         OSError: if it cannot be opened.
     """
     lines: list[str] = []
@@ -287,7 +300,10 @@ def _from_lines(header: dict[str, Any], lines: list[str]) -> Vectors:
         check_stochastic_bits(count)
     if len(lines) != header["count"]:
         raise ValueError(f"{len(lines)} vectors where the header says {header['count']}; the file was cut or added to")
-    width = 4 if is_stochastic else 3
+    expected, columns = _columns(is_stochastic=is_stochastic), header["columns"]
+    if not isinstance(columns, list) or sorted(map(str, columns)) != sorted(expected):
+        raise ValueError(f"the header's columns are {columns}; expected {expected}, in any order")
+    width = len(columns)
     table = np.empty((len(lines), width), np.uint32)
     for k, line in enumerate(lines):
         try:
@@ -297,7 +313,7 @@ def _from_lines(header: dict[str, Any], lines: list[str]) -> Vectors:
             table[k] = [int(word, 16) for word in row]
         except (TypeError, ValueError, OverflowError):
             raise ValueError(f"line {k + 2} is {line[:60]!r}; expected {width} hexadecimal strings") from None
-    inputs, outputs, codes, *drawn = (np.ascontiguousarray(column) for column in table.T)
+    inputs, outputs, codes, *drawn = (np.ascontiguousarray(table[:, columns.index(name)]) for name in expected)
     return Vectors(
         resolved,
         ROUNDINGS[ROUNDINGS.index(rounding)],

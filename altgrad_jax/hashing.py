@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from altgrad_core.hashing import MULTIPLIERS, SEED_OFFSET, STREAM_OFFSET, check_count, check_word
+from altgrad_core.hashing import MULTIPLIERS, SEED_OFFSET, STREAM_OFFSET, check_shape, check_word
 
 
 def hash_bits(shape: tuple[int, ...], seed: int | jax.Array, step: int | jax.Array = 0) -> jax.Array:
@@ -30,12 +30,13 @@ def hash_bits(shape: tuple[int, ...], seed: int | jax.Array, step: int | jax.Arr
         uint32 of the given shape.
 
     Raises:
+        TypeError: for a shape that is no tuple, and a seed or step that is an array of another kind than integers.
         ValueError: for a seed or step outside uint32, or a shape of more than 2^32 elements.
 
     >>> hash_bits((2,), seed=1).tolist() == hash_bits((2,), seed=1, step=0).tolist()
     True
     """
-    check_count(math.prod(shape))
+    check_shape(shape)
     return _hashed(tuple(shape), _word("seed", seed), _word("step", step))
 
 

@@ -171,6 +171,8 @@ class FormatParams:
             ValueError: if the sequence is empty or mixes paths.
         """
         paths = {each.path for each in params}
+        if not paths:
+            raise InputError("cannot stack: there are no params; expected those of at least one format")
         if len(paths) != 1:
             raise ValueError(f"cannot stack params of the paths {sorted(paths)}; expected one path")
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)

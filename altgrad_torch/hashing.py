@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from altgrad_core.hashing import MULTIPLIERS, SEED_OFFSET, STREAM_OFFSET, check_count, check_word
+from altgrad_core.hashing import MULTIPLIERS, SEED_OFFSET, STREAM_OFFSET, check_shape, check_word
 
 _CHUNK = 1 << 17
 
@@ -31,14 +31,14 @@ def hash_bits(
         int32 of the given shape: the 32 bits, as torch shifts and adds them best.
 
     Raises:
-        TypeError: for a tensor that does not hold integers.
+        TypeError: for a shape that is no tuple, and a tensor that does not hold integers.
         ValueError: for a seed or step outside uint32, or a shape of more than 2^32 elements.
 
     >>> [hex(bits & 0xFFFFFFFF) for bits in hash_bits((2,), seed=0).tolist()]
     ['0x37c0670d', '0x28681f9a']
     """
+    check_shape(shape)
     count = math.prod(shape)
-    check_count(count)
     key = _mix(_mix(_word("seed", seed, device) + _signed(SEED_OFFSET)) ^ _word("step", step, device))
     second_key = _mix(key + _signed(STREAM_OFFSET))
     if count <= _CHUNK or torch.compiler.is_compiling():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -12,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from altgrad.cli import main
-from altgrad.show.cli import FormatsConfig, formats
+from altgrad.show.cli import ExplainConfig, FormatsConfig, explain, formats
 from altgrad.story import binades, distinct_formats, in_words, multiples, namesakes, other_names, positive_values
 from altgrad_core.formats import FORMAT_REGISTRY, parse
-from altgrad_core.vectors import read_vectors
+from altgrad_core.vectors import golden_vectors, read_vectors, vector_lines
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,14 +64,52 @@ def printed(width: int, *names: str, plot: bool = False) -> list[str]:
     return out.getvalue().splitlines()
 
 
-@pytest.mark.parametrize("width", [80, 100, 140])
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
 def test_the_registry_fits_and_is_whole(width: int) -> None:
     lines = printed(width)
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
     assert "…" not in text
-    assert set(FORMAT_REGISTRY) <= set(text.replace(",", " ").split())
+    named = set(map(str, distinct_formats())) if width < 80 else set(FORMAT_REGISTRY)
+    assert named <= set(text.replace(",", " ").split())
     assert "124" in next(line for line in lines if line.startswith("E3M4 "))
+    assert "0.9921875" in next(line for line in lines if line.startswith("E0M7 "))
+    assert "2^-126" in next(line for line in lines if line.startswith("bf16 "))
+
+
+NARROW = pytest.mark.parametrize("width", [30, 40, 60, 80])
+
+
+@NARROW
+@pytest.mark.parametrize("name", ["E4M3", "bf16", "float32", "E8M0b130fnu"])
+def test_a_story_is_whole(name: str, width: int) -> None:
+    """Beyond the end of the line rather than cut: the same numbers as with all the room in the world."""
+    told = "\n".join(printed(width, name, plot=True))
+    assert "…" not in told
+    wide = "\n".join(printed(300, name))
+    spacing = wide[wide.index("Spacing") : wide.index("\nOverflow")]
+    assert set(spacing.replace("─", "").split()) <= set(told.split())
+
+
+@NARROW
+@pytest.mark.parametrize(
+    "arguments",
+    ["1e-39 --format float32", "1.3 --format E4M3", "1e-30 --format bf16", "1000 --format E4M3", "-1e9 --format fp16"],
+)
+def test_an_explanation_is_whole(width: int, arguments: str) -> None:
+    def rows(width: int) -> list[str]:
+        value, _, name = arguments.split()
+        out = io.StringIO()
+        explain(ExplainConfig(value, name), Console(file=out, width=width))
+        told = out.getvalue()
+        assert "…" not in told
+        return [" ".join(line.split()) for line in told[told.index("Candidates") :].splitlines()]
+
+    wide = rows(300)
+    assert wide[1 : wide.index("")][2:] == rows(width)[1 : wide.index("")][2:]
+    for library in ("ml_dtypes", "torch", "gfloat"):
+        whole, narrow = (next((row for row in told if row.startswith(library)), "") for told in (wide, rows(width)))
+        assert whole.split()[:4] == narrow.split()[:4]
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])
@@ -163,6 +203,17 @@ def test_vectors(run, tmp_path: Path) -> None:
     assert read_vectors(path).rounding == "nearest_even"
 
 
+def test_vectors_to_standard_output(monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["altgrad", "vectors", "--format", "E2M1", "--random-inputs", "0", "--out", "-"])
+    main()
+    said = capsys.readouterr()
+    made = golden_vectors("E2M1", random_inputs=0)
+    assert said.out.splitlines(keepends=True) == list(vector_lines(made))
+    assert said.err == f"{len(made):,} vectors\n"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -180,6 +231,7 @@ def test_vectors(run, tmp_path: Path) -> None:
         (["vectors", "--format", "E5M2", "--out", "v", "--stochastic-bits", "3"], "--stochastic-bits has no effect"),
         (["vectors", "--format", "E5M2", "--out", "v", "--random-inputs", "-1"], "random_inputs is -1"),
         (["vectors", "--format", "E5M2", "--out", "missing/v"], "missing/v"),
+        (["vectors", "--format", "E5M2", "--out", "-", "--overwrite"], "--overwrite has no effect with --out -"),
         (["fromats"], "unknown command 'fromats'; did you mean formats?"),
         ([], "usage: altgrad COMMAND"),
     ],
@@ -211,6 +263,29 @@ def test_imports_no_framework(arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["formats", "--plot"],
+        ["formats", "E5M2", "--plot"],
+        ["explain", "1e-40", "--format", "float32"],
+    ],
+    ids=" ".join,
+)
+def test_outputs_of_any_encoding(encoding: str, arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "altgrad", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lacking = encoding == "ascii" or "--plot" in arguments
+    assert ("?" in done.stdout.decode(encoding)) == lacking
+
+
 def test_runs_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "altgrad", "formats", "E7M0"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -239,3 +314,11 @@ def test_a_missing_package_names_its_extra(monkeypatch, fails, package: str, com
 
     monkeypatch.setattr("altgrad.cli.import_module", missing)
     assert f"{package} is not installed; this command needs the extra altgrad[{extra}]" in fails(command)
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    command = f"{sys.executable} -m altgrad vectors --format E4M3 --out - | head -1"
+    piped = f"{command}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", piped], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")
+    assert json.loads(done.stdout)["count"] == 3576

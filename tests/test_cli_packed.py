@@ -55,6 +55,12 @@ def test_it_fits_and_is_whole(monkeypatch, capsys, file: Path, width: int) -> No
     assert "…" not in "\n".join(lines)
 
 
+def test_numbers_are_never_cut(monkeypatch, capsys, file: Path) -> None:
+    told = " ".join(" ".join(run(monkeypatch, capsys, 20, str(file))).split())
+    for numbers in ("5 0.80x", "6,528 3.76x", "2,176 1.88x", "256 -"):
+        assert f" {numbers} " in told
+
+
 def test_what_it_tells(monkeypatch, capsys, file: Path) -> None:
     lines = [" ".join(line.split()) for line in run(monkeypatch, capsys, 160, str(file))]
     assert lines[0] == "tensor shape was format scales bytes smaller"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -802,6 +803,28 @@ def test_names_of_what_no_format_has(name: str, reason: str | None) -> None:
         parse(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("E8M7", "bfloat16 or E8M7b128"),
+        ("E8M7fn", "bfloat16 or E8M7b128fn"),
+        ("E8M0", "float8_e8m0fnu or E8M0b128"),
+        ("E8M3", "E8M3ieee or E8M3b128"),
+        ("E4M3b200", "E4M3b141"),
+        ("E4M3b-200ieee", "E4M3b-113ieee"),
+        ("E8M0b200fnu", "E8M0b148fnu"),
+        ("E0M7b1", "E0M7b0"),
+        ("E0M7ieee", "E0M7"),
+        ("E5M0ieee", "E5M0fn or E5M0"),
+    ],
+)
+def test_what_no_format_has_suggests_near_ones(name: str, near: str) -> None:
+    with pytest.raises(UnknownFormatError, match=rf"; did you mean {near}\?$"):
+        parse(name)
+    for each in near.split(" or "):
+        assert parse(each).mantissa_bits == int(name[3])
+
+
 @pytest.mark.parametrize("name", [None, 5, b"E5M2", np.float16])
 def test_names_are_strings(name: object) -> None:
     with pytest.raises(UnknownFormatError, match="named by a string or is a Format; got"):
@@ -853,6 +876,24 @@ def test_there_and_back_through_dtypes(name: str) -> None:
 )
 def test_dtypes_without_a_format(dtype: object) -> None:
     with pytest.raises(UnknownFormatError, match=r"no format for dtype .* expected one of float32, bfloat16, float16"):
+        Format.from_dtype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "near"),
+    [
+        ("float8_e4m3fnz", "float8_e4m3fnuz"),
+        ("torch.bfloat61", "bfloat16"),
+        ("E4M3", "float8_e4m3fn"),
+        ("bf16", "bfloat16"),
+        ("E3M4", None),  # float8_e3m4 is another format
+        (np.float64, None),  # nor does float16 hold its values
+        (np.int8, None),
+    ],
+)
+def test_dtypes_without_a_format_suggest_near_ones(dtype: object, near: str | None) -> None:
+    hint = f"did you mean '{near}'? " if near else ""
+    with pytest.raises(UnknownFormatError, match=re.escape(f"no format for dtype {dtype!r}; {hint}expected one of")):
         Format.from_dtype(dtype)
 
 
@@ -978,3 +1019,42 @@ def test_formats_of_subnormals_alone_have_no_smallest_normal(name: str) -> None:
     assert parse(name).min_normal is None
     book = parse(name).code_book()
     assert np.isfinite(book).sum() == 2 * 2 ** parse(name).mantissa_bits
+
+
+# What casts are told beside a format
+
+
+@pytest.mark.parametrize(
+    ("modes", "near"),
+    [
+        ({"rounding": "nearest"}, "unknown rounding 'nearest'; did you mean 'nearest_even'?"),
+        ({"rounding": "Stochastic"}, "unknown rounding 'Stochastic'; did you mean 'stochastic'?"),
+        ({"overflow": "sat"}, "unknown overflow policy 'sat'; did you mean 'saturate'?"),
+    ],
+)
+def test_unknown_modes_suggest_near_ones(modes: dict[str, str], near: str) -> None:
+    jnp, in_jax = pytest.importorskip("jax.numpy"), pytest.importorskip("altgrad_jax")
+    torch, in_torch = pytest.importorskip("torch"), pytest.importorskip("altgrad_torch")
+    for refusing in (
+        lambda: parse("E4M3").to_bits(1.0, **modes),
+        lambda: in_jax.quantize(jnp.ones(1), "E4M3", **modes),
+        lambda: in_torch.quantize(torch.ones(1), "E4M3", **modes),
+    ):
+        with pytest.raises(ValueError, match=re.escape(near)):
+            refusing()
+
+
+def test_no_params_cannot_be_stacked() -> None:
+    in_jax = pytest.importorskip("altgrad_jax")
+    with pytest.raises(ValueError, match="there are no params; expected those of at least one format"):
+        in_jax.FormatParams.stack([])
+
+
+@pytest.mark.parametrize("package", ["altgrad_jax", "altgrad_torch"])
+def test_shapes_of_random_bits(package: str) -> None:
+    hash_bits = pytest.importorskip(package).hash_bits
+    with pytest.raises(TypeError, match=r"shape is 2; expected a tuple of sizes, such as \(2,\)"):
+        hash_bits(2, 5)
+    with pytest.raises(TypeError, match="shape is None; expected a tuple of sizes"):
+        hash_bits(None, 5)
+    assert tuple(hash_bits([2], 5).shape) == (2,)

@@ -19,6 +19,7 @@ from altgrad_core.vectors import (
     golden_vectors,
     package_result,
     read_vectors,
+    vector_lines,
     write_vectors,
 )
 
@@ -84,6 +85,18 @@ def test_written_and_read(tmp_path: Path, name: str, rounding: Rounding) -> None
     for column in ("inputs", "outputs", "codes", "random_bits"):
         one, other = getattr(read, column), getattr(made, column)
         assert (one is None and other is None) or np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("rounding", ["nearest_even", "stochastic"])
+def test_columns_in_the_order_of_the_header(tmp_path: Path, rounding: Rounding) -> None:
+    made = golden_vectors("E2M1", rounding=rounding, random_inputs=0)
+    header, *rows = map(json.loads, vector_lines(made))
+    header["columns"].reverse()
+    path = tmp_path / "v.jsonl"
+    path.write_text("\n".join(map(json.dumps, [header, *(row[::-1] for row in rows)])))
+    read = read_vectors(path)
+    for column in ("inputs", "outputs", "codes", "random_bits"):
+        assert np.array_equal(getattr(read, column), getattr(made, column))
 
 
 def test_a_file_is_left_alone_unless_told(tmp_path: Path) -> None:
@@ -223,6 +236,13 @@ def test_options(options, expected) -> None:
         (lambda lines: [lines[0].replace('"rounding"', '"round"'), *lines[1:]], "'rounding' is missing"),
         (lambda lines: [lines[0].replace("nearest_even", "up"), *lines[1:]], "unknown rounding 'up'"),
         (lambda lines: [lines[0].replace('"bias": 1', '"bias": 999'), *lines[1:]], "bias 999"),
+        (lambda lines: [lines[0].replace('"columns"', '"rows"'), *lines[1:]], "'columns' is missing"),
+        (
+            lambda lines: [lines[0].replace('"output"', '"input"'), *lines[1:]],
+            "the header's columns are ['input', 'input', 'code']; expected ['input', 'output', 'code'], in any order",
+        ),
+        (lambda lines: [lines[0].replace('"code"]', '"code", "more"]'), *lines[1:]], "'more']; expected ['input'"),
+        (lambda lines: [lines[0].replace('["input", "output", "code"]', "3"), *lines[1:]], "columns are 3; expected"),
         (lambda lines: lines[:-1], "the file was cut or added to"),
         (lambda lines: [*lines[:2], '["0", "0"]', *lines[3:]], "line 3 is"),
         (lambda lines: [*lines[:2], '["0", "0", "zz"]', *lines[3:]], "line 3 is"),

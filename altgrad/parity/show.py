@@ -12,6 +12,7 @@ from rich.text import Text
 from altgrad.parity.environment import Environment
 from altgrad.parity.records import Comparison, TensorRecord
 from altgrad.parity.runs import Difference, Lockstep, Run
+from altgrad.show.tables import WholeTable
 
 _MOST_ROWS = 40
 
@@ -43,7 +44,7 @@ def lockstep_report(found: Lockstep, about: str = "") -> RenderableType:
 
 def print_lockstep(found: Lockstep, console: Console, about: str = "") -> None:
     """Print a lockstep's report."""
-    console.print(lockstep_report(found, about), highlight=False)
+    console.print(lockstep_report(found, about), highlight=False, crop=False)
 
 
 def verdict(found: Lockstep) -> str:
@@ -64,7 +65,7 @@ def _steps(count: int) -> str:
     return f"{count} step{'s' * (count != 1)}"
 
 
-def _runs(found: Lockstep) -> Table:
+def _runs(found: Lockstep) -> WholeTable:
     table = _table("run", "steps", "identical", "most ulps", "")
     for run in (*found.repeats, *([found.run] if found.run else [])):
         counts = (f"{run.steps:,}", f"{run.identical_steps:,}", f"{run.largest_ulps:,}")
@@ -134,11 +135,11 @@ def _cells(tensor: TensorRecord, labels: tuple[str, str]) -> tuple[str, ...]:
     return name, dtype, shape, f"{tensor.differing:,} of {tensor.elements:,}", ulps, first
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+def _table(*columns: str) -> WholeTable:
+    table = WholeTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
     for name in columns:
         is_number = name in ("differing", "ulps", "steps", "identical", "most ulps")
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=is_number)
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from altgrad_core.errors import InputError
 from altgrad_core.formats import Overflow, Rounding, parse
 
 _PLOT_HEIGHT = 4
+_STANDARD_OUTPUT = Path("-")
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class VectorsConfig:
     format: str
     """The format to cast to, of at most 16 bits."""
     out: Path
-    """The file to write, JSON lines."""
+    """The file to write, JSON lines; - for standard output."""
     rounding: Rounding = "nearest_even"
     """How to round; nearest_even sends ties to the even code."""
     overflow: Overflow = "native"
@@ -76,7 +78,10 @@ class VectorsConfig:
     def __post_init__(self) -> None:
         """Refuse options without effect, and a file that exists before time is spent on it."""
         _refuse_without_stochastic(self.rounding, stochastic_bits=self.stochastic_bits)
-        if self.out.exists() and not self.overwrite:
+        if self.out == _STANDARD_OUTPUT:
+            if self.overwrite:
+                raise InputError("--overwrite has no effect with --out -")
+        elif self.out.exists() and not self.overwrite:
             raise InputError(f"{self.out} exists; expected a new file, or --overwrite")
 
 
@@ -106,11 +111,11 @@ def formats(config: FormatsConfig, console: Console | None = None) -> None:
     if len(config.names) == 1:
         print_story(chosen[0], console)
     else:
-        console.print(registry_table(chosen, console.width), highlight=False)
+        console.print(registry_table(chosen, console.width), highlight=False, crop=False)
     if config.plot:
         height = _PLOT_HEIGHT if len(chosen) == 1 else 1
         console.print(Text("\nWhere the positive values lie", style="bold"))
-        console.print(plot(chosen, console.width, height), highlight=False)
+        console.print(plot(chosen, console.width, height), highlight=False, crop=False)
 
 
 def explain(config: ExplainConfig, console: Console | None = None) -> None:
@@ -133,9 +138,9 @@ def vectors(config: VectorsConfig, console: Console | None = None) -> Path:
     """Run ``altgrad vectors``.
 
     Returns:
-        The file's path, which is also the last line printed.
+        The file's path, which is also the last line printed, to standard error; - for standard output.
     """
-    from altgrad_core.vectors import golden_vectors, write_vectors
+    from altgrad_core.vectors import golden_vectors, vector_lines, write_vectors
 
     made = golden_vectors(
         config.format,
@@ -145,10 +150,13 @@ def vectors(config: VectorsConfig, console: Console | None = None) -> Path:
         random_inputs=config.random_inputs,
         seed=config.seed,
     )
-    path = write_vectors(config.out, made, overwrite=config.overwrite)
-    console = console or Console(stderr=True)
-    console.print(f"{len(made):,} vectors: {path.resolve()}", soft_wrap=True, highlight=False)
-    return path
+    told = f"{len(made):,} vectors"
+    if config.out == _STANDARD_OUTPUT:
+        sys.stdout.writelines(vector_lines(made))
+    else:
+        told += f": {write_vectors(config.out, made, overwrite=config.overwrite).resolve()}"
+    (console or Console(stderr=True)).print(told, soft_wrap=True, highlight=False)
+    return config.out
 
 
 def packed(config: PackedConfig, console: Console | None = None) -> None:

@@ -14,14 +14,17 @@ from rich.text import Text
 from altgrad.explain import Candidate, Explanation, Outcome
 from altgrad.libraries import installed_version
 from altgrad.numbers import code_fields, code_hex, write_decimal, write_number
+from altgrad.show.tables import WholeTable
 from altgrad_core.formats import Format
 from altgrad_core.vectors import float32_bits
+
+_MOST_BITS_IN_BINARY = 16
 
 
 def print_explanation(told: Explanation, console: Console) -> None:
     """Print an explanation: the answer first, then the input, the candidates, the reason, and what others do."""
     for part in parts(told):
-        console.print(part, highlight=False)
+        console.print(part, highlight=False, crop=False)
 
 
 def parts(told: Explanation) -> Iterator[RenderableType]:
@@ -40,8 +43,8 @@ def _titled(title: str, body: RenderableType) -> RenderableType:
     return Group(Text(f"\n{title}", style="bold"), body)
 
 
-def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+def _table() -> WholeTable:
+    return WholeTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
 
 
 def _headline(told: Explanation) -> Text:
@@ -80,14 +83,15 @@ def _outcome(outcome: Outcome, format: Format) -> str:
 
 
 def _code(outcome: Outcome, format: Format) -> str:
-    if format.bits > 16:
+    if format.bits > _MOST_BITS_IN_BINARY:
         return code_hex(outcome.code, format)
     return f"{code_hex(outcome.code, format)} = {code_fields(outcome.code, format)}"
 
 
-def _candidates(told: Explanation) -> Table:
+def _candidates(told: Explanation) -> WholeTable:
     table = _table()
-    for name in ("", "value", "code", "binary", "distance", "of the gap"):
+    binary = ("binary",) if told.format.bits <= _MOST_BITS_IN_BINARY else ()
+    for name in ("", "value", "code", *binary, "distance", "of the gap"):
         table.add_column(name, justify="left" if name in ("", "binary") else "right", no_wrap=True)
     for candidate in told.candidates:
         won = candidate is told.winner
@@ -96,13 +100,14 @@ def _candidates(told: Explanation) -> Table:
 
 
 def _candidate_row(candidate: Candidate, format: Format) -> tuple[str, ...]:
-    if candidate.code is None:
-        code, binary = "none", "an overflow"
-    else:
-        parity = "odd" if candidate.code & 1 else "even"
-        code, binary = code_hex(candidate.code, format), f"{code_fields(candidate.code, format)}  {parity}"
+    code = "none" if candidate.code is None else code_hex(candidate.code, format)
+    binary = (_binary(candidate.code, format),) if format.bits <= _MOST_BITS_IN_BINARY else ()
     share = f"{float(candidate.share):.6g}" if candidate.share != Fraction(1, 2) else "1/2"
-    return write_number(candidate.value), code, binary, _distance(candidate.distance), share
+    return write_number(candidate.value), code, *binary, _distance(candidate.distance), share
+
+
+def _binary(code: int | None, format: Format) -> str:
+    return "an overflow" if code is None else f"{code_fields(code, format)}  {'odd' if code & 1 else 'even'}"
 
 
 def _distance(distance: Fraction) -> str:
@@ -110,7 +115,7 @@ def _distance(distance: Fraction) -> str:
     return exact if len(exact) <= 10 else f"~{float(distance):.6g}"
 
 
-def _policies(told: Explanation) -> Table:
+def _policies(told: Explanation) -> WholeTable:
     table = _table()
     table.add_column("policy", no_wrap=True)
     table.add_column("result")
@@ -120,12 +125,12 @@ def _policies(told: Explanation) -> Table:
     return table
 
 
-def _conventions(told: Explanation) -> Table:
+def _conventions(told: Explanation) -> WholeTable:
     table = _table()
     table.add_column("library", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("float32", no_wrap=True)
-    table.add_column("how", style="dim", overflow="fold")
+    table.add_column("how", style="dim")
     ours = told.result
     if ours is None:
         table.add_row("altgrad", "?", "", "depends on the random bits", style="bold")

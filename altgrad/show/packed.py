@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from altgrad.show.tables import WholeTable
 from altgrad_core.packed_files import Header, TensorEntry, check_is_file, read_header, unreadable
 from altgrad_core.packing import PackedLayout, numpy_dtype
 from altgrad_core.scaling import PerBlock, PerTensor
@@ -37,7 +37,7 @@ def header_of(path: Path) -> Header:
 
 def print_header(header: Header, console: Console) -> None:
     """Print a row for each tensor, the sums, and the metadata."""
-    console.print(_table(header, console.width), highlight=False)
+    console.print(_table(header, console.width), highlight=False, crop=False)
     bytes_now = sum(entry.nbytes for entry in header.tensors.values())
     bytes_before = sum(map(_bytes_before, header.tensors.values()))
     packed = sum(entry.layout is not None for entry in header.tensors.values())
@@ -48,15 +48,15 @@ def print_header(header: Header, console: Console) -> None:
         console.print(Text(f"{key}: {value}"), soft_wrap=True)
 
 
-def _table(header: Header, width: int) -> Table:
+def _table(header: Header, width: int) -> WholeTable:
     is_medium = width >= _MEDIUM
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
-    table.add_column("tensor", style="bold cyan", overflow="fold")
-    table.add_column("shape", overflow="fold")
+    table = WholeTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+    table.add_column("tensor", style="bold cyan")
+    table.add_column("shape")
     if is_medium:
         table.add_column("was", no_wrap=True)
-    table.add_column("format", overflow="fold")
-    table.add_column("scales", overflow="fold")
+    table.add_column("format")
+    table.add_column("scales")
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("smaller", justify="right", no_wrap=True)
     for name, entry in header.tensors.items():

@@ -36,7 +36,7 @@ def plot(formats: list[Format], width: int, height: int = 1) -> Text:
     low = math.floor(min(found[0] for found in exponents))
     high = math.floor(max(found[-1] for found in exponents)) + 1
     scale = _Scale.fitting(low, high, max(width - label - 1, _LEAST_WIDTH))
-    text = Text(no_wrap=True)
+    text = Text(no_wrap=True, overflow="ignore")
     for known, found in zip(drawn, exponents, strict=True):
         counts = np.bincount(scale.column_of(found), minlength=scale.columns)
         *above, lowest = _bars(counts, height)

@@ -5,33 +5,40 @@ from __future__ import annotations
 from itertools import groupby
 
 from rich import box
-from rich.table import Table
 
 from altgrad.libraries import dtype_names
 from altgrad.numbers import write_number
+from altgrad.show.tables import WholeTable
 from altgrad.story import other_names, positive_values, specials
 from altgrad_core.formats import Format
 
 _WIDE, _MEDIUM = 140, 88
 """Columns from which on the table shows dtypes and counts in columns of their own; and the number of bits."""
 
+_EQUALS, _SPECIALS, _SPLIT = 79, 65, 50
+"""Columns from which on it says what a format equals; its specials; and its split of the bits, with the subnormals."""
 
-def registry_table(formats: list[Format], width: int) -> Table:
+
+def registry_table(formats: list[Format], width: int) -> WholeTable:
     """Formats, a row each; what a narrow terminal leaves out is in each format's own story."""
     is_wide, padding = width >= _WIDE, (0, int(width >= _MEDIUM), 0, 0)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False, padding=padding)
+    table = WholeTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False, padding=padding)
     table.add_column("format", style="bold cyan", no_wrap=True)
     if width >= _MEDIUM:
         table.add_column("bits", justify="right", no_wrap=True)
-    table.add_column("E/M/bias" if is_wide else "E/M/b", no_wrap=True)
-    table.add_column("specials", no_wrap=True)
+    if width >= _SPLIT:
+        table.add_column("E/M/bias" if is_wide else "E/M/b", no_wrap=True)
+    if width >= _SPECIALS:
+        table.add_column("specials", no_wrap=True)
     table.add_column("max", justify="right", no_wrap=True)
     table.add_column("min normal" if is_wide else "normal", justify="right", no_wrap=True)
-    table.add_column("min subnormal" if is_wide else "subn.", justify="right", no_wrap=True)
+    if width >= _SPLIT:
+        table.add_column("min subnormal" if is_wide else "subn.", justify="right", no_wrap=True)
     if is_wide:
         table.add_column("values > 0", justify="right", no_wrap=True)
         table.add_column("NumPy dtype", no_wrap=True)
-    table.add_column("equals", style="dim", overflow="fold")
+    if width >= _EQUALS:
+        table.add_column("equals", style="dim")
     for _, group in groupby(formats, _family):
         for known in group:
             table.add_row(*_row(known, width))
@@ -46,13 +53,13 @@ def _row(format: Format, width: int) -> list[str]:
     return [
         str(format),
         *([str(format.bits)] if width >= _MEDIUM else []),
-        f"{format.exponent_bits}/{format.mantissa_bits}/{format.bias}",
-        specials(format),
+        *([f"{format.exponent_bits}/{format.mantissa_bits}/{format.bias}"] if width >= _SPLIT else []),
+        *([specials(format)] if width >= _SPECIALS else []),
         maximum if len(maximum) < 10 else f"{format.max_representable_value:.2e}",
         _or_dash(format.min_normal if format.is_signed else format.to_real(0)),
-        _or_dash(format.smallest_subnormal),
+        *([_or_dash(format.smallest_subnormal)] if width >= _SPLIT else []),
         *([f"{positive_values(format):,}", dtypes[0] if dtypes else "-"] if is_wide else []),
-        ", ".join(equal),
+        *([", ".join(equal)] if width >= _EQUALS else []),
     ]
 
 

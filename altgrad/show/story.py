@@ -12,6 +12,7 @@ from rich.text import Text
 
 from altgrad.libraries import dtype_names
 from altgrad.numbers import code_fields, code_hex, write_number
+from altgrad.show.tables import WholeTable
 from altgrad.story import Binade, binades, in_words, multiples, namesakes, other_names, positive_values, specials
 from altgrad_core.formats import OVERFLOWS, Format
 from altgrad_core.reference import round_to_format
@@ -40,8 +41,8 @@ def _titled(title: str, body: RenderableType) -> RenderableType:
     return Group(Text(f"\n{title}", style="bold"), body)
 
 
-def _plain_table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+def _plain_table(*columns: str) -> WholeTable:
+    table = WholeTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table
@@ -121,7 +122,7 @@ def _special_codes(format: Format) -> str:
     return "; ".join(said)
 
 
-def _spacing(format: Format) -> Table:
+def _spacing(format: Format) -> WholeTable:
     # The codes of float32 are too long for a terminal, and nobody looks them up.
     columns = 6 if format.bits <= _LADDER_BITS * 2 else 5
     table = _plain_table(*("from", "to", "step", "step / from", "values", "codes")[:columns])
@@ -175,7 +176,7 @@ def _ladder(format: Format, width: int) -> RenderableType:
         columns = min(1 << max(((width - label) // widest).bit_length() - 1, 0), _LADDER_END)
         if columns >= _LADDER_END // 2:
             break
-    text = Text(no_wrap=True)
+    text = Text(no_wrap=True, overflow="ignore")
     digits = len(f"{columns - 1:x}")
     text.append(" " * label + "".join(f"{f'+{k:0{digits}x}':>{widest}}" for k in range(columns)) + "\n", style="dim")
     previous = -columns
@@ -206,4 +207,4 @@ def print_story(format: Format, console: Console) -> None:
     """Print a format's story, its name first."""
     console.print(Text(str(format), style="bold cyan"))
     for part in story(format, console.width):
-        console.print(part, highlight=False)
+        console.print(part, highlight=False, crop=False)
