@@ -1,7 +1,8 @@
-"""Sums over mapped axes, of leaves of which every place holds a part, and of leaves that every place holds whole."""
+"""Axes of devices: whether an array is split over some, and sums over mapped ones of parts and of what is whole."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
@@ -48,6 +49,37 @@ def by_axes(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> dict[tup
     for index, leaf in enumerate(leaves):
         groups.setdefault(axes_of(leaf, axis_name), []).append(index)
     return groups
+
+
+def is_split(leaf: jax.Array) -> bool:
+    """Whether an array's type says that it is split over axes of a mesh, as it does of explicit axes alone."""
+    return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
+
+
+def is_whole(leaf: jax.Array) -> bool:
+    """Whether an array is known to lie on one device. To flatten one that does not is to gather it, or an error."""
+    return jax.device_count() == 1 and not is_split(leaf)
+
+
+def places_along(x: jax.Array, axis: int) -> int:
+    """How many places of a mesh an array's type says that an axis is split over; 1 for none."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis]
+    return math.prod(sharding.mesh.shape[name] for name in (names if isinstance(names, tuple) else (names,)) if name)
+
+
+def whole_along(x: jax.Array, axis: int) -> jax.Array:
+    """The array, its axis no longer split over explicit axes of a mesh."""
+    if places_along(x, axis) == 1:
+        return x
+    spec = jax.typeof(x).sharding.spec
+    return jax.sharding.reshard(x, jax.sharding.PartitionSpec(*spec[:axis], None, *spec[axis + 1 :]))
+
+
+def split_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The array, split over explicit axes of a mesh as another one of its shape is."""
+    wanted = jax.typeof(like).sharding
+    return x if jax.typeof(x).sharding == wanted else jax.sharding.reshard(x, wanted)
 
 
 def sum_over(value: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:

@@ -42,7 +42,15 @@ from altgrad_core.scaling import (
     check_rule,
     checked_axis,
 )
-from altgrad_jax.casting import cast_finite, floating, quantize, refuse_missing_random_bits, to_float32
+from altgrad_jax.axes import is_whole, split_as
+from altgrad_jax.casting import (
+    cast_finite,
+    check_drawn_width,
+    floating,
+    quantize,
+    refuse_missing_random_bits,
+    to_float32,
+)
 from altgrad_jax.codes import CodeParams, decode, encode
 from altgrad_jax.granularity import from_blocks, to_blocks
 from altgrad_jax.params import FormatParams, as_params
@@ -133,6 +141,8 @@ def quantize_blocks(
     params = _saturating(format, rounding)
     if random_bits is None:
         refuse_missing_random_bits(params)
+    else:
+        check_drawn_width(random_bits, params)
     return _in_one_program(granularity, rule, x, params, random_bits)
 
 
@@ -175,7 +185,7 @@ def encode_blocks(
     checked_axis(axis, x.ndim)
     values, scales = _rounded(granularity, rule, to_float32(x, "encode_blocks"), _saturating(format, rounding), None)
     reciprocal = jnp.expand_dims(_reciprocal(_or_one(scales)), checked_axis(axis, x.ndim) + 1)
-    on_grid = from_blocks(values * reciprocal, x.shape, granularity)
+    on_grid = split_as(from_blocks(values * reciprocal, x.shape, granularity), x)
     codes = encode(on_grid, format) if isinstance(format, CodeParams) else encode(on_grid, format, overflow="saturate")
     exponents = jnp.where(jnp.isnan(scales), E8M0_NAN, _bits(scales) >> 23)
     return codes, exponents.astype(jnp.uint8)
@@ -223,7 +233,7 @@ def decode_blocks(
     half = exponents >> 1
     values = decode(blocks, format) * two_to_the(half) * two_to_the(exponents - half)
     values = jnp.where(exponents == E8M0_NAN - E8M0_BIAS, jnp.float32(np.nan), _without_subnormals(values))
-    return from_blocks(values, codes.shape, granularity)
+    return split_as(from_blocks(values, codes.shape, granularity), codes)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -231,7 +241,7 @@ def _straight_through(
     granularity: PerBlock, rule: BlockRule, x: jax.Array, params: FormatParams, random_bits: jax.Array | None
 ) -> jax.Array:
     blocks, _ = _rounded(granularity, rule, x, params, random_bits)
-    return from_blocks(blocks, x.shape, granularity)
+    return split_as(from_blocks(blocks, x.shape, granularity), x)
 
 
 @_straight_through.defjvp
@@ -256,8 +266,11 @@ def _rounded(
         raise InputError(f"random_bits have shape {random_bits.shape}; expected that of x, {x.shape}")
     drawn = None if random_bits is None else to_blocks(random_bits, granularity)
     axis = checked_axis(granularity.axis, x.ndim) + 1
+    blocks = to_blocks(x, granularity)
+    if not is_whole(x):
+        return _cast_blocks(axis, rule, blocks, params, drawn)
     return lax.platform_dependent(
-        to_blocks(x, granularity),
+        blocks,
         params,
         drawn,
         cpu=partial(_cast_blocks_apart, axis, rule),

@@ -16,6 +16,7 @@ from jax import lax
 
 from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, Format, Overflow, Rounding
+from altgrad_core.reference import check_width
 from altgrad_jax.arithmetic import product, quotient
 from altgrad_jax.params import Edges, FormatParams, as_params, beyond_max, edges, replaced_from
 
@@ -28,6 +29,8 @@ _ONE = np.int32(127 << 23)
 _TO_THE_MIDDLE = np.int32(64 << 23)
 _FLOAT32_MAX = np.finfo(np.float32).max
 _FLOAT64_INF = np.int64(0x7FF << 52)
+_FAR = 600
+"""No float64 beyond 2^±600, divided by whatever a float32 scale may be, is anywhere near a grid."""
 _QUIET_NAN = {np.dtype(jnp.bfloat16): 0x7FC0, np.dtype(jnp.float16): 0x7E00}
 _NEAREST_EVEN, _NEAREST_AWAY, _TOWARD_ZERO, _STOCHASTIC = range(len(ROUNDINGS))
 _NATIVE, _SATURATE, _SATURATE_FINITE = range(len(OVERFLOWS))
@@ -58,13 +61,13 @@ def quantize(
         x: float32, bfloat16, float16 or float64, any shape; its dtype is kept. float64 is rounded once, from its own
             value. A float16 result that float16 cannot hold is inf.
         format: a name, a :class:`~altgrad_core.formats.Format`, or :class:`FormatParams`, which may be traced.
-        scale: the worth of one, positive, of a shape that broadcasts to that of ``x``.
+        scale: the worth of one, positive, of a shape that broadcasts to that of ``x``; a float32, also of float64.
         rounding: see :data:`altgrad_core.formats.Rounding`; not beside ``FormatParams``, which carry their own.
         overflow: see :data:`altgrad_core.formats.Overflow`; likewise.
         random_bits: for stochastic rounding, integers of the shape of ``x``, uniform in the lowest bits; see
             :func:`altgrad_jax.hashing.hash_bits` and ``jax.random.bits``.
         stochastic_bits: how many of them count, 1 to 24. A magnitude goes up if the fraction of a quantum cut off, in
-            so many bits, and the random number add up to one or more.
+            so many bits, and the random number add up to one or more. No more than a random integer has.
         saturation_mask: whether the gradient is zero where ``x`` overflows, infinities included.
 
     Returns:
@@ -90,6 +93,7 @@ def quantize(
             raise InputError("saturation_mask=True would have no effect: no finite float32 value overflows float32")
         if x.dtype != jnp.float64:
             return x
+        scale = None
     return _in_one_program(saturation_mask, x, scale, params, random_bits)
 
 
@@ -107,12 +111,12 @@ def floating(x: jax.Array, taker: str) -> jax.Array:
 
 
 def checked_scale(scale: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
-    """A scale as an array.
+    """A scale as an array of float32.
 
     Raises:
         InputError: if it would enlarge ``x``.
     """
-    scale = jnp.asarray(scale)
+    scale = jnp.asarray(scale, jnp.float32)
     if scale.ndim > x.ndim or any(s not in (1, n) for s, n in zip(scale.shape[::-1], x.shape[::-1], strict=False)):
         raise InputError(f"the scale has shape {scale.shape}; expected one that broadcasts to that of x, {x.shape}")
     return scale
@@ -133,6 +137,18 @@ def _check_random_bits(random_bits: jax.Array, x: jax.Array, params: FormatParam
         raise TypeError(f"random_bits are integers; got {random_bits.dtype}")
     if random_bits.shape != x.shape:
         raise ValueError(f"random_bits have shape {random_bits.shape}; expected that of x, {x.shape}")
+    check_drawn_width(random_bits, params)
+
+
+def check_drawn_width(random_bits: jax.Array, params: FormatParams) -> None:
+    """Refuse random integers of fewer bits than are used, where that is known here.
+
+    Raises:
+        InputError: naming both numbers.
+    """
+    if not isinstance(params.stochastic_bits, jax.core.Tracer):
+        used = int(np.max(np.asarray(params.stochastic_bits)))
+        check_width(used, str(random_bits.dtype), jnp.iinfo(random_bits.dtype).bits)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -143,19 +159,30 @@ def _straight_through(
     params: FormatParams,
     random_bits: jax.Array | None,
 ) -> jax.Array:
-    if x.dtype == jnp.float64:
-        return _cast_float64(x, scale, params, random_bits)
-    if scale is None:
-        return _to_dtype(cast(widened(x), params, random_bits), x.dtype)
-    scale = scale.astype(jnp.float32)
-    if params.path == "unsigned":
-        return _to_dtype(cast(widened(x), params.scaled(scale), random_bits), x.dtype)
-    return scaled_up(cast(scaled_down(x, scale), params, random_bits), scale, x.dtype)
+    on_grid = _on_grid(x, scale, params, random_bits)
+    if scale is None or params.path == "unsigned":
+        return _to_dtype(on_grid, x.dtype)
+    return scaled_up(on_grid, scale, x.dtype)
+
+
+def _on_grid(x: jax.Array, scale: jax.Array | None, params: FormatParams, random_bits: jax.Array | None) -> jax.Array:
+    """``x / scale`` rounded to float32; to an unsigned format ``x``, for there the grid is moved instead."""
+    if params.path == "identity":
+        return to_float32_grid(x, params)
+    if params.path == "unsigned" and scale is not None:
+        params, scale = params.scaled(scale), None
+    if x.dtype != jnp.float64:
+        return cast(widened(x) if scale is None else scaled_down(x, scale), params, random_bits)
+    reduced = x if scale is None else scaled_down(x, scale)
+    on_grid = cast(float64_to_odd(reduced), params, random_bits)
+    # What float32 cannot hold has become an infinity, which this policy would keep.
+    is_kept = (params.overflow == _SATURATE_FINITE) & jnp.isinf(on_grid) & jnp.isfinite(reduced)
+    return jnp.where(is_kept, jnp.copysign(params.max_value, on_grid), on_grid)
 
 
 def scaled_down(x: jax.Array, scale: jax.Array) -> jax.Array:
     """``x / scale`` as it is rounded to a grid: float64 in float64, all else in float32. See :func:`quantize`."""
-    return x / scale.astype(jnp.float64) if x.dtype == jnp.float64 else divide_by_scale(widened(x), scale)
+    return _divide_float64_by_scale(x, scale) if x.dtype == jnp.float64 else divide_by_scale(widened(x), scale)
 
 
 def scaled_up(on_grid: jax.Array, scale: jax.Array, dtype: np.dtype) -> jax.Array:
@@ -169,29 +196,15 @@ def _to_dtype(result: jax.Array, dtype: np.dtype) -> jax.Array:
     """A float32 result in the dtype that it is asked for. NaN, of which a GPU makes another, is canonical again."""
     if dtype == jnp.float32:
         return result
+    if dtype == jnp.float64:
+        return _to_float64(result)
     quiet = _QUIET_NAN[dtype]
     signed = (_bits(result) >> 16).astype(jnp.int16) & np.int16(-(2**15)) | np.int16(quiet)
     halved = lax.bitcast_convert_type(result.astype(dtype), jnp.int16)
     return lax.bitcast_convert_type(jnp.where(jnp.isnan(result), signed, halved), dtype)
 
 
-def _cast_float64(
-    x: jax.Array, scale: jax.Array | None, params: FormatParams, random_bits: jax.Array | None
-) -> jax.Array:
-    """Scaled in float64, so that each element is rounded to the grid alone."""
-    if params.path == "identity":
-        return _to_float64(_to_float32_grid(x, params))
-    if params.path == "unsigned" and scale is not None:
-        params, scale = params.scaled(scale.astype(jnp.float32)), None
-    reduced = x if scale is None else scaled_down(x, scale)
-    on_grid = cast(float64_to_odd(reduced), params, random_bits)
-    # What float32 cannot hold has become an infinity, which this policy would keep.
-    is_kept = (params.overflow == _SATURATE_FINITE) & jnp.isinf(on_grid) & jnp.isfinite(reduced)
-    on_grid = jnp.where(is_kept, jnp.copysign(params.max_value, on_grid), on_grid)
-    return _to_float64(on_grid) if scale is None else scaled_up(on_grid, scale, x.dtype)
-
-
-def _to_float32_grid(x: jax.Array, params: FormatParams) -> jax.Array:
+def to_float32_grid(x: jax.Array, params: FormatParams) -> jax.Array:
     """float64 rounded to float32, subnormals in their steps; what overflows by the policy."""
     steps = jnp.round(jnp.abs(x) * 2.0**149)
     subnormal = jnp.minimum(steps, 2.0**23).astype(jnp.int32) | (_bits(x.astype(jnp.float32)) & _SIGN)
@@ -230,9 +243,8 @@ def _overflows(x: jax.Array, scale: jax.Array | None, params: FormatParams, rand
     """Whether each element rounds beyond max, by whatever rounding: where a cast that makes inf of that makes one."""
     inf = jnp.full_like(params.native_overflow, np.inf)
     marking = replace(params, overflow=jnp.full_like(params.overflow, _NATIVE), native_overflow=inf)
-    return jnp.isinf(
-        _straight_through(False, x.astype(jnp.promote_types(x.dtype, jnp.float32)), scale, marking, random_bits)
-    )
+    # Before the scale is multiplied in, which may make an infinity of what the format holds.
+    return jnp.isinf(_on_grid(x, scale, marking, random_bits))
 
 
 def widened(x: jax.Array) -> jax.Array:
@@ -475,6 +487,16 @@ def divide_by_scale(x: jax.Array, scale: jax.Array) -> jax.Array:
     signed = _float(from_bits | (_bits(x) & _SIGN))
     bounded = jnp.clip(quotient(x, scale), -_FLOAT32_MAX, _FLOAT32_MAX)
     return jnp.where(magnitude < _IMPLICIT_ONE, signed, jnp.where(magnitude < _INF, bounded, x))
+
+
+def _divide_float64_by_scale(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """``x / scale`` in float64: infinite only where ``x`` is, zero only where ``x`` is."""
+    bits = lax.bitcast_convert_type(x, jnp.int64)
+    magnitude = bits & np.int64(2**63 - 1)
+    # In integers, because XLA's CPU backend flushes the smallest.
+    near = jnp.clip(magnitude, np.int64((1023 - _FAR) << 52), np.int64((1023 + _FAR) << 52))
+    magnitude = jnp.where((magnitude == 0) | (magnitude >= _FLOAT64_INF), magnitude, near)
+    return lax.bitcast_convert_type(magnitude | (bits & np.int64(-(2**63))), jnp.float64) / scale.astype(jnp.float64)
 
 
 def float64_to_odd(x: jax.Array) -> jax.Array:

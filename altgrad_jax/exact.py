@@ -7,14 +7,15 @@ One float64 dot where its bits suffice, else dots of slices of the operands; :mo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import auto_axes
 
 from altgrad_core.errors import InputError
 from altgrad_core.exact import (
@@ -24,7 +25,7 @@ from altgrad_core.exact import (
     cut_of,
 )
 from altgrad_core.norms import ROUNDS_TO_NORMAL
-from altgrad_jax.axes import AxisName, places
+from altgrad_jax.axes import AxisName, is_split, places
 from altgrad_jax.casting import widened
 from altgrad_jax.slices import Dot, quotient, sum_of_many, sum_of_two
 
@@ -91,6 +92,7 @@ def exact_dot_general(
     dimension_numbers: DotDimensionNumbers,
     *,
     axis_name: AxisName | None = None,
+    out_sharding: jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None = None,
 ) -> jax.Array:
     """:func:`exact_matmul` of any axes: ``lax.dot_general`` that rounds once.
 
@@ -99,6 +101,7 @@ def exact_dot_general(
         rhs: likewise.
         dimension_numbers: as of ``lax.dot_general``.
         axis_name: as of :func:`exact_matmul`.
+        out_sharding: as of ``lax.dot_general``: how the result is to be sharded, under a mesh of explicit axes.
 
     Returns:
         float32: batch axes, then the other ones of ``lhs``, then of ``rhs``.
@@ -121,7 +124,13 @@ def exact_dot_general(
                 f" axes {right} of the other"
             )
     length = math.prod(lhs.shape[axis] for axis in lhs_contracted) * places(axis_name)
-    return _in_one_program(axes, length, axis_name, lhs, rhs)
+    product = partial(_in_one_program, axes, length, axis_name)
+    if out_sharding is None and not (is_split(lhs) or is_split(rhs)):
+        return product(lhs, rhs)
+    # Many dots, of which XLA may find out how they are split, but the result.
+    plain = jax.eval_shape(partial(lax.dot_general, dimension_numbers=axes, out_sharding=out_sharding), lhs, rhs)
+    by_xla = cast("Callable[[jax.Array, jax.Array], jax.Array]", auto_axes(product, out_sharding=plain.sharding))
+    return by_xla(lhs, rhs)
 
 
 def _operand(x: jax.Array, taker: str) -> jax.Array:

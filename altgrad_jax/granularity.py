@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from altgrad_core.errors import InputError
 from altgrad_core.scaling import Granularity, PerBlock, checked_axis, parse_granularity, reduced_axes
+from altgrad_jax.axes import places_along, whole_along
 from altgrad_jax.scaling import amax
 
 
@@ -82,6 +83,8 @@ def to_blocks(x: jax.Array, granularity: PerBlock) -> jax.Array:
     axis = checked_axis(granularity.axis, x.ndim)
     count = granularity.count(x.shape[axis])
     missing = count * granularity.size - x.shape[axis]
+    if missing or count % places_along(x, axis):
+        x = whole_along(x, axis)
     if missing:
         x = jnp.pad(x, [(0, missing if each == axis else 0) for each in range(x.ndim)])
     return x.reshape(*x.shape[:axis], count, granularity.size, *x.shape[axis + 1 :])

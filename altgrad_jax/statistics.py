@@ -7,7 +7,7 @@ not wrap at 2^31. Rates are quotients of counts, formed in float64 and rounded o
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Self
@@ -20,8 +20,17 @@ from jax import lax
 
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding
 from altgrad_jax.arithmetic import flush_subnormals
-from altgrad_jax.axes import AxisName, by_axes, largest_over, sum_over
-from altgrad_jax.casting import cast, checked_scale, divide_by_scale, quantize
+from altgrad_jax.axes import AxisName, by_axes, is_whole, largest_over, sum_over
+from altgrad_jax.casting import (
+    cast,
+    checked_scale,
+    divide_by_scale,
+    float64_to_odd,
+    floating,
+    quantize,
+    scaled_down,
+    to_float32_grid,
+)
 from altgrad_jax.params import Edges, FormatParams, as_params, check_one_for_each, edges
 from altgrad_jax.scaling import amax, power_of_two_scale
 
@@ -160,7 +169,7 @@ def cast_counts(
     nothing ever overflows.
 
     Args:
-        x: floating-point array of any shape; bfloat16 and float16 count at their own values.
+        x: floating-point array of any shape; bfloat16, float16 and float64 count at their own values.
         format: a name, a :class:`~altgrad_core.formats.Format` or :class:`~altgrad_jax.params.FormatParams`.
         scale: the worth of one, positive, a power of two; counted is ``x / scale``.
 
@@ -168,7 +177,7 @@ def cast_counts(
         Counts of shape ``()``.
 
     Raises:
-        TypeError: if ``x`` is not floating point, or float64.
+        TypeError: if ``x`` is not floating point.
         UnknownFormatError: for an unknown name.
 
     >>> cast_counts(jnp.array([1e6, 1.0, 1e-9, 0.0]), "E5M2").as_integers()
@@ -189,26 +198,66 @@ def observe(
     >>> float(observe(jnp.array([1.0, -3.0]), "E5M2")[1])
     3.0
     """
-    x = jnp.asarray(x)
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise TypeError(f"counts are made of float32, bfloat16 and float16 arrays; got {x.dtype}")
+    x = floating(x, "cast_counts")
     return _observed(x, as_params(format), None if scale is None else checked_scale(scale, x))
 
 
 @partial(jax.jit, inline=True)  # one program also outside of jit
 def _observed(x: jax.Array, params: FormatParams, scale: jax.Array | None) -> tuple[CastCounts, jax.Array]:
-    limits, flat, scaled = edges(params), x.reshape(-1), None
+    limits = edges(params)
     if scale is not None and scale.size == 1:
-        limits = _limits_under(limits, scale.reshape(()).astype(jnp.float32))
-    elif scale is not None:
-        scaled = divide_by_scale(x.astype(jnp.float32), scale.astype(jnp.float32)).reshape(-1)
+        scale = scale.reshape(())
+        if x.dtype != jnp.float64:
+            limits, scale = _limits_under(limits, scale), None
     counts, amax_bits = CastCounts.zeros(), jnp.int32(0)
+    for part, scale_of_part in _parts(x, scale):
+        counted, largest = _counted(*_magnitudes(part, scale_of_part, params), limits)
+        counts, amax_bits = counts + counted, jnp.maximum(amax_bits, largest)
+    return counts, amax(x) if x.dtype == jnp.float64 else _float(amax_bits)
+
+
+def _parts(x: jax.Array, scale: jax.Array | None) -> Iterator[tuple[jax.Array, jax.Array | None]]:
+    """Flat parts of up to 2^30 elements, with their scales; all as it is where it may be sharded."""
+    if not is_whole(x):
+        yield x, scale
+        return
+    flat = x.reshape(-1)
+    if scale is not None and scale.ndim:
+        scale = jnp.broadcast_to(scale, x.shape).reshape(-1)
     for start in range(0, flat.size, _MOST_AT_ONCE):
-        chunk = _part(flat, start).astype(jnp.float32)
-        quotient = chunk if scaled is None else _part(scaled, start)
-        seen = _tally(_bits(chunk) & _MAGNITUDE, _bits(quotient) & _MAGNITUDE, limits).together(chunk.size)
-        counts, amax_bits = counts + CastCounts.of_tallies(seen), jnp.maximum(amax_bits, seen[-1])
-    return counts, _float(amax_bits)
+        yield _part(flat, start), scale if scale is None or scale.ndim == 0 else _part(scale, start)
+
+
+def _magnitudes(x: jax.Array, scale: jax.Array | None, params: FormatParams) -> tuple[jax.Array, jax.Array]:
+    """Of elements, and of what is rounded to the grid: as bits of float32.
+
+    float64 is rounded to odd, which is on the side of each edge on which it was; but those of float32 are no float32.
+    """
+    if x.dtype != jnp.float64:
+        single = x.astype(jnp.float32)
+        quotient = single if scale is None else divide_by_scale(single, scale)
+        return _bits(single) & _MAGNITUDE, _bits(quotient) & _MAGNITUDE
+    if params.path == "identity":
+        quotient = to_float32_grid(x, params)
+    else:
+        quotient = float64_to_odd(x if scale is None else scaled_down(x, scale))
+    return _bits(float64_to_odd(x)) & _MAGNITUDE, _bits(quotient) & _MAGNITUDE
+
+
+def _counted(magnitude: jax.Array, scaled: jax.Array, limits: Edges) -> tuple[CastCounts, jax.Array]:
+    """Counts of magnitudes, and the largest."""
+    if magnitude.size <= _MOST_AT_ONCE:
+        seen = _tally(magnitude, scaled, limits).together(magnitude.size)
+        return CastCounts.of_tallies(seen), seen[-1]
+    # More than int32 counts, but rows of which it does: of what may be sharded, and is not cut for that.
+    longest = int(np.argmax(magnitude.shape))
+    others = tuple(axis for axis in range(magnitude.ndim) if axis != longest)
+    *rows, largest = _counts_and_max(_marked(magnitude, scaled, limits), others)
+    with jax.enable_x64(True):
+        sums = [jnp.sum(lax.convert_element_type(row, jnp.int64)) for row in rows]
+        parts = TallyParts._make([*sums, jnp.zeros_like(sums[0])])
+        counts = CastCounts(_limbs(parts.together(magnitude.size)[:-1]).astype(jnp.int32))
+    return counts, lax.reduce(largest, np.int32(0), lax.max, (0,))
 
 
 def _limits_under(limits: Edges, scale: jax.Array) -> Edges:
@@ -327,7 +376,7 @@ def tallied(counts: jax.Array) -> jax.Array:
 
 def tally_parts(x: jax.Array, limits: Edges) -> TallyParts:
     """:func:`tally` in parts."""
-    magnitude = _bits(x.reshape(-1)) & _MAGNITUDE
+    magnitude = _bits(x.reshape(-1) if is_whole(x) else x) & _MAGNITUDE
     return _tally(magnitude, magnitude, limits)
 
 
@@ -337,14 +386,14 @@ def amax_of_tallies(tallies: jax.Array) -> jax.Array:
 
 
 def _tally(magnitude: jax.Array, scaled: jax.Array, limits: Edges) -> TallyParts:
-    """Counts of flat magnitudes."""
-    if magnitude.size < _WORTH_SPREADING:
+    """Counts of magnitudes, flat ones or such as may be sharded."""
+    if magnitude.ndim != 1 or magnitude.size < _WORTH_SPREADING or not is_whole(magnitude):
         seen = _counts_and_max(_marked(magnitude, scaled, limits))
     else:
         whole = magnitude.size // (_STREAMS * _ROWS) * (_STREAMS * _ROWS)
         apart, scaled_apart = (each[:whole].reshape(_STREAMS, _ROWS, -1) for each in (magnitude, scaled))
         marked = [_marked(apart[k], scaled_apart[k], limits) for k in range(_STREAMS)]
-        rows = _counts_and_max(functools.reduce(_both, marked))
+        rows = _counts_and_max(functools.reduce(_both, marked), (1,))
         rest = _counts_and_max(_marked(magnitude[whole:], scaled[whole:], limits))
         seen = _counts_and_max(tuple(jnp.append(*parts) for parts in zip(rows, rest, strict=True)))
     return TallyParts(*seen)
@@ -361,14 +410,15 @@ def _both(left: tuple[jax.Array, ...], right: tuple[jax.Array, ...]) -> tuple[ja
     return (*_add_each(left[:-1], right[:-1]), lax.max(left[-1], right[-1]))
 
 
-def _counts_and_max(parts: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """One variadic reduction of the last axis, which XLA fuses into one loop; separate sums are ten times slower."""
-    return lax.reduce(
-        parts,
-        (jnp.int32(0),) * len(parts),
-        _both,
-        (parts[0].ndim - 1,),
-    )
+def _counts_and_max(parts: tuple[jax.Array, ...], axes: tuple[int, ...] | None = None) -> tuple[jax.Array, ...]:
+    """One variadic reduction, which XLA fuses into one loop; separate sums are ten times slower.
+
+    Args:
+        parts: what :func:`_marked` gives.
+        axes: over which; all by default.
+    """
+    reduced = tuple(range(parts[0].ndim)) if axes is None else axes
+    return lax.reduce(parts, (jnp.int32(0),) * len(parts), _both, reduced)
 
 
 def stall_counts(
@@ -416,8 +466,10 @@ def _stall_tally(weight: jax.Array, update: jax.Array, grid: FormatParams, gradi
     stalled = nonzero & (before == after)
     at_max = stalled & (jnp.abs(before) >= grid.max_value) & ((_bits(before) ^ _bits(update)) >= 0)
     vanished = jnp.zeros_like(nonzero) if gradient is None else ~nonzero & _is_normal(gradient)
-    flags = tuple(flag.reshape(-1).astype(jnp.int32) for flag in (nonzero, stalled & ~at_max, at_max, vanished))
-    return jnp.stack(lax.reduce(flags, (jnp.int32(0),) * 4, _add_each, (0,)))
+    flags = tuple(flag.astype(jnp.int32) for flag in (nonzero, stalled & ~at_max, at_max, vanished))
+    if is_whole(weight):
+        flags = tuple(flag.reshape(-1) for flag in flags)
+    return jnp.stack(lax.reduce(flags, (jnp.int32(0),) * 4, _add_each, tuple(range(flags[0].ndim))))
 
 
 class StallMonitorState(NamedTuple):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from altgrad_jax.axes import AxisName, by_axes, sum_over
+from altgrad_jax.axes import AxisName, by_axes, is_split, is_whole, sum_over
 
 _FLOATS = tuple(map(jnp.dtype, ("float64", "float32", "bfloat16", "float16")))
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -66,6 +66,8 @@ def _partial_sums(term: Term, leaf: jax.Array) -> tuple[jax.Array, int]:
 
     XLA's CPU backend is fast at sums over the last axis, as it is, and over all, and slow where it has to cut anew.
     """
+    if not is_whole(leaf):
+        return _sum_by_axes(term, leaf)
     if leaf.size <= _SHORT:
         return term(leaf).reshape(-1), 0
     if _by_rows(leaf):
@@ -86,6 +88,28 @@ def _partial_sums(term: Term, leaf: jax.Array) -> tuple[jax.Array, int]:
     whole = flat.size // _LONG
     rest = jnp.sum(term(flat[whole * _LONG :]))
     return lax.fori_loop(0, whole, add, rest)[None], _LONG + whole
+
+
+def _sum_by_axes(term: Term, leaf: jax.Array) -> tuple[jax.Array, int]:
+    """The sum over one axis after the other, since an array that may be sharded must not be flattened.
+
+    Where it is sharded, devices' own sums are added up: no more roundings than elements all the same.
+    """
+    shape = _in_short_axes(leaf.shape)
+    sums = term(leaf if shape == leaf.shape or is_split(leaf) else leaf.reshape(shape))
+    roundings = sum(sums.shape)
+    while sums.ndim:
+        sums = _kept_apart(jnp.sum(sums, axis=-1))
+    return sums[None], roundings
+
+
+def _in_short_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with each axis of several whole rows cut into these, since of a long one more roundings would count."""
+    return tuple(
+        part
+        for length in shape
+        for part in ((length // _LONG_ROW, _LONG_ROW) if length > _LONG_ROW and length % _LONG_ROW == 0 else (length,))
+    )
 
 
 def _sums_of_long_rows(term: Term, flat: jax.Array) -> jax.Array:
@@ -116,11 +140,6 @@ def together(leaves: Sequence[jax.Array]) -> list[list[int]]:
                 of_dtype.append([])
             of_dtype[-1].append(k)
     return [group for of_dtype in groups.values() for group in of_dtype] + alone
-
-
-def is_split(leaf: jax.Array) -> bool:
-    """Whether an array's type says that it is split over axes of a mesh, as it does of explicit axes alone."""
-    return any(axis is not None for axis in jax.typeof(leaf).sharding.spec)
 
 
 def joined(leaves: Sequence[jax.Array]) -> jax.Array:

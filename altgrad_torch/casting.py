@@ -17,7 +17,7 @@ from torch import Tensor
 
 from altgrad_core.errors import InputError
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding, parse
-from altgrad_core.reference import check_modes, check_stochastic_bits
+from altgrad_core.reference import check_modes, check_stochastic_bits, check_width
 from altgrad_torch.conversions import values_by_torch
 from altgrad_torch.cpu import under_transforms
 from altgrad_torch.kernels import Beyond, Draw, beyond_max, round_float64_to_grid, round_to_grid
@@ -25,6 +25,7 @@ from altgrad_torch.params import FormatParams
 
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
+_NAN = 0x7FC00000
 _IMPLICIT_ONE = 1 << 23
 _MIN_NORMAL = 2.0**-126
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -67,13 +68,13 @@ def quantize(
             value. A float16 result that float16 cannot hold is inf.
         format: a name, a :class:`~altgrad_core.formats.Format`, or :class:`~altgrad_torch.params.FormatParams`, which
             change under ``torch.compile`` without compiling anything.
-        scale: the worth of one, positive, of a shape that broadcasts to that of ``x``.
+        scale: the worth of one, positive, of a shape that broadcasts to that of ``x``; a float32, also of float64.
         rounding: see :data:`altgrad_core.formats.Rounding`.
         overflow: see :data:`altgrad_core.formats.Overflow`.
         random_bits: for stochastic rounding, integers of the shape of ``x``, uniform in the lowest bits; see
             :func:`altgrad_torch.hashing.hash_bits` and ``torch.randint``.
         stochastic_bits: how many of them count, 1 to 24. A magnitude goes up if the fraction of a quantum cut off, in
-            so many bits, and the random number add up to one or more.
+            so many bits, and the random number add up to one or more. No more than a random integer has.
         saturation_mask: whether the gradient is zero where ``x`` overflows, infinities included.
 
     Returns:
@@ -89,6 +90,7 @@ def quantize(
     """
     grid = as_grid(format)
     check_floating(x, "quantize")
+    x = without_negative_bit(x)
     check_modes(rounding, overflow)
     _check_random_bits(random_bits, x, rounding, stochastic_bits)
     unit = None if scale is None else checked_scale(scale, x)
@@ -121,6 +123,14 @@ def as_grid(format: str | Format | FormatParams) -> Format | FormatParams:
 def is_float32(grid: Format | FormatParams) -> bool:
     """Whether float32 values are on the grid as they are."""
     return (grid.path if isinstance(grid, FormatParams) else grid.cast_path) == "identity"
+
+
+def without_negative_bit(x: Tensor) -> Tensor:
+    """``x``, written out if it is a view that torch negates when it is read, such as ``z.conj().imag``.
+
+    Of its memory as it lies the sign would be wrong, and torch refuses to show that as integers.
+    """
+    return x.resolve_neg() if not torch.compiler.is_compiling() and x.is_neg() else x
 
 
 def check_floating(x: object, taker: str) -> None:
@@ -158,15 +168,15 @@ def _check_random_bits(random_bits: Tensor | None, x: Tensor, rounding: Rounding
         return
     if random_bits is None:
         raise InputError("rounding='stochastic' needs random_bits: integers of the shape of x")
-    check_drawn(random_bits, x)
+    check_drawn(random_bits, x, stochastic_bits)
 
 
-def check_drawn(random_bits: object, x: Tensor) -> None:
-    """Check that random bits are integers of the shape of ``x``.
+def check_drawn(random_bits: object, x: Tensor, stochastic_bits: int = STOCHASTIC_BITS) -> None:
+    """Check that random bits are integers of the shape of ``x``, of at least so many bits.
 
     Raises:
         TypeError: if they are not a tensor of integers.
-        InputError: if they have another shape.
+        InputError: if they have another shape, or fewer bits.
     """
     if not isinstance(random_bits, Tensor):
         raise TypeError(f"random_bits are a tensor of integers; got {type(random_bits)}")
@@ -174,6 +184,7 @@ def check_drawn(random_bits: object, x: Tensor) -> None:
         raise TypeError(f"random_bits are integers; got {random_bits.dtype}")
     if random_bits.shape != x.shape:
         raise InputError(f"random_bits have shape {tuple(random_bits.shape)}; expected that of x, {tuple(x.shape)}")
+    check_width(stochastic_bits, str(random_bits.dtype).removeprefix("torch."), torch.iinfo(random_bits.dtype).bits)
 
 
 def _refuse_without_effect(rounding: Rounding, saturation_mask: bool) -> None:
@@ -403,6 +414,26 @@ def _divide_float64_by_scale(x: Tensor, scale: Tensor) -> Tensor:
     near = magnitude.clamp((1023 - _FAR) << 52, (1023 + _FAR) << 52)
     magnitude = torch.where((magnitude == 0) | (magnitude >= _FLOAT64_INF), magnitude, near)
     return (magnitude | (bits & ~_FLOAT64_MAGNITUDE)).view(torch.float64) / scale
+
+
+def float64_to_odd(x: Tensor) -> Tensor:
+    """float64 to float32, rounded to odd: rounding the result again, to fewer bits, equals rounding ``x`` once.
+
+    From 2^128 on, beyond whatever float32 could round to, it is an infinity.
+    """
+    bits = x.view(torch.int64)
+    magnitude = bits & _FLOAT64_MAGNITUDE
+    field = magnitude >> 52
+    normal = magnitude - ((1023 - 127) << 52)
+    subnormal = (magnitude & (2**52 - 1)) | (1 << 52)
+    # 29 bits go; of what float32 has below 2^-126, in steps of 2^-149, one more for each binade further down.
+    dropped = (926 - field).clamp(29, 62)
+    source = torch.where(field > 1023 - 127, normal, subnormal)
+    kept = source >> dropped
+    odd = kept | ((kept << dropped) != source)
+    odd = torch.where(magnitude == 0, 0, torch.where(field >= 1023 + 128, _INF, odd))
+    odd = torch.where(magnitude > _FLOAT64_INF, _NAN, odd)
+    return (odd | (bits >> 63 << 31)).to(torch.int32).view(torch.float32)
 
 
 def _multiply_by_scale(x: Tensor, scale: Tensor) -> Tensor:

@@ -12,7 +12,14 @@ from altgrad_core.codes import SpecialCodes, parse_codable
 from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, CastPath, Format, Overflow, Rounding
 from altgrad_core.reference import check_modes
-from altgrad_torch.casting import cast, cast_marking_overflow, check_floating, in_chunks, widened
+from altgrad_torch.casting import (
+    cast,
+    cast_marking_overflow,
+    check_floating,
+    in_chunks,
+    widened,
+    without_negative_bit,
+)
 from altgrad_torch.conversions import codes_by_torch
 from altgrad_torch.kernels import extended_bits, powers_of_two
 from altgrad_torch.params import FormatParams
@@ -165,6 +172,7 @@ def encode(
     [60, 188]
     """
     check_floating(x, "encode")
+    x = without_negative_bit(x)
     check_modes(rounding, overflow)
     if rounding == "stochastic":
         raise InputError("rounding='stochastic' needs random_bits: quantize with them, then encode the result")

@@ -22,16 +22,27 @@ from torch import Tensor
 from altgrad_core.errors import InputError
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import round_to_format
-from altgrad_torch.casting import as_grid, cast, checked_scale, divide_by_scale, flush_subnormals, quantize
+from altgrad_torch.casting import (
+    as_grid,
+    cast,
+    check_floating,
+    checked_scale,
+    divide_by_scale,
+    float64_to_odd,
+    flush_subnormals,
+    is_float32,
+    quantize,
+    scaled_down,
+)
 from altgrad_torch.conversions import is_read_within
 from altgrad_torch.cpu import CHUNK_OF_ONE_THREAD, count_magnitudes, is_plain
 from altgrad_torch.norms import is_sharded, local, over_shards, summed
 from altgrad_torch.params import Edges, FormatParams, edges
-from altgrad_torch.scaling import power_of_two_scale
+from altgrad_torch.scaling import amax, power_of_two_scale
 
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
-_COUNTABLE = (torch.float32, torch.bfloat16, torch.float16)
+_READ_AS_THEY_LIE = (torch.float32, torch.bfloat16, torch.float16)
 _IMPLICIT_ONE = 1 << 23
 _CHUNK = 1 << 20
 """Elements counted at a time, which bounds the memory of temporaries, where several threads count them."""
@@ -131,8 +142,8 @@ def cast_counts(x: Tensor, format: str | Format | FormatParams, *, scale: Tensor
     nothing ever overflows. For a format without a sign magnitudes are counted, and none becomes zero.
 
     Args:
-        x: floating-point tensor of any shape; bfloat16 and float16 count at their own values. Of a DTensor all shards
-            count, on every process.
+        x: floating-point tensor of any shape; bfloat16, float16 and float64 count at their own values. Of a DTensor all
+            shards count, on every process.
         format: a name, a :class:`~altgrad_core.formats.Format` or :class:`~altgrad_torch.params.FormatParams`.
         scale: the worth of one, positive, a power of two; counted is ``x / scale``. One for all of a DTensor.
 
@@ -140,7 +151,7 @@ def cast_counts(x: Tensor, format: str | Format | FormatParams, *, scale: Tensor
         Counts of shape ``()``.
 
     Raises:
-        TypeError: if ``x`` is not floating point, or float64.
+        TypeError: if ``x`` is not floating point.
         InputError: for several scales with a DTensor.
         UnknownFormatError: for an unknown name.
 
@@ -164,7 +175,7 @@ def quantize_with_counts(
     """The cast of ``x`` and the counts of its cast to nearest even, in one call.
 
     Args:
-        x: float32, bfloat16 or float16 tensor of any shape.
+        x: floating-point tensor of any shape.
         format: as all arguments, see :func:`altgrad_torch.casting.quantize`.
         scale: a power of two, for the counts to be exact.
         rounding: of the cast; the counts are those of ``nearest_even``, whatever it is.
@@ -210,18 +221,24 @@ def observe(
     >>> float(observe(torch.tensor([1.0, -3.0]), "E5M2")[1])
     3.0
     """
-    if x.dtype not in _COUNTABLE:
-        raise TypeError(f"counts are made of float32, bfloat16 and float16 tensors; got {x.dtype}")
+    check_floating(x, "cast_counts")
     if is_sharded(x):
         return _observe_shards(x, format, scale)
     grid = as_grid(format)
-    limits = edges(grid) if isinstance(grid, FormatParams) else _thresholds(grid)
     unit = None if scale is None else checked_scale(scale, x)
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        params = grid if isinstance(grid, FormatParams) else FormatParams.from_format(grid, device=x.device)
+        return _observe_by_chunks(x, params, edges(params), unit)
+    limits = _limits(grid)
+    if x.dtype in _READ_AS_THEY_LIE:
         plain_limits = _limits_of_magnitudes(x, limits, unit)
         if plain_limits is not None:
             return _observe_on_cpu(x, *plain_limits)
-    return _observe_by_chunks(x, limits, unit)
+    return _observe_by_chunks(x, grid, limits, unit)
+
+
+def _limits(grid: Format | FormatParams) -> Edges:
+    return edges(grid) if isinstance(grid, FormatParams) else _thresholds(grid)
 
 
 def overflow_rate(
@@ -242,7 +259,7 @@ def overflow_rate(
 
     Raises:
         ValueError: if there are no tensors.
-        TypeError: if one is not floating point, or float64.
+        TypeError: if one is not floating point.
         UnknownFormatError: for an unknown name.
 
     >>> float(overflow_rate([torch.tensor([1e6, 1.0]), torch.zeros(2)], "E5M2"))
@@ -257,10 +274,10 @@ def overflow_rate(
 
 
 def _elements_and_overflows(x: Tensor, format: str | Format | FormatParams, scale: Tensor | float | None) -> Tensor:
-    if x.dtype in _COUNTABLE and not torch.compiler.is_compiling():
-        grid = as_grid(format)
-        limits = edges(grid) if isinstance(grid, FormatParams) else _thresholds(grid)
-        of_magnitudes = _limits_of_magnitudes(x, limits, None if scale is None else checked_scale(scale, x))
+    if x.dtype in _READ_AS_THEY_LIE and not torch.compiler.is_compiling():
+        of_magnitudes = _limits_of_magnitudes(
+            x, _limits(as_grid(format)), None if scale is None else checked_scale(scale, x)
+        )
         if of_magnitudes is not None and is_read_within(x, _float_of(of_magnitudes[0] - 1)):
             return torch.tensor([x.numel(), 0], device=x.device)
     return observe(x, format, scale=scale)[0].totals[:2]
@@ -273,7 +290,9 @@ def _observe_on_cpu(x: Tensor, overflows_from: int, vanishes_to: int) -> tuple[C
     return CastCounts(torch.tensor(totals, dtype=torch.int64, device=x.device)), amax_bits.view(torch.float32)
 
 
-def _observe_by_chunks(x: Tensor, limits: Edges, unit: Tensor | None) -> tuple[CastCounts, Tensor]:
+def _observe_by_chunks(
+    x: Tensor, grid: Format | FormatParams, limits: Edges, unit: Tensor | None
+) -> tuple[CastCounts, Tensor]:
     flat = x.detach().reshape(-1)
     totals, amax_bits = flat.new_zeros(5, dtype=torch.int64), flat.new_zeros((), dtype=torch.int32)
     if unit is not None and unit.numel() > 1:
@@ -282,10 +301,27 @@ def _observe_by_chunks(x: Tensor, limits: Edges, unit: Tensor | None) -> tuple[C
     for start in range(0, flat.numel(), size):
         part = slice(start, start + size)
         part_unit = unit if unit is None or unit.numel() == 1 else unit[part]
-        counted, part_amax = _observe_chunk(flat[part].to(torch.float32), limits, part_unit)
+        counted, part_amax = _observe_chunk(*_magnitudes(flat[part], grid, part_unit), limits)
         totals = totals + counted
         amax_bits = torch.maximum(amax_bits, part_amax)
-    return CastCounts(totals), amax_bits.view(torch.float32)
+    return CastCounts(totals), amax(x) if x.dtype == torch.float64 else amax_bits.view(torch.float32)
+
+
+def _magnitudes(x: Tensor, grid: Format | FormatParams, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of elements, and of what is rounded to the grid: as bits of float32.
+
+    float64 is rounded to odd, which is on the side of each edge on which it was; but those of float32 are no float32.
+    """
+    if x.dtype != torch.float64:
+        single = x.to(torch.float32)
+        quotient = single if scale is None else divide_by_scale(single, scale)
+    else:
+        single = float64_to_odd(x)
+        if is_float32(grid):
+            quotient = cast(x, grid, rounding="nearest_even", overflow="native")
+        else:
+            quotient = single if scale is None else float64_to_odd(scaled_down(x, scale))
+    return single.view(torch.int32) & _MAGNITUDE, quotient.view(torch.int32) & _MAGNITUDE
 
 
 def _chunk_on(device: torch.device) -> int:
@@ -300,13 +336,11 @@ def _observe_shards(
     if isinstance(scale, Tensor) and scale.numel() > 1:
         raise InputError(f"{scale.numel()} scales for a DTensor; expected one for all of it")
     whole = summed(x)
-    counts, amax = observe(local(whole), format, scale=scale)
-    return CastCounts(over_shards([counts.totals], [whole], "sum")[0]), over_shards([amax], [whole], "max")[0]
+    counts, largest = observe(local(whole), format, scale=scale)
+    return CastCounts(over_shards([counts.totals], [whole], "sum")[0]), over_shards([largest], [whole], "max")[0]
 
 
-def _observe_chunk(x: Tensor, limits: Edges, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    magnitude = x.view(torch.int32) & _MAGNITUDE
-    scaled = magnitude if scale is None else divide_by_scale(x, scale).view(torch.int32) & _MAGNITUDE
+def _observe_chunk(magnitude: Tensor, scaled: Tensor, limits: Edges) -> tuple[Tensor, Tensor]:
     nonzero = (magnitude != 0) & (magnitude <= _INF)
     flags = (
         torch.ones_like(nonzero),
@@ -493,9 +527,9 @@ class BitStallDetector:
             self.counts = StallCounts(torch.stack([totals.to(counted[0].device) for totals in counted])).pooled()
 
     def _count(self, parameter: Tensor, before: Tensor, gradient: Tensor | None) -> StallCounts:
-        amaxes = (part.abs().amax() for (part,) in _in_cache(before) if part.numel())
-        amax = reduce(torch.maximum, amaxes, before.new_zeros(()))
-        scale = power_of_two_scale(amax.to(torch.float32), self.format.max_representable_value)
+        largests = (part.abs().amax() for (part,) in _in_cache(before) if part.numel())
+        largest = reduce(torch.maximum, largests, before.new_zeros(()))
+        scale = power_of_two_scale(largest.to(torch.float32), self.format.max_representable_value)
         parts = _in_cache(before, parameter.detach(), gradient)
         return StallCounts(_sum(self._stalls(scale, *part) for part in parts))
 

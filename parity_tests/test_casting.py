@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import gfloat
 import jax
@@ -16,10 +17,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import altgrad_jax.blocks as blocks_in_jax
 import altgrad_jax.casting as in_jax
 import altgrad_jax.codes as codes_in_jax
+import altgrad_torch.blocks as blocks_in_torch
 import altgrad_torch.casting as in_torch
 import altgrad_torch.codes as codes_in_torch
+from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import round_to_format
 from altgrad_jax.params import FormatParams
@@ -101,9 +105,21 @@ def test_stochastic_rounding_uses_the_same_bits(format: Format, overflow: Overfl
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.uint32])
 def test_random_bits_of_any_integer_dtype(dtype: torch.dtype) -> None:
     x, drawn = torch.full((4,), 1.1), torch.tensor([0, 1, 77, 255])
-    expected = in_torch.quantize(x, "E3M4", rounding="stochastic", random_bits=drawn)
-    actual = in_torch.quantize(x, "E3M4", rounding="stochastic", random_bits=drawn.to(dtype))
-    assert_same_bits(actual, expected)
+    count = min(torch.iinfo(dtype).bits, 24)
+    rounded = partial(in_torch.quantize, x, "E3M4", rounding="stochastic", stochastic_bits=count)
+    assert_same_bits(rounded(random_bits=drawn.to(dtype)), rounded(random_bits=drawn))
+    if dtype != torch.uint8:
+        return
+    refusal = "random_bits of uint8 have 8 bits; expected stochastic_bits of at most 8, not 9"
+    with pytest.raises(InputError, match=refusal):
+        in_torch.quantize(x, "E3M4", rounding="stochastic", stochastic_bits=9, random_bits=drawn.to(dtype))
+    given = jnp.asarray(drawn.numpy(), jnp.uint8)
+    with pytest.raises(InputError, match=refusal):
+        in_jax.quantize(jnp.asarray(x), "E3M4", rounding="stochastic", stochastic_bits=9, random_bits=given)
+    with pytest.raises(InputError, match="not 24"):
+        blocks_in_torch.quantize_blocks(x, "E3M4", block=2, rounding="stochastic", random_bits=drawn.to(dtype))
+    with pytest.raises(InputError, match="not 24"):
+        blocks_in_jax.quantize_blocks(jnp.asarray(x), "E3M4", block=2, rounding="stochastic", random_bits=given)
 
 
 @formats("bf16", "fp16", "E8M4b130", "E4M11", "E8M7b140")
@@ -328,6 +344,38 @@ def test_all_half_precision_inputs(format: Format, dtype: npt.DTypeLike, torch_d
     assert_same_bits(jax_quantize(jnp.asarray(x), FormatParams.from_format(format)), expected, x, "jax")
     tensor = to_torch(every.view(np.int16)).view(torch_dtype)
     assert_same_bits(in_torch.quantize(tensor, format), expected, x, "torch")
+
+
+@pytest.mark.parametrize("format", ["E4M3", "E5M2", "E7M0", "bf16"])
+@pytest.mark.parametrize("overflow", OVERFLOWS)
+def test_float64_under_a_scale_that_its_quotient_does_not_survive(format: str, overflow: Overflow) -> None:
+    """A quotient beyond float64 is still that of a finite value, and one that vanishes not that of zero."""
+    x = np.array([1e300, -1e300, np.inf, 1e-300, 5e-324, 0.0, np.nan, 1.3])
+    for scale in (2.0**-100, 2.0**100, 0.1):
+        unit, bound = float(np.float32(scale)), parse(format).max_representable_value
+        quotients = [value / unit if abs(value) != 1e300 else np.copysign(bound * 2, value) for value in x.tolist()]
+        on_grid = [round_to_format(each, parse(format), overflow=overflow) * unit for each in quotients]
+        expected = np.copysign(on_grid, x)
+        with jax.enable_x64(True):
+            from_jax = np.asarray(in_jax.quantize(jnp.asarray(x), format, scale=scale, overflow=overflow))
+        assert_same_bits(from_jax, expected, what="jax")
+        assert_same_bits(in_torch.quantize(to_torch(x), format, scale=scale, overflow=overflow), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_the_mask_is_of_what_overflows_the_format_not_its_product_with_the_scale(dtype: str) -> None:
+    """``Q(x / s) * s`` is beyond float32 for a value within the format's range."""
+    values = [3e38, 1.0, np.inf, -3e38]
+    with jax.enable_x64(dtype == "float64"):
+
+        def masked(x: jax.Array) -> jax.Array:
+            return in_jax.quantize(x, "E7M0", scale=2.0**64, saturation_mask=True).sum()
+
+        from_jax = jax.grad(masked)(jnp.asarray(values, dtype)).tolist()
+    x = torch.tensor(values, dtype=getattr(torch, dtype), requires_grad=True)
+    in_torch.quantize(x, "E7M0", scale=2.0**64, saturation_mask=True).sum().backward()
+    assert x.grad is not None
+    assert from_jax == x.grad.tolist() == [1.0, 1.0, 0.0, 1.0]
 
 
 @formats("bf16", "fp16", and_the_eight=True)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Protocol
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import altgrad_jax
 import altgrad_torch
 from altgrad_core.formats import FORMAT_REGISTRY, OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import quantize_reference, round_to_format
@@ -56,7 +59,23 @@ class InTorch:
         return as_numpy(altgrad_torch.decode(to_torch(codes), format))
 
 
+class InJax:
+    """Of every half precision input, under jit, the format as data."""
+
+    _quantize, _encode, _decode = map(jax.jit, (altgrad_jax.quantize, altgrad_jax.encode, altgrad_jax.decode))
+
+    def quantize(self, x: Array, format: Format, **modes: object) -> Array:
+        return np.asarray(InJax._quantize(jnp.asarray(x), altgrad_jax.FormatParams.from_format(format, **modes)))
+
+    def encode(self, x: Array, format: Format, **modes: object) -> Array:
+        return np.asarray(InJax._encode(jnp.asarray(x), altgrad_jax.CodeParams.from_format(format, **modes)))
+
+    def decode(self, codes: Array, format: Format) -> Array:
+        return np.asarray(InJax._decode(jnp.asarray(codes), altgrad_jax.CodeParams.from_format(format)))
+
+
 every_framework = pytest.mark.parametrize("framework", [InTorch()], ids=["torch"])
+both_frameworks = pytest.mark.parametrize("framework", [InTorch(), InJax()], ids=["torch", "jax"])
 
 
 @lru_cache(maxsize=64)
@@ -97,7 +116,7 @@ def one_by_one(x: Array, format: Format, drawn: Array | None = None, **modes: ob
     return as_delivered(np.array(rounded), x, format)
 
 
-@every_framework
+@both_frameworks
 @every_format
 @pytest.mark.parametrize("dtype", HALVES)
 def test_all_half_precision_inputs(framework: Framework, format: Format, dtype: str) -> None:
@@ -112,7 +131,7 @@ def test_all_half_precision_inputs(framework: Framework, format: Format, dtype: 
     assert_same_bits(framework.quantize(x, format), expected.view(x.dtype), x)
 
 
-@every_framework
+@both_frameworks
 @every_format
 @pytest.mark.parametrize("dtype", HALVES)
 def test_codes_of_all_half_precision_inputs(framework: Framework, format: Format, dtype: str) -> None:

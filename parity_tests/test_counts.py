@@ -43,7 +43,9 @@ def formats(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("format", [*EIGHT, *map(parse, names)], ids=str)
 
 
-def counted_by_definition(x: npt.NDArray[np.float32], format: Format, scale: float) -> dict[str, int]:
+def counted_by_definition(
+    x: npt.NDArray[np.float32] | npt.NDArray[np.float64], format: Format, scale: float
+) -> dict[str, int]:
     """Overflow is what rounds beyond max: past half a quantum above it, or at it if the tie is for an odd code."""
     wide = np.abs(widened(x)) / scale
     quantum = 2.0 ** (
@@ -52,8 +54,10 @@ def counted_by_definition(x: npt.NDArray[np.float32], format: Format, scale: flo
     tie = format.max_representable_value + quantum / 2
     overflow = (wide > tie) | ((wide == tie) & (format.max_code % 2 == 1))
     nonzero = (x != 0) & ~np.isnan(x)
+    # Only float32 itself keeps what is below 2^-126.
+    smallest = 2.0**-149 if format.cast_path == "identity" else MIN_NORMAL
     becomes_zero = [
-        abs(round_to_format(value, format, overflow="saturate")) < MIN_NORMAL
+        abs(round_to_format(value, format, overflow="saturate")) < smallest
         for value in wide[nonzero & ~overflow].tolist()
     ]
     return {
@@ -121,6 +125,33 @@ def test_counts_of_each_boundary(format: Format) -> None:
     params = FormatParams.from_format(format)
     one_by_one = jax.vmap(lambda each: in_jax.cast_counts(each[None], params))(jnp.asarray(x)).as_integers()
     assert one_by_one == {name: [count[name] for count in counts] for name in CASTS}
+
+
+@formats("bf16", "fp16", "E8M7b140", "E8M4b130", "E8M0b134", "float32")
+@pytest.mark.parametrize("scale", [1.0, 2.0**-40])
+def test_float64_counts_at_its_own_values(format: Format, scale: float) -> None:
+    """Next to each edge, at steps that float32 does not have, and beyond what it holds."""
+    near = widened(many_inputs()[:: 2**9] if format.mantissa_bits > 16 else boundaries(format)[:1024:3])
+    with np.errstate(all="ignore"):
+        x = np.concatenate([near, near * (1 + 2.0**-50), near * (1 - 2.0**-50), near * 2.0**-130, near * 1e200])
+    x = np.append(x, [2.0**128, 2.0**128 - 2.0**103, np.nextafter(2.0**128 - 2.0**103, 0), 2.0**-150, 1e-300]) * scale
+    own = 1.0 if format.cast_path == "identity" else scale  # which takes no notice of a scale
+    expected = counted_by_definition(x, format, own)
+    with jax.enable_x64(True):
+        for form in (format, FormatParams.from_format(format)):
+            from_jax, amax = jax.jit(in_jax.observe, static_argnums=() if form is not format else 1)(
+                jnp.asarray(x), form, scale=scale
+            )
+            assert from_jax.as_integers() == expected
+    from_torch, torch_amax = in_torch.observe(to_torch(x), format, scale=scale)
+    assert from_torch.as_integers() == expected
+    assert_same_bits(amax, torch_amax)
+    assert float(in_torch.overflow_rate([to_torch(x)], format, scale=scale)) == np.float32(
+        expected["overflow"] / expected["elements"]
+    )
+    each = to_torch(x).expand(2, -1), torch.tensor([[scale], [scale]])
+    apart = in_torch.cast_counts(each[0], format, scale=each[1]).as_integers()
+    assert apart == {name: 2 * count for name, count in expected.items()}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -35,11 +35,9 @@ def test_unknown_formats_suggest_known_ones(function: str) -> None:
     "dtype", [torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e8m0fnu]
 )
 def test_quantize_takes_floats(dtype: torch.dtype) -> None:
-    for function in (ag.quantize, ag.encode, ag.quantize_blocks):
+    for function in (ag.quantize, ag.encode, ag.quantize_blocks, ag.cast_counts, ag.overflow_rate):
         with pytest.raises(TypeError, match=rf"\(float32, bfloat16, float16, float64\); got {dtype}"):
             function(torch.ones(2).to(dtype), "E5M2")
-    with pytest.raises(TypeError, match="counts are made of"):
-        ag.cast_counts(torch.ones(2).to(dtype), "E5M2")
 
 
 @pytest.mark.parametrize("x", [[1.0, 2.0], 1.0, None])
@@ -51,7 +49,7 @@ def test_quantize_takes_tensors(x: object) -> None:
 @pytest.mark.parametrize("modes", [{"rounding": "up"}, {"overflow": "wrap"}, {"rounding": None}])
 def test_unknown_modes(modes: dict[str, str]) -> None:
     for function in (ag.quantize, ag.encode):
-        with pytest.raises(ValueError, match=r"unknown (rounding|overflow).*expected one of"):
+        with pytest.raises(ValueError, match=r"unknown (rounding|overflow).*[Ee]xpected one of"):
             function(torch.ones(2), "E5M2", **modes)
 
 
@@ -94,11 +92,6 @@ def test_codes() -> None:
         ag.encode(torch.ones(2), "float32")
     with pytest.raises(ValueError, match="20 bits"):
         ag.decode(torch.zeros(2, dtype=torch.uint8), Format("wide", 8, 11, 130))
-
-
-def test_counts_of_float64() -> None:
-    with pytest.raises(TypeError, match=r"torch\.float64"):
-        ag.cast_counts(torch.ones(2, dtype=torch.float64), "E5M2")
 
 
 def test_stalls_of_different_shapes() -> None:

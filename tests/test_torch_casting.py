@@ -319,6 +319,18 @@ def test_params_that_cannot_be() -> None:
             function(torch.zeros(2, dtype=dtype), FormatParams.from_format("E4M3"))
 
 
+@pytest.mark.parametrize("format", ["E4M3", "E5M2"])
+def test_a_view_that_is_negated_when_it_is_read(format: str) -> None:
+    written = torch.linspace(-300.0, 300.0, 64)
+    view = torch.complex(written, -written).conj().imag
+    assert view.is_neg()
+    assert same(ag.quantize(view, format), ag.quantize(written, format))
+    assert torch.equal(ag.encode(view, format), ag.encode(written, format))
+    quantized, counts = ag.quantize_with_counts(view, format)
+    assert same(quantized, ag.quantize(written, format))
+    assert counts.as_integers() == ag.cast_counts(written, format).as_integers()
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of what it imports
 @without_a_compiler
 class TestCompiled:
@@ -327,6 +339,14 @@ class TestCompiled:
         torch.compiler.reset()
         yield
         torch.compiler.reset()
+
+    @pytest.mark.parametrize("format", ["E4M3", "bf16", "float32"])
+    def test_counts_by_a_name_are_one_program(self, format: str) -> None:
+        compiled = torch.compile(lambda x: ag.observe(x, format, scale=0.5), fullgraph=True)
+        for x in (inputs(), inputs()[::2]):
+            (counts, amax), (expected, largest) = compiled(x), ag.observe(x, format, scale=0.5)
+            assert counts.as_integers() == expected.as_integers()
+            assert same(amax, largest)
 
     def test_a_change_of_format_compiles_nothing(self) -> None:
         x, compiled = inputs(), []

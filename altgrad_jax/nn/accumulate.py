@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from altgrad_jax.axes import is_split
 from altgrad_jax.exact import DotDimensionNumbers, exact_dot_general
 
 _Axes: TypeAlias = tuple[int, ...]
 _Dimensions: TypeAlias = tuple[tuple[_Axes, _Axes], tuple[_Axes, _Axes]]
+_OutSharding: TypeAlias = jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None
 
 
 def exact_product(
@@ -24,7 +26,7 @@ def exact_product(
     dimension_numbers: DotDimensionNumbers,
     precision: lax.PrecisionLike = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
-    out_sharding: jax.sharding.NamedSharding | jax.sharding.PartitionSpec | None = None,
+    out_sharding: _OutSharding = None,
 ) -> jax.Array:
     """A stand-in for ``lax.dot_general`` whose product and both gradients are exact sums, rounded once to float32.
 
@@ -52,21 +54,23 @@ def exact_product(
     """
     (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = dimension_numbers
     axes = (tuple(lhs_contracted), tuple(rhs_contracted)), (tuple(lhs_batch), tuple(rhs_batch))
-    product = _product(axes, lhs, rhs).astype(preferred_element_type or jnp.result_type(lhs, rhs))
-    return product if out_sharding is None else jax.sharding.reshard(product, out_sharding)
+    product = _product(axes, out_sharding, lhs, rhs)
+    return product.astype(preferred_element_type or jnp.result_type(lhs, rhs))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(axes: _Dimensions, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    return exact_dot_general(lhs, rhs, axes)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(axes: _Dimensions, out_sharding: _OutSharding, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return exact_dot_general(lhs, rhs, axes, out_sharding=out_sharding)
 
 
-def _forward(axes: _Dimensions, lhs: jax.Array, rhs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(axes, lhs, rhs), (lhs, rhs)
+def _forward(
+    axes: _Dimensions, out_sharding: _OutSharding, lhs: jax.Array, rhs: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(axes, out_sharding, lhs, rhs), (lhs, rhs)
 
 
 def _backward(
-    axes: _Dimensions, operands: tuple[jax.Array, jax.Array], gradient: jax.Array
+    axes: _Dimensions, _: _OutSharding, operands: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     lhs, rhs = operands
     (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = axes
@@ -87,10 +91,14 @@ def _gradient_of(
     (contracted, other_contracted), (batch, other_batch) = axes
     other_free = _rest(other, (*other_contracted, *other_batch))
     along = (of_other, other_free), (tuple(range(len(batch))), other_batch)
-    product = _product(along, gradient, other)
     # It has batch axes, those that the operand gave, and the contracted ones in the order in which the other has them.
     pairs = sorted(zip(other_contracted, contracted, strict=True))
     found = (*batch, *_rest(operand, (*contracted, *batch)), *(mine for _, mine in pairs))
+    # Split as the operand is, of which it is the gradient.
+    spec = jax.typeof(operand).sharding.spec
+    is_explicit = any(map(is_split, (operand, other, gradient)))
+    sharding = jax.sharding.PartitionSpec(*(spec[axis] for axis in found)) if is_explicit else None
+    product = _product(along, sharding, gradient, other)
     return jnp.transpose(product, sorted(range(operand.ndim), key=found.__getitem__)).astype(operand.dtype)
 
 

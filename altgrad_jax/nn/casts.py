@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from altgrad_core.scaling import PerTensor
+from altgrad_jax.axes import is_whole
 from altgrad_jax.casting import cast, divide_by_scale, quantize
 from altgrad_jax.granularity import amaxes, spread
 from altgrad_jax.hashing import hash_bits
@@ -20,7 +21,6 @@ from altgrad_jax.nn.record import Record, Sight, check_recording, current_record
 from altgrad_jax.params import edges
 from altgrad_jax.scaling import Current, amax
 from altgrad_jax.statistics import tally_parts
-from altgrad_jax.sums import is_split
 
 _FLAT_UP_TO = 2**16
 """Elements of tensors that are cast flat, so that all of a size share what is traced and compiled, where there is one
@@ -103,8 +103,7 @@ def _cast_and_record(x: jax.Array, state: CastState, record: Record | None) -> j
 
 
 def _quantized(x: jax.Array, state: CastState, *, recorded: bool) -> tuple[jax.Array, Sight | None]:
-    is_whole = jax.device_count() == 1 and not is_split(x)
-    is_flat = is_whole and x.size <= _FLAT_UP_TO and isinstance(state.granularity, PerTensor)
+    is_flat = is_whole(x) and x.size <= _FLAT_UP_TO and isinstance(state.granularity, PerTensor)
     given = x.reshape(-1) if is_flat else x
     quantized, sight = as_one_value(_quantize_and_see, given, state.anonymous(), recorded=recorded)
     return quantized.reshape(x.shape) if is_flat else quantized, sight
