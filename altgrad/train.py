@@ -167,6 +167,8 @@ class TrainConfig:
                 "repair_scales",
             )
             self._refuse_without(False, "a format other than float32", of_casts)
+            opens = self.clip_rule == "ungated" or self.overflow_threshold == 0  # without an overflow
+            self._refuse_without(opens, "a format other than float32 (or --clip-rule ungated)", ("clip",))
             if self.storage == "committed":
                 raise RunError("--storage committed has no effect in float32: its weights are on the grid already")
 

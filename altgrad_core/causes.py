@@ -80,7 +80,7 @@ def _causes(window: Reading, committed: bool, policy: Policy, stall_limit: float
 
 def _remedy(cause: _Cause, evidence: Evidence, policy: Policy, shifter: EmergencyMantissaShift | None) -> Remedy | None:
     numbers = {f"{name}_rate": getattr(evidence.window, name) for name in cause.limits}
-    if cause.name == "stall" and evidence.rounding == "nearest_even":
+    if cause.name == "stall" and evidence.rounding != "stochastic":  # of committed weights: it is not None
         return Remedy(cause.name, rounding="stochastic", numbers=numbers, limits=cause.limits)
     scales = _better_scales(cause, evidence.scales)
     if scales is not None:

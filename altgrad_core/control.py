@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from functools import cache
+from typing import Any, TypedDict, get_args
 
-from altgrad_core.errors import InputError
-from altgrad_core.events import Event, EventKind
-from altgrad_core.evidence import Observation
-from altgrad_core.formats import Rounding, parse
+from altgrad_core.errors import InputError, check_choice
+from altgrad_core.events import Event, EventKind, jsonable, unjsonable
+from altgrad_core.evidence import Observation, read_by_observations
+from altgrad_core.formats import ROUNDINGS, Rounding, parse
 from altgrad_core.health import Health
 from altgrad_core.parts import Part, parts_of
 from altgrad_core.policies import rule_of
@@ -90,7 +91,8 @@ class Controller:
 
     Raises:
         ValueError: if a shift is asked for in a format that has no entry in the fallback table, such as float32; for
-            an unknown policy, and for a return to the first format, or layers, in a run whose format must stay.
+            an unknown policy, rounding or rule of scales, a factor that is not positive and finite, and for a return to
+            the first format, or layers, in a run whose format must stay.
 
     >>> controller = Controller("E7M0", shifter=EmergencyMantissaShift(nan_patience=2))
     >>> [controller.observe(Observation(step, float("nan"), finite=False)).format for step in range(2)]
@@ -116,14 +118,15 @@ class Controller:
         learning_rate: float | None = None,
         scales: ScaleRule | None = None,
     ) -> None:
+        _check_names(rounding, scales)
         self.rounding = rounding
-        self.learning_rate = learning_rate
+        self.learning_rate = None if learning_rate is None else check_factor("learning_rate", learning_rate)
         self.scales = scales
         self.policy = policy if isinstance(policy, Policy) else Policy() if policy is None else Policy(policy)
         self.shifter = shifter
         self.can_roll_back = can_roll_back
         self.events: list[Event] = []
-        self._unread: deque[tuple[int, Callable[[], Mapping[str, float]]]] = deque()
+        self._unread: deque[tuple[int, Callable[[], Mapping[str, float | str]]]] = deque()
         self._health = Health(self.policy)
         self._parts = parts_of(format, self.policy)
         self._rule = rule_of(self.policy)
@@ -138,6 +141,11 @@ class Controller:
     def formats(self) -> dict[str, str]:
         """The format in force in each layer; empty for a run that is not in layers."""
         return {part.layer: part.format for part in self._parts if part.layer}
+
+    @property
+    def has_shifted(self) -> bool:
+        """Whether the format, or that of any layer, has ever changed, be it back again since."""
+        return any(part.watch.has_shifted for part in self._parts)
 
     def observe(self, seen: Observation, *, in_flight: int | None = None) -> Decision:
         """Take one step's observation and decide.
@@ -168,7 +176,7 @@ class Controller:
             self._start_anew(decision, called, seen.step, in_flight)
         return decision
 
-    def observe_late(self, step: int, read: Callable[[], Mapping[str, float]]) -> Decision:
+    def observe_late(self, step: int, read: Callable[[], Mapping[str, float | str]]) -> Decision:
         """Take a step whose numbers are still being computed, and decide on those of the step before it.
 
         So nobody waits for a device: what a step showed is read once the next one is on its way.
@@ -180,7 +188,7 @@ class Controller:
         Returns:
             What to do; nothing at the first step.
         """
-        self._unread.append((step, read))
+        self._unread.append((step, cache(read)))  # to save the controller asks for them, too
         return self._read(in_flight=step) if len(self._unread) > 1 else Decision()
 
     def observe_last(self) -> Decision:
@@ -193,7 +201,25 @@ class Controller:
         return self._health.calm
 
     def saved(self) -> dict[str, Any]:
-        """Everything the controller remembers, as JSON-ready values (numbers that were not read yet excepted)."""
+        """Everything the controller remembers, as JSON-ready values, with its events and the step in flight.
+
+        A loop that saves this and its state after a step, and restores both, decides as if it had never stopped: at the
+        same steps. What :meth:`observe_late` was handed last is read for it, so that this waits until it is there.
+        """
+        in_flight = [[step, jsonable(read_by_observations(read()))] for step, read in self._unread]
+        return self._remembered() | {"events": [event.to_json() for event in self.events], "in_flight": in_flight}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take up what :meth:`saved` returned, in a controller that was made alike.
+
+        What was saved before there were ``events`` and ``in_flight`` in it brings none back.
+        """
+        self._take_up(saved)
+        self.events = [Event.from_json(line) for line in saved.get("events", ())]
+        self._unread = deque((step, _given(numbers)) for step, numbers in saved.get("in_flight", ()))
+
+    def _remembered(self) -> dict[str, Any]:
+        """What decisions are made by, without what is in flight: nothing is waited for."""
         return {
             "rounding": self.rounding,
             "learning_rate": self.learning_rate,
@@ -203,8 +229,8 @@ class Controller:
             "watches": {part.layer: part.watch.saved() for part in self._parts},
         }
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Take up what :meth:`saved` returned."""
+    def _take_up(self, saved: Mapping[str, Any]) -> None:
+        """Take up what :meth:`_remembered` returned."""
         self.rounding, self.learning_rate, self.scales = saved["rounding"], saved["learning_rate"], saved["scales"]
         self._health.restore(saved["health"])
         for part in self._parts:
@@ -295,6 +321,7 @@ class Controller:
 
     def _check_can_be_done(self, remedy: Remedy) -> None:
         """Refuse what only a policy of one's own can call for: the named ones know what the run can do."""
+        _check_names(remedy.rounding, remedy.scales)
         if remedy.format is not None:
             parse(remedy.format)
             self._check_has(self.shifter is not None, "another format", "a shifter")
@@ -331,3 +358,16 @@ class Controller:
                 f"a {unknown[0]} run cannot shift: it is not in the fallback table; expected one of "
                 f"{', '.join(self.shifter.FORMAT_FALLBACK)}"
             )
+
+
+def _check_names(rounding: str | None, scales: str | None) -> None:
+    if rounding is not None:
+        check_choice("rounding", rounding, ROUNDINGS)
+    if scales is not None:
+        check_choice("rule of scales", scales, get_args(ScaleRule))
+
+
+def _given(numbers: Mapping[str, float | str]) -> Callable[[], Mapping[str, float | str]]:
+    """What hands out numbers that were saved."""
+    known = {name: unjsonable(value) for name, value in numbers.items()}
+    return lambda: known

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from operator import attrgetter
 from statistics import fmean
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
+
+from altgrad_core.errors import InputError
 from altgrad_core.formats import Rounding
 from altgrad_core.scaling import ScaleRule
 
@@ -94,6 +98,44 @@ class Observation:
         return replace(seen, **numbers, worst_sites=sites, layers=layers)
 
 
+def read_by_observations(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a step's metrics that :meth:`Observation.of` reads, checked while it is known where they came from.
+
+    Args:
+        metrics: by name: numbers, and arrays or tensors of one element, which may still be computed: only their shape
+            is looked at. Of a worst site, its name.
+
+    Returns:
+        The same, with floats for what is on the host already.
+
+    Raises:
+        InputError: for one that is no single number.
+
+    >>> read_by_observations({"loss": np.float32(2.5), "finite": True, "norms": np.ones(3)})
+    {'loss': 2.5, 'finite': 1.0}
+    """
+    return {name: _single(name, value) for name, value in metrics.items() if _is_read(name)}
+
+
+def _is_read(name: str) -> bool:
+    layer, _, rate = name.rpartition("/")
+    return name in _READ or bool(layer and rate in _RATES)
+
+
+def _single(name: str, value: Any) -> Any:
+    if name in _SITES and isinstance(value, str):
+        return str(value)
+    shape = tuple(getattr(value, "shape", ()))
+    if math.prod(shape) != 1:
+        raise InputError(f"metric {name!r} has the shape {shape}; expected one number for the step")
+    held = value.item() if isinstance(value, (np.ndarray, np.generic)) else value
+    if isinstance(held, (bool, int, float)):
+        return float(held)
+    if not hasattr(held, "shape"):
+        raise InputError(f"metric {name!r} is {value!r}; expected one number for the step")
+    return held
+
+
 def _rates_of_layers(metrics: Mapping[str, float | bool | str]) -> dict[str, dict[str, float]]:
     rates: dict[str, dict[str, float]] = {}
     for key, value in metrics.items():
@@ -105,6 +147,8 @@ def _rates_of_layers(metrics: Mapping[str, float | bool | str]) -> dict[str, dic
 
 _RATES = tuple(each.name for each in fields(Observation) if each.name.endswith("_rate"))
 _NUMBERS = ("norm", *_RATES)
+_SITES = tuple(f"{name}_site" for name in WORST_NAMES)
+_READ = frozenset(("loss", "finite", "params_finite", *_NUMBERS, *_SITES))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -30,6 +31,13 @@ _RATES = (
     "saturation_limit",
     "release",
 )
+_NUMBERS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    ("moving_share", lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
+    ("plateau", lambda value: value >= 0, "a number of at least 0"),
+    ("runaway_margin", lambda value: value > 0, "a number above 0, or inf for no trigger"),
+    ("spike_factor", lambda value: value > 1, "a number above 1, or inf for no trigger"),
+    ("smallest_learning_rate", lambda value: 0 < value <= 1, "a positive finite number of at most 1"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,8 +52,8 @@ class Policy:
         moving_share: ``relative_stall`` shifts where the share of updates that move is below this much of the
             baseline's.
         plateau: improvement of the mean loss from one window to the next, in nats, below which it is on a plateau.
-        runaway_margin: nats above the running mean at which a loss counts as running away.
-        spike_factor: multiple of the running median above which a gradient norm is a spike.
+        runaway_margin: nats above the running mean at which a loss counts as running away; inf for never.
+        spike_factor: multiple of the running median above which a gradient norm is a spike; above 1, inf for none.
         runaway_patience: steps in a row with either before the run goes back to a snapshot.
         rollback_patience: non-finite steps in a row before it does; at once if parameters are not finite.
         recover_after: quiet steps before the format that the run began in is tried again; None for never.
@@ -56,7 +64,7 @@ class Policy:
         underflow_limit: underflow rate at and above which ``by_cause`` acts.
         worst_underflow_limit: the same, of the worst site.
         saturation_limit: share of updates stalled at ±max at and above which ``by_cause`` acts.
-        smallest_learning_rate: the factor below which ``by_cause`` does not lower the learning rate.
+        smallest_learning_rate: the factor below which ``by_cause`` does not lower the learning rate; at most 1.
 
     Raises:
         InputError: for an unknown name and for values out of range.
@@ -94,8 +102,10 @@ class Policy:
             check_rate(name, getattr(self, name))
         if self.recover_after is not None:
             check_count("recover_after", self.recover_after, 1)
-        check_factor("smallest_learning_rate", self.smallest_learning_rate)
-        check_factor("spike_factor", self.spike_factor)
+        for name, allowed, expected in _NUMBERS:
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and allowed(value)):
+                raise InputError(f"{name} is {value!r}; expected {expected}")
 
 
 def check_count(name: str, value: int, least: int) -> int:

@@ -47,6 +47,11 @@ class Watch:
         self._layer = layer
         self._memory = _Memory(judge_from=policy.warmup)
 
+    @property
+    def has_shifted(self) -> bool:
+        """Whether the format has ever changed, be it back again since."""
+        return self._memory.left_format is not None or self._memory.has_returned
+
     def ignores(self, step: int) -> bool:
         """Whether a step was on its way when the last decision landed, so that it says nothing about it."""
         return step <= self._memory.ignore_through

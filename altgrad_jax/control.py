@@ -23,6 +23,7 @@ from altgrad_core.control import Decision as Decision
 from altgrad_core.errors import InputError
 from altgrad_core.events import Event
 from altgrad_core.evidence import Observation as Observation
+from altgrad_core.evidence import read_by_observations
 from altgrad_core.formats import Format, parse
 from altgrad_core.settings import Policy as Policy
 from altgrad_core.stability import EmergencyMantissaShift as EmergencyMantissaShift
@@ -178,6 +179,10 @@ def replace_data(old: jax.Array, new: np.ndarray) -> jax.Array:
     return jnp.asarray(values)
 
 
+def _on_host(metric: jax.Array | float | str) -> float | str:
+    return float(metric.item()) if isinstance(metric, jax.Array) else metric
+
+
 class FormatController(Controller):
     """Keeps one run alive: shifts its format, changes its rounding, or sends it back to a snapshot.
 
@@ -234,7 +239,7 @@ class FormatController(Controller):
         told: dict[str, Any] = {"step": seen.step, "failed": None}
         try:
             decision = super().observe(seen, in_flight=in_flight)
-            text = json.dumps(told | {"decision": asdict(decision), "memory": self.saved()})
+            text = json.dumps(told | {"decision": asdict(decision), "memory": self._remembered()})
         except Exception as error:  # told to the others, who would wait for it
             failure, text = error, json.dumps(told | {"failed": repr(error)})
         self._consensus.from_first(text)
@@ -245,7 +250,7 @@ class FormatController(Controller):
     def step(
         self,
         step: int,
-        metrics: Mapping[str, jax.Array],
+        metrics: Mapping[str, jax.typing.ArrayLike | str],
         state: State,
         roll_back: Callable[[State], State] | None = None,
     ) -> State:
@@ -253,8 +258,9 @@ class FormatController(Controller):
 
         Args:
             step: its number.
-            metrics: device scalars ``loss`` and ``finite``; if there are, ``params_finite``, the gradients' ``norm``
-                and rates under the names of :class:`~altgrad_core.evidence.Observation`.
+            metrics: ``loss`` and ``finite``; if there are, ``params_finite``, the gradients' ``norm`` and rates under
+                the names of :class:`~altgrad_core.evidence.Observation`, of layers as ``mlp/overflow_rate``: arrays of
+                one element, or numbers. Other names are passed over.
             state: the state after the step, not read.
             roll_back: takes a state back to a snapshot, as :meth:`altgrad_jax.SnapshotKeeper.roll_back` does; goes with
                 ``can_roll_back``.
@@ -263,12 +269,15 @@ class FormatController(Controller):
             The state to go on from, with another format in it if that was decided.
 
         Raises:
-            InputError: if the controller may decide what this cannot carry out.
+            InputError: if the controller may decide what this cannot carry out, and for a metric that is no single
+                number.
         """
         self._check_step_can_carry_out(roll_back)
-        for value in metrics.values():
-            value.copy_to_host_async()
-        decision = self.observe_late(step, lambda: {name: float(value) for name, value in metrics.items()})
+        read = read_by_observations(metrics)
+        for value in read.values():
+            if isinstance(value, jax.Array):
+                value.copy_to_host_async()
+        decision = self.observe_late(step, lambda: {name: _on_host(value) for name, value in read.items()})
         return self._carried_out(decision, state, roll_back)
 
     def drain(self, state: State, roll_back: Callable[[State], State] | None = None) -> State:
@@ -287,14 +296,16 @@ class FormatController(Controller):
             )
         what = told["decision"]
         events = tuple(Event(**each) for each in what["events"])
-        self.restore(told["memory"])
+        self._take_up(told["memory"])
         self.events.extend(events)
         return Decision(**(what | {"events": events}))
 
     def _carried_out(self, decision: Decision, state: State, roll_back: Callable[[State], State] | None) -> State:
         if decision.rollback and roll_back is not None:
             state = roll_back(state)
-        if not decision.acts:
+        # A snapshot may be older than a shift. Before the first there is none to write: groups of a clipper may have
+        # formats of their own.
+        if not (decision.acts and self.has_shifted):
             return state
         state = set_format(state, self.format)
         return set_format(state, self.formats) if self.formats else state

@@ -47,6 +47,7 @@ class SnapshotKeeper(Generic[State]):
         self.every = check_count("every", every, 1)
         check_count("keep", keep, 1)
         check_where(where)
+        self._structure, self._types = jax.tree.structure(state), _types_of(state)
         self._kept = _OnDevice(state, keep) if where == "device" else _OnHost(state, keep)
 
     def offer(self, step: int, state: State, good: bool | jax.Array = True) -> None:
@@ -58,34 +59,51 @@ class SnapshotKeeper(Generic[State]):
             good: whether to keep it: its loss was finite, its parameters are (:func:`altgrad_jax.all_finite`), and the
                 loss is not running away (:attr:`altgrad_jax.FormatController.calm`). A bool, or a bool scalar that is
                 still being computed.
+
+        Raises:
+            InputError: for a state of another structure, or with other shapes or dtypes, than that to start from.
         """
         if step % self.every == 0 and good is not False:
+            self._check_alike(state)
             self._kept.push(state, good)
 
     def roll_back(self, state: State, back: int | None = None) -> State:
         """Go back to a snapshot, which then stands for all newer ones as well. Fits ``FormatController.step``.
 
         Args:
-            state: the state now: only its structure, shardings and types are looked at.
+            state: the state now: only its structure, shapes, shardings and types are looked at.
             back: how many snapshots to go back: 1 for the newest; the oldest by default.
 
         Returns:
             A copy of the state that was kept, moments and all; see :func:`altgrad_jax.reset_moments` for new ones.
 
         Raises:
-            InputError: for ``back`` beyond what is kept, and for a state of another structure.
+            InputError: for ``back`` beyond what is kept, and for a state of another structure, or with other shapes or
+                dtypes.
         """
-        kept, now = self._kept.structure, jax.tree.structure(state)
-        if now != kept:
-            raise InputError(f"the state has the structure {now}; expected that of the snapshots, {kept}")
+        self._check_alike(state)
         return jax.tree.map(_placed_like, self._kept.pop(state, back), state)
+
+    def _check_alike(self, state: State) -> None:
+        """Refuse what would come back as something else: a ring broadcasts and casts, copies take anything."""
+        kept, now = self._types, _types_of(state)
+        for name in (*kept, *now):
+            if now.get(name) != kept.get(name):
+                raise InputError(
+                    f"the state has {now.get(name, 'nothing')} at {name or 'its root'}; expected "
+                    f"{kept.get(name, 'nothing')}, as the snapshots have"
+                )
+        structure = jax.tree.structure(state)
+        if structure != self._structure:
+            raise InputError(
+                f"the state has the structure {structure}; expected that of the snapshots: {self._structure}"
+            )
 
 
 class _OnDevice(Generic[State]):
     """The ring of :class:`Snapshots`, written in place."""
 
     def __init__(self, state: State, keep: int) -> None:
-        self.structure = jax.tree.structure(state)
         self._snapshots = Snapshots.of(state, keep)
         self._push = jax.jit(snapshot, donate_argnums=0)
         self._pop = jax.jit(rollback, donate_argnums=0, static_argnames="back")
@@ -102,7 +120,6 @@ class _OnHost(Generic[State]):
     """Copies in the host's memory."""
 
     def __init__(self, state: State, keep: int) -> None:
-        self.structure = jax.tree.structure(state)
         self._kept = LastGood(_on_host(state), keep)
 
     def push(self, state: State, good: bool | jax.Array) -> None:
@@ -112,6 +129,15 @@ class _OnHost(Generic[State]):
 
     def pop(self, state: State, back: int | None) -> State:
         return self._kept.go_back(back)
+
+
+def _types_of(state: object) -> dict[str, str]:
+    """Dtype and shape of each leaf, by its place."""
+    types = {path: jax.typeof(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{each.dtype}{list(each.shape)}"
+        for path, each in types.items()
+    }
 
 
 def _on_host(state: State) -> State:

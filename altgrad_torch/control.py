@@ -17,6 +17,7 @@ from altgrad_core.control import Controller
 from altgrad_core.control import Decision as Decision
 from altgrad_core.errors import InputError
 from altgrad_core.evidence import Observation as Observation
+from altgrad_core.evidence import read_by_observations
 from altgrad_core.formats import Format, parse
 from altgrad_core.settings import Policy as Policy
 from altgrad_core.stability import EmergencyMantissaShift as EmergencyMantissaShift
@@ -41,7 +42,8 @@ def set_format(holders: Iterable[object], format: str | Format) -> None:
 
     Raises:
         UnknownFormatError: for an unknown name.
-        InputError: for a holder that holds no format, and for params of a path that cannot serve the new one.
+        InputError: for no holder, for one that is not in a list and no params, for a holder that holds no format, and
+            for params of a path that cannot serve the new one.
 
     >>> from altgrad_torch.statistics import BitStallDetector
     >>> detector, params = BitStallDetector("E7M0"), FormatParams.from_format("E7M0")
@@ -49,11 +51,25 @@ def set_format(holders: Iterable[object], format: str | Format) -> None:
     >>> str(detector.format), float(params.max_value)
     ('E5M2', 57344.0)
     """
-    resolved = parse(format)
-    listed = [holders] if isinstance(holders, _PARAMS) else list(holders)
-    for holder in listed:
+    listed = _listed(holders)
+    if not listed:
+        raise InputError("there are no holders to write a format into; expected at least one, such as [clipper]")
+    _write_into(listed, parse(format))
+
+
+def _listed(holders: Iterable[object]) -> list[object]:
+    if isinstance(holders, _PARAMS):
+        return [holders]
+    # A Sequential can be iterated over, but what it holds itself would be passed over.
+    if isinstance(holders, (torch.nn.Module, str)) or not isinstance(holders, Iterable):
+        raise InputError(f"holders are a {type(holders).__name__}; expected them in a list, also where there is one")
+    return list(holders)
+
+
+def _write_into(holders: Iterable[object], format: Format) -> None:
+    for holder in holders:
         parts = list(holder.modules()) if isinstance(holder, torch.nn.Module) else [holder]
-        written = [_write(part, resolved) for part in parts]
+        written = [_write(part, format) for part in parts]
         if not any(written):
             raise InputError(f"a {type(holder).__name__} holds no format; expected params, or something with a format")
 
@@ -94,7 +110,7 @@ class FormatController(Controller):
     def step(
         self,
         step: int,
-        metrics: Mapping[str, Tensor | float | bool],
+        metrics: Mapping[str, Tensor | float | bool | str],
         holders: Iterable[object] = (),
         roll_back: Callable[[], object] | None = None,
         *,
@@ -106,7 +122,7 @@ class FormatController(Controller):
             step: its number.
             metrics: ``loss`` and ``finite``; if there are, ``params_finite``, the gradients' ``norm`` and rates under
                 the names of :class:`~altgrad_core.evidence.Observation`, of layers as ``mlp/overflow_rate``: tensors of
-                one element, on one device or on the CPU, or numbers.
+                one element, on one device or on the CPU, or numbers. Other names are passed over.
             holders: what the format is written into; see :func:`set_format`.
             roll_back: takes the run back to a snapshot, as :meth:`altgrad_torch.SnapshotKeeper.roll_back` does; goes
                 with ``can_roll_back``.
@@ -117,11 +133,16 @@ class FormatController(Controller):
             What was decided, and carried out already.
 
         Raises:
-            InputError: if the controller may decide what this cannot carry out.
+            InputError: if the controller may decide what this cannot carry out, for a metric that is no single number,
+                and for holders that are not in a list or the like.
         """
         self._check_step_can_carry_out(roll_back)
-        self._check_layers(layers)
-        return self._carried_out(self.observe_late(step, Reading(metrics).read), holders, roll_back, layers)
+        everywhere, of_layers = _listed(holders), self._checked_layers(layers)
+        read = read_by_observations(metrics)
+        sites = {name: value for name, value in read.items() if isinstance(value, str)}
+        reading = Reading({name: value for name, value in read.items() if name not in sites})
+        decision = self.observe_late(step, lambda: reading.read() | sites)
+        return self._carried_out(decision, everywhere, roll_back, of_layers)
 
     def drain(
         self,
@@ -132,25 +153,28 @@ class FormatController(Controller):
     ) -> Decision:
         """Decide on the last step, whose metrics no further :meth:`step` would read."""
         self._check_step_can_carry_out(roll_back)
-        self._check_layers(layers)
-        return self._carried_out(self.observe_last(), holders, roll_back, layers)
+        everywhere, of_layers = _listed(holders), self._checked_layers(layers)
+        return self._carried_out(self.observe_last(), everywhere, roll_back, of_layers)
 
-    def _check_layers(self, layers: Mapping[str, Iterable[object]] | None) -> None:
+    def _checked_layers(self, layers: Mapping[str, Iterable[object]] | None) -> dict[str, list[object]]:
         if set(layers or {}) != set(self.formats):
             given, expected = (", ".join(names) or "none" for names in (layers or {}, self.formats))
             raise InputError(f"layers are {given}; expected those of the controller: {expected}")
+        return {layer: _listed(held) for layer, held in (layers or {}).items()}
 
     def _carried_out(
         self,
         decision: Decision,
         holders: Iterable[object],
         roll_back: Callable[[], object] | None,
-        layers: Mapping[str, Iterable[object]] | None,
+        layers: Mapping[str, Iterable[object]],
     ) -> Decision:
         if decision.rollback and roll_back is not None:
             roll_back()
-        if decision.acts:
-            set_format(holders, self.format)
-            for layer, held in (layers or {}).items():
-                set_format(held, self.formats[layer])
+        # A snapshot may be older than a shift. Before the first there is none to write: groups of a clipper may have
+        # formats of their own.
+        if decision.acts and self.has_shifted:
+            _write_into(holders, parse(self.format))
+            for layer, held in layers.items():
+                _write_into(held, parse(self.formats[layer]))
         return decision

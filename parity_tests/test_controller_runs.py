@@ -71,6 +71,7 @@ def test_same_decisions_at_the_same_steps(name: str, can_roll_back: bool) -> Non
     for step, row in enumerate(metrics_of(np.random.default_rng(len(name)), 80)):
         state = ours.step(step, {key: jnp.asarray(value) for key, value in row.items()}, state, back["ours"])
         theirs.step(step, {key: torch.tensor(value.item()) for key, value in row.items()}, holders, back["theirs"])
+        assert repr(theirs.saved()) == repr(ours.saved()), "with the step in flight"
         assert (theirs.format, theirs.calm, len(rolled_back)) == (ours.format, ours.calm, int(state["rolled back"]))
         assert str(clipper.format) == str(detector.format) == ours.format
         assert float(params.max_value) == float(state["format"].max_value)

@@ -199,3 +199,20 @@ def test_help_lists_every_option_with_its_text():
     for field in dataclasses.fields(TrainConfig):
         assert f"--{field.name.replace('_', '-')}" in text
     assert text.count("(default:") == len(dataclasses.fields(TrainConfig))
+
+
+@pytest.mark.parametrize("rule", ["max", "binades", "scaled_max", "quantile"])
+def test_float32_casts_overflow_never_and_open_no_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rule: str
+) -> None:
+    out = tmp_path / "run"
+    clipping = ["--format", "float32", "--clip", "--clip-rule", rule]
+    said = _fails(monkeypatch, capsys, "train", "--out", str(out), *clipping, *_SMALL)
+    assert "--clip has no effect without a format other than float32 (or --clip-rule ungated)" in said
+    assert not out.exists()
+
+
+def test_float32_runs_clip_where_no_overflow_is_waited_for() -> None:
+    for options in ({"clip_rule": "ungated"}, {"clip_rule": "quantile", "overflow_threshold": 0.0}):
+        assert TrainConfig(format="float32", clip=True, **options).plan().spec.clip
+    assert TrainConfig(format="bf16", clip=True).plan().spec.clip

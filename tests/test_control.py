@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from altgrad_core import FORMAT_FALLBACK, EmergencyMantissaShift, UnknownFormatError, parse
+from altgrad_core.errors import InputError
 from altgrad_jax import (
     Decision,
     FormatController,
@@ -542,3 +543,101 @@ def test_drain_decides_on_the_last_step():
     assert controller.format == "E5M2"
     assert float(state.format.max_value) == 57344.0
     assert controller.drain(state) is state
+
+
+def steps_of(controller: FormatController, state: Any, goods: Sequence[bool], roll_back: Any) -> Any:
+    """Hand over steps whose numbers and parameters are finite or not, and decide on all of them."""
+    for step, fine in enumerate(goods):
+        metrics = {"loss": jnp.float32(1), "finite": jnp.asarray(fine), "params_finite": jnp.asarray(fine)}
+        state = controller.step(step, metrics, state, roll_back)
+    return controller.drain(state, roll_back)
+
+
+def test_a_rollback_leaves_formats_alone_until_there_was_a_shift() -> None:
+    start = partition_relative_clip({"w": "E3M4", ".*": "E5M2"}).init(PARAMS)
+    maxima = [group.format.max_value.item() for group in start.groups.values()]
+    assert maxima == [124.0, 57344.0]
+    calm = FormatController("E5M2", can_roll_back=True)
+    state = steps_of(calm, start, [True, False, True, True], lambda state: start)
+    assert [event.kind for event in calm.events] == ["rollback"]
+    assert [group.format.max_value.item() for group in state.groups.values()] == maxima
+    # The snapshot is older than the shift, which concerns all groups.
+    shifted = shifting("E3M4", patience=1, can_roll_back=True)
+    state = steps_of(shifted, start, [True, False, True, False, True, False, True], lambda state: start)
+    assert [event.kind for event in shifted.events] == ["rollback", "shift"] + ["rollback", "exhausted"] * 2
+    assert [group.format.max_value.item() for group in state.groups.values()] == [57344.0, 57344.0]
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_a_loop_of_ones_own_resumes_across_a_shift(cut: int) -> None:
+    bad = {"loss": jnp.float32(jnp.nan), "finite": jnp.asarray(False)}
+    fine = {"loss": jnp.float32(0.1), "finite": jnp.asarray(True), "stall_rate": jnp.bfloat16(0.3)}
+    state = partition_relative_clip("E7M0").init(jnp.zeros(2))
+
+    def go_on(controller: FormatController, state: Any, steps: Iterable[int]) -> tuple[Any, list[float]]:
+        maxima = []
+        for step in steps:
+            state = controller.step(step, bad if 2 <= step <= 4 else fine, state)
+            maxima.append(float(state.format.max_value))
+        return state, maxima
+
+    whole, first, second = (shifting("E7M0") for _ in range(3))
+    _, expected = go_on(whole, state, range(8))
+    assert expected == [2.0**64] * 5 + [57344.0] * 3
+    state, before = go_on(first, state, range(cut))
+    second.restore(json.loads(json.dumps(first.saved(), allow_nan=False)))
+    _, after = go_on(second, state, range(cut, 8))
+    assert before + after == expected
+    assert kinds(second) == kinds(whole) == [(4, "shift", "nan")]
+    assert second.saved() == whole.saved()
+
+
+# ---- metrics
+
+MANY = {"per_layer": jnp.ones(3), "names": ["a"], "applied": None, "lr": np.float32(0.1), "max": jnp.float32(448)}
+KINDS: dict[str, Any] = {
+    "device": lambda value: jnp.asarray(value),
+    "one element": lambda value: jnp.asarray(value).reshape(1),
+    "bfloat16": lambda value: jnp.asarray(value, jnp.bfloat16),
+    "python": lambda value: value,
+    "numpy": lambda value: np.array(value, np.float32),
+    "numpy scalar": np.float32,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_may_be_any_numbers_and_more_than_is_read(kind: str) -> None:
+    controller = FormatController("E4M3", policy=Policy(window=1, warmup=0), shifter=EmergencyMantissaShift())
+    state = partition_relative_clip("E4M3").init(PARAMS)
+    numbers = {"loss": 1.0, "finite": True, "params_finite": True, "norm": 2.0, "overflow_rate": 0.5}
+    metrics = {name: KINDS[kind](value) for name, value in numbers.items()}
+    for step in range(2):
+        state = controller.step(step, {**metrics, **MANY, "worst_overflow_site": "logits"}, state)
+    (event,) = controller.events
+    assert (event.kind, event.numbers["overflow_rate"], event.numbers["worst_overflow_site"]) == (
+        "shift",
+        0.5,
+        "logits",
+    )
+    assert float(state.format.max_value) == 57344.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("norm", jnp.ones(3), r"metric 'norm' has the shape \(3,\); expected one number"),
+        ("loss", np.ones((1, 2)), r"metric 'loss' has the shape \(1, 2\)"),
+        ("mlp/overflow_rate", jnp.ones(2), r"metric 'mlp/overflow_rate' has the shape \(2,\)"),
+        ("norm", [1.0], r"metric 'norm' is \[1.0\]; expected one number"),
+        ("loss", "high", "metric 'loss' is 'high'; expected one number"),
+        ("loss", np.array("high"), "metric 'loss' is array.*; expected one number"),
+        ("loss", 1j, "metric 'loss' is 1j; expected one number"),
+        ("norm", None, "metric 'norm' is None; expected one number"),
+    ],
+)
+def test_metrics_that_are_no_single_number_are_refused_at_once(name: str, value: Any, told: str) -> None:
+    controller = FormatController("E4M3")
+    state = partition_relative_clip("E4M3").init(PARAMS)
+    with pytest.raises(InputError, match=told):
+        controller.step(0, {"loss": 1.0, "finite": True, name: value}, state)
+    assert controller.saved()["in_flight"] == []

@@ -438,6 +438,8 @@ def test_a_function_may_be_the_policy() -> None:
         (Remedy("mine", learning_rate=0.0), "the factor on the learning rate is 0.0"),
         (Remedy("mine", scales="repaired"), "other scales; expected a run with scales"),
         (Remedy("mine", rollback=True), "a rollback; expected a run with snapshots"),
+        (Remedy("mine", rounding="stochastc"), "unknown rounding 'stochastc'; did you mean 'stochastic'"),  # type: ignore[arg-type]
+        (Remedy("mine", scales="delaid"), "unknown rule of scales 'delaid'; did you mean 'delayed'"),  # type: ignore[arg-type]
     ],
 )
 def test_a_function_cannot_ask_for_what_the_run_has_not(remedy: Remedy, expected: str) -> None:
@@ -448,6 +450,28 @@ def test_a_function_cannot_ask_for_what_the_run_has_not(remedy: Remedy, expected
 def test_a_return_needs_a_format_that_may_change() -> None:
     with pytest.raises(InputError, match="recover_after is 5 in a run whose format must stay; expected a shifter"):
         Controller("E4M3", policy=Policy(recover_after=5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"rounding": "nearest_evn"}, "unknown rounding 'nearest_evn'; did you mean 'nearest_even'"),
+        ({"scales": "statik"}, "unknown rule of scales 'statik'; did you mean 'static'"),
+        ({"learning_rate": math.nan}, "learning_rate is nan; expected a positive finite number"),
+        ({"learning_rate": -1}, "learning_rate is -1; expected a positive finite number"),
+        ({"policy": 3}, "policy is 3; Known: by_cause"),
+    ],
+)
+def test_settings_of_a_controller_that_could_not_work(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        Controller("E4M3", **settings)
+
+
+@pytest.mark.parametrize("margin", [0.3, math.inf])
+def test_a_margin_without_end_turns_the_loss_trigger_off(margin: float) -> None:
+    controller = Controller("E4M3", policy=Policy(runaway_margin=margin), can_roll_back=True)
+    feed(controller, [*[CALM] * 20, *[replace(CALM, loss=99.0)] * 5])
+    assert bool(controller.events) is (margin == 0.3)
 
 
 def test_a_policy_by_name() -> None:
@@ -542,3 +566,52 @@ def test_observations_take_what_they_know_from_metrics() -> None:
     assert Reading.of(seen).precision_stall == 0.125
     with pytest.raises(KeyError, match="finite"):
         Observation.of(7, {"loss": 2.0})
+
+
+# ---- saved and restored with a step in flight
+
+
+def late(controller: Controller, courses: Iterable[dict[str, Any]], start: int = 0) -> list[Decision]:
+    return [controller.observe_late(step, lambda numbers=each: numbers) for step, each in enumerate(courses, start)]
+
+
+@pytest.mark.parametrize("cut", range(9))
+def test_a_loop_that_reads_late_decides_the_same_after_a_restart_at_any_point(cut: int) -> None:
+    calm = {"loss": 1.0, "finite": True, "stall_rate": 1 / 3, "worst_stall_site": "up"}
+    courses = [calm, calm, *[calm | {"loss": math.nan, "finite": False}] * 3, calm, calm, calm]
+    whole, first, second = (shifting("E7M0", "off") for _ in range(3))
+    expected = late(whole, courses)
+    before = late(first, courses[:cut])
+    text = json.dumps(first.saved(), allow_nan=False)
+    assert json.dumps(first.saved()) == text, "to save changes nothing"
+    second.restore(json.loads(text))
+    after = late(second, courses[cut:], cut)
+    assert before + after == expected
+    assert [each.format for each in expected] == [None] * 5 + ["E5M2"] + [None] * 2
+    assert (second.events, second.saved()) == (whole.events, whole.saved())
+    assert second.observe_last() == whole.observe_last()
+
+
+def test_what_was_saved_without_events_and_a_step_in_flight_can_be_restored() -> None:
+    old, again = shifting("E7M0", "off"), shifting("E7M0", "off")
+    feed(old, [NAN, NAN])
+    saved = {name: value for name, value in old.saved().items() if name not in ("events", "in_flight")}
+    late(again, [{"loss": 1.0, "finite": True}])
+    again.restore(json.loads(json.dumps(saved)))
+    assert again.observe_last() == Decision(), "of the run that is left nothing is in flight"
+    assert feed(again, [NAN], start=2)[0].format == "E5M2"
+
+
+def test_numbers_in_flight_are_asked_for_once() -> None:
+    asked: list[int] = []
+
+    def read() -> dict[str, float]:
+        asked.append(1)
+        return {"loss": 1.0, "finite": 1.0}
+
+    controller = shifting("E7M0", "off")
+    controller.observe_late(0, read)
+    assert not asked
+    assert [controller.saved()["in_flight"] for _ in range(2)] == [[[0, read()]]] * 2
+    controller.observe_last()
+    assert len(asked) == 2, "once by the controller"

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -87,8 +88,35 @@ def test_what_cannot_be_kept() -> None:
         keeper = SnapshotKeeper(state_of(0), where=where)
         with pytest.raises(InputError, match="back is 3; expected 1, the newest snapshot, to 2"):
             keeper.roll_back(state_of(1), back=3)
-        with pytest.raises(InputError, match="expected that of the snapshots"):
-            keeper.roll_back({"w": jnp.ones(2)})  # pyrefly: ignore[bad-argument-type]
+
+
+OTHERS: list[tuple[Any, str]] = [
+    ({"w": jnp.ones(2)}, r"the state has nothing at count; expected int32\[\], as the snapshots have"),
+    ({**state_of(1), "moments": jnp.ones(3)}, r"the state has float32\[3\] at moments; expected nothing, as the"),
+    ({**state_of(1), "w": jnp.ones(3)}, r"the state has float32\[3\] at w; expected float32\[2\], as the snapshots"),
+    ({**state_of(1), "w": jnp.float32(1)}, r"the state has float32\[\] at w; expected float32\[2\]"),  # it broadcasts
+    ({**state_of(1), "w": jnp.ones(2, jnp.bfloat16)}, r"the state has bfloat16\[2\] at w; expected float32\[2\]"),
+    (jnp.ones(2), r"the state has nothing at count; expected int32\[\]"),
+    (optax.EmptyState(), "the state has nothing at count"),
+]
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize(("other", "told"), OTHERS)
+def test_a_state_that_is_not_alike_is_neither_kept_nor_brought_back(where: Any, other: Any, told: str) -> None:
+    keeper = SnapshotKeeper(state_of(7), every=1, where=where)
+    for call in (lambda: keeper.offer(1, other), lambda: keeper.roll_back(other)):
+        with pytest.raises(InputError, match=told):
+            call()
+    keeper.offer(1, {"w": np.full(2, 8, np.float32), "count": 8})  # of the same types
+    assert [count(keeper.roll_back(state_of(-1), back)) for back in (1, 2)] == [8, 7]
+
+
+@pytest.mark.parametrize("where", PLACES)
+def test_nodes_of_another_kind_are_told_by_the_structure(where: Any) -> None:
+    keeper = SnapshotKeeper((jnp.ones(2), jnp.ones(2)), every=1, where=where)
+    with pytest.raises(InputError, match=r"the state has the structure .*; expected that of the snapshots: "):
+        keeper.offer(1, [jnp.ones(2), jnp.ones(2)])  # pyrefly: ignore[bad-argument-type]
 
 
 ON_TWO_DEVICES = """

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from altgrad_core.errors import InputError
 from altgrad_core.evidence import Evidence, Reading
-from altgrad_core.formats import EIGHT, FORMAT_REGISTRY, UnknownFormatError, parse
+from altgrad_core.formats import EIGHT, FORMAT_REGISTRY, ROUNDINGS, UnknownFormatError, parse
 from altgrad_core.ladder import with_more_precision, with_more_range
 from altgrad_core.policies import RULES, by_cause, fallback_chain, off, recover, relative_stall, rule_of
 from altgrad_core.remedies import Remedy
@@ -192,6 +192,12 @@ def test_by_cause_tells_a_precision_stall_from_one_at_the_maximum() -> None:
     assert told(by_cause(judged(rounding="stochastic", saturation=0.2), POLICY, SHIFTER)) == [("saturation", "E5M2")]
 
 
+@pytest.mark.parametrize("policy", [by_cause, relative_stall])
+@pytest.mark.parametrize("rounding", [each for each in ROUNDINGS if each != "stochastic"])
+def test_a_precision_stall_under_any_other_rounding_is_rounded_stochastically_first(policy: Any, rounding: Any) -> None:
+    assert told(policy(judged(rounding=rounding, stall=0.9), POLICY, SHIFTER)) == [("stall", "stochastic")]
+
+
 def test_by_cause_follows_the_table_where_it_leads_a_stall_further() -> None:
     stalled = judged("E7M0", rounding="stochastic", stall=0.9)
     assert told(by_cause(stalled, POLICY, SHIFTER)) == [("stall", "E5M2")]
@@ -316,12 +322,29 @@ def test_recover_needs_steps_to_wait(after: Any) -> None:
         ({"release": 1.5}, "release is 1.5"),
         ({"overflow_limit": math.nan}, "overflow_limit is nan"),
         ({"recover_after": 0}, "recover_after is 0"),
-        ({"smallest_learning_rate": 0}, "smallest_learning_rate is 0; expected a positive finite number"),
+        ({"smallest_learning_rate": 0}, "smallest_learning_rate is 0; expected a positive finite number of at most 1"),
+        ({"smallest_learning_rate": 4}, "smallest_learning_rate is 4; expected a positive finite number of at most 1"),
+        ({"runaway_margin": math.nan}, "runaway_margin is nan; expected a number above 0"),
+        ({"runaway_margin": -5}, "runaway_margin is -5"),
+        ({"runaway_margin": 0}, "runaway_margin is 0"),
+        ({"moving_share": -1}, "moving_share is -1; expected a finite number of at least 0"),
+        ({"moving_share": math.nan}, "moving_share is nan"),
+        ({"moving_share": math.inf}, "moving_share is inf"),
+        ({"plateau": math.nan}, "plateau is nan; expected a number of at least 0"),
+        ({"plateau": "0.1"}, "plateau is '0.1'"),
+        ({"spike_factor": 0.5}, "spike_factor is 0.5; expected a number above 1"),
+        ({"spike_factor": 1}, "spike_factor is 1"),
+        ({"spike_factor": math.nan}, "spike_factor is nan"),
     ],
 )
 def test_settings_that_could_not_work(settings: dict[str, Any], expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         Policy(**settings)
+
+
+def test_settings_at_their_ends() -> None:
+    Policy(moving_share=0, plateau=0, smallest_learning_rate=1)
+    Policy(moving_share=2.0, plateau=math.inf, runaway_margin=math.inf, spike_factor=math.inf)
 
 
 def test_names() -> None:
@@ -349,7 +372,7 @@ evidences = st.builds(
     format=st.sampled_from(EIGHT),
     start_format=st.sampled_from(EIGHT),
     left_format=st.sampled_from([None, *EIGHT]),
-    rounding=st.sampled_from([None, "nearest_even", "stochastic"]),
+    rounding=st.sampled_from([None, *ROUNDINGS]),
     learning_rate=st.sampled_from([None, 1.0, 0.125]),
     finite=st.just(True),
     window=st.none() | readings,
@@ -377,7 +400,7 @@ def test_no_policy_leaves_the_table_or_asks_for_what_there_is_not(
     calls = rule_of(policy)(evidence, policy, shifter)
     for call in calls:
         assert call.format is None or (may_shift and call.format in FORMAT_FALLBACK and call.format != evidence.format)
-        assert call.rounding is None or evidence.rounding == "nearest_even"
+        assert call.rounding is None or evidence.rounding not in (None, "stochastic")
         assert call.learning_rate is None or 0 < call.learning_rate < (evidence.learning_rate or 0)
         assert not call.rollback
     assert calls == rule_of(policy)(evidence, policy, shifter), "the same evidence, the same calls"

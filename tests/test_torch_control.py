@@ -1,7 +1,9 @@
 """The controller in a torch loop: formats written where they are held, and what it refuses."""
 
+import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -140,3 +142,91 @@ def test_what_step_cannot_carry_out_is_refused_beforehand(settings: Any, roll_ba
     for call in (lambda each: each.step(0, NAN, (), roll_back), lambda each: each.drain((), roll_back)):
         with pytest.raises(InputError, match=told):
             call(controller(**settings))
+
+
+def test_a_rollback_leaves_formats_alone_until_there_was_a_shift() -> None:
+    clipper = PartitionRelativeClipper({"weight": "E3M4", ".*": "E5M2"})
+    calm, shifting = FormatController("E5M2", can_roll_back=True), controller(can_roll_back=True)
+    fine = {"loss": torch.tensor(1.0), "finite": torch.tensor(True)}
+    for step, metrics in enumerate([fine, {**fine, "params_finite": torch.tensor(False)}, fine]):
+        calm.step(step, metrics, [clipper], lambda: None)
+    assert [event.kind for event in calm.events] == ["rollback"]
+    assert [str(group.format) for group in clipper.groups.values()] == ["E3M4", "E5M2"]
+    for step in range(4):
+        shifting.step(step, NAN, [clipper], lambda: None)
+    assert [str(group.format) for group in clipper.groups.values()] == ["E5M2", "E5M2"]
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_a_loop_of_ones_own_resumes_across_a_shift(cut: int) -> None:
+    fine = {"loss": torch.tensor(0.1), "finite": torch.tensor(True), "stall_rate": torch.tensor(0.3).bfloat16()}
+    courses = [fine, fine, NAN, NAN, NAN, fine, fine, fine]
+    whole, first, second = controller(), controller(), controller()
+    expected = [whole.step(step, each).format for step, each in enumerate(courses)]
+    assert expected == [None] * 5 + ["E5M2"] + [None] * 2
+    before = [first.step(step, each).format for step, each in enumerate(courses[:cut])]
+    second.restore(json.loads(json.dumps(first.saved(), allow_nan=False)))
+    assert before + [second.step(step, each).format for step, each in enumerate(courses[cut:], cut)] == expected
+    assert (second.events, second.saved()) == (whole.events, whole.saved())
+
+
+MANY = {"per_layer": torch.ones(3), "names": ["a"], "applied": None, "lr": 0.1}
+KINDS: dict[str, Any] = {
+    "tensors": torch.tensor,
+    "one element": lambda value: torch.tensor([value]),
+    "python": lambda value: value,
+    "numpy": lambda value: np.array([value], np.float32),
+    "numpy scalar": np.float32,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_may_be_any_numbers_and_more_than_is_read(kind: str) -> None:
+    eager = FormatController("E4M3", policy=Policy(window=1, warmup=0), shifter=EmergencyMantissaShift())
+    numbers = {"loss": 1.0, "finite": True, "params_finite": True, "norm": 2.0, "overflow_rate": 0.5}
+    metrics = {name: KINDS[kind](value) for name, value in numbers.items()}
+    for step in range(2):
+        eager.step(step, {**metrics, **MANY, "worst_overflow_site": "logits"})
+    (event,) = eager.events
+    assert (event.kind, event.numbers["overflow_rate"], event.numbers["worst_overflow_site"]) == (
+        "shift",
+        0.5,
+        "logits",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("norm", torch.ones(3), r"metric 'norm' has the shape \(3,\); expected one number"),
+        ("mlp/overflow_rate", torch.ones(2, 1), r"metric 'mlp/overflow_rate' has the shape \(2, 1\)"),
+        ("loss", "high", "metric 'loss' is 'high'; expected one number"),
+        ("norm", None, "metric 'norm' is None; expected one number"),
+    ],
+)
+def test_metrics_that_are_no_single_number_are_refused_at_once(name: str, value: Any, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        controller().step(0, {"loss": 1.0, "finite": True, name: value})
+
+
+def test_holders_come_in_a_list() -> None:
+    told = r"holders are a {}; expected them in a list, also where there is one"
+    sequential = torch.nn.Sequential(Casting("E7M0"))
+    alone = [(PartitionRelativeClipper("E7M0"), "PartitionRelativeClipper"), (Casting("E7M0"), "Casting")]
+    for holder, name in [*alone, (sequential, "Sequential"), ("E7M0", "str"), (None, "NoneType")]:
+        with pytest.raises(InputError, match=told.format(name)):
+            set_format(holder, "E5M2")
+        with pytest.raises(InputError, match=told.format(name)):
+            controller().step(0, NAN, holder)
+        with pytest.raises(InputError, match=told.format(name)):
+            controller().drain(holder)
+    for none in ([], iter(())):
+        with pytest.raises(InputError, match="there are no holders to write a format into; expected at least one"):
+            set_format(none, "E5M2")
+    set_format((each for each in [sequential]), "E5M2")
+    assert sequential[0].format == "E5M2"
+    params = FormatParams.from_format("E7M0")
+    following = controller()
+    for step in range(4):
+        following.step(step, NAN, params)
+    assert params.max_value.item() == 57344.0
