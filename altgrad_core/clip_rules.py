@@ -13,6 +13,7 @@ import numpy as np
 
 from altgrad_core.errors import InputError, check_choice
 from altgrad_core.formats import Format, parse
+from altgrad_core.scalars import as_real, is_integer
 from altgrad_core.stability import REFERENCE_MAX, check_base_clip
 
 ClipRule = Literal["max", "binades", "scaled_max", "quantile"]
@@ -84,11 +85,11 @@ def check_quantile(quantile: float | None, norm_window: int | None, rule: ClipRu
         if value is not None and rule != "quantile":
             raise InputError(f"{name}={value!r} would have no effect: the rule is {rule!r}, not 'quantile'")
     chosen, window = (0.5 if quantile is None else quantile), (128 if norm_window is None else norm_window)
-    if isinstance(chosen, bool) or not isinstance(chosen, (int, float)) or not 0 <= chosen <= 1:
+    if not 0 <= as_real(chosen) <= 1:
         raise InputError(f"quantile is {chosen!r}; expected a fraction from 0.0 to 1.0, such as 0.5 for the median")
-    if isinstance(window, bool) or not isinstance(window, int) or window < NORMS_NEEDED:
+    if not is_integer(window) or window < NORMS_NEEDED:
         raise InputError(f"norm_window is {window!r}; expected an integer of at least {NORMS_NEEDED}")
-    return float(chosen), window
+    return float(chosen), int(window)
 
 
 def quantile_index(count: int, quantile: float) -> int:

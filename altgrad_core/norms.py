@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 from altgrad_core.errors import InputError
+from altgrad_core.scalars import as_real
 
 NOT_MEASURED = -1.0
 """What ``total_norm`` reads where no norm was taken, since no norm is negative."""
@@ -43,9 +44,9 @@ def check_norm_type(norm_type: float) -> float:
     Raises:
         InputError: for anything else.
     """
-    if isinstance(norm_type, bool) or not isinstance(norm_type, (int, float)) or not norm_type > 0:
+    if not as_real(norm_type) > 0:
         raise InputError(f"norm_type is {norm_type!r}; expected a positive number, such as 2.0, or inf")
-    return float(norm_type)
+    return as_real(norm_type)
 
 
 def norm_of_exponent_sums(low: Sequence[int], high: Sequence[int]) -> float:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from altgrad_core.errors import InputError, check_choice
 from altgrad_core.formats import Format
+from altgrad_core.scalars import is_integer
 
 MOST_EXPONENT = 100
 """Scales of tensors and channels stay within 2^-100 to 2^100: neither they nor their reciprocals are subnormal."""
@@ -203,7 +204,7 @@ def check_reduction(reduce: str) -> None:
 
 def check_window(window: int) -> None:
     """Refuse a history of less than one step."""
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+    if not is_integer(window) or window < 1:
         raise InputError(f"the amax window is {window!r}; expected at least 1 step")
 
 

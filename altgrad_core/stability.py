@@ -10,6 +10,7 @@ import numpy as np
 
 from altgrad_core.errors import InputError
 from altgrad_core.formats import Format, UnknownFormatError, parse
+from altgrad_core.scalars import as_real, is_integer
 
 REFERENCE_MAX = 57344.0
 """Maximum of E5M2, the format in which a clip threshold equals its base."""
@@ -40,9 +41,10 @@ def check_base_clip(base_clip: float) -> float:
     Raises:
         ValueError: for anything else.
     """
-    if not (isinstance(base_clip, (int, float)) and 0 < base_clip <= _FLOAT32_MAX and np.float32(base_clip) > 0):
+    base = as_real(base_clip)
+    if not (0 < base <= _FLOAT32_MAX and np.float32(base) > 0):
         raise InputError(f"base_clip is {base_clip!r}; expected a positive finite number, such as 1.0")
-    return float(base_clip)
+    return base
 
 
 def check_rate(name: str, rate: float) -> float:
@@ -51,7 +53,7 @@ def check_rate(name: str, rate: float) -> float:
     Raises:
         ValueError: for a rate outside [0, 1] or NaN.
     """
-    if not (isinstance(rate, (int, float)) and 0.0 <= rate <= 1.0):
+    if not 0.0 <= as_real(rate) <= 1.0:
         raise InputError(f"{name} is {rate!r}; expected a fraction from 0.0 to 1.0")
     return float(rate)
 
@@ -62,9 +64,20 @@ def check_max_norm(max_norm: float) -> float:
     Raises:
         ValueError: for a negative one or NaN.
     """
-    if not (isinstance(max_norm, (int, float)) and max_norm >= 0):
+    if not as_real(max_norm) >= 0:
         raise InputError(f"max_norm is {max_norm!r}; expected a number of at least 0")
-    return float(max_norm)
+    return as_real(max_norm)
+
+
+def check_epsilon(eps: float) -> float:
+    """Return what is added to a norm: finite and at least 0.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if not 0 <= as_real(eps) < np.inf:
+        raise InputError(f"eps is {eps!r}; expected a finite number of at least 0")
+    return float(eps)
 
 
 def clip_threshold(format: str | Format, base_clip: float = 1.0) -> float:
@@ -111,7 +124,7 @@ class EmergencyMantissaShift:
 
     def __init__(self, nan_patience: int = 3, stall_threshold: float = 0.5) -> None:
         """Start with no NaN batch seen."""
-        if isinstance(nan_patience, bool) or not isinstance(nan_patience, int) or nan_patience < 1:
+        if not is_integer(nan_patience) or nan_patience < 1:
             raise InputError(f"nan_patience is {nan_patience!r}; expected an integer of at least 1")
         self.nan_patience = nan_patience
         self.stall_threshold = check_rate("stall_threshold", stall_threshold)

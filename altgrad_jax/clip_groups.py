@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from altgrad_core.clip_rules import NORMS_NEEDED, REFERENCE_BINADES, ClipRule
+from altgrad_core.errors import InputError
 from altgrad_core.nonfinite import Nonfinite
 from altgrad_core.norms import NOT_MEASURED, ROUNDS_TO_NORMAL
 from altgrad_core.stability import CLIP_EPSILON, REFERENCE_MAX
@@ -24,6 +25,7 @@ from altgrad_jax.scaling import amax, delayed_scale, empty_history, push_amax
 from altgrad_jax.statistics import observe, overflow_rate_of
 
 _SIGN = np.int32(-(2**31))
+_MIN_NORMAL = np.float32(2.0**-126)
 
 
 class PartitionRelativeClipState(NamedTuple):
@@ -69,24 +71,31 @@ class _Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class ClipGroup:
-    """What :func:`~altgrad_jax.clipping.partition_relative_clip` was told, of leaves that are clipped together."""
+    """What :func:`~altgrad_jax.clipping.partition_relative_clip` was told, of leaves that are clipped together.
+
+    Lengths of histories are None where they are traced: the state's own shapes tell them, once there is a state.
+    """
 
     format: FormatParams
     base_clip: float | jax.Array
     overflow_threshold: float | jax.Array
     rule: ClipRule
-    window: int
-    quantile: float
-    norm_window: int
+    window: int | None
+    quantile: float | jax.Array
+    norm_window: int | None
     nonfinite: Nonfinite
     axis_name: AxisName | None
 
     def init(self, leaves: Sequence[jax.Array]) -> PartitionRelativeClipState:
-        """The state before the first update."""
+        """The state before the first update.
+
+        Raises:
+            InputError: if a length that it depends on is traced.
+        """
         return PartitionRelativeClipState(
             format=jax.tree.map(jnp.copy, self.format),
-            amax_history=empty_history(self.window, (len(leaves),)),
-            norm_history=empty_history(self.norm_window) if self.rule == "quantile" else None,
+            amax_history=empty_history(_known("window", self.window), (len(leaves),)),
+            norm_history=empty_history(_known("norm_window", self.norm_window)) if self.rule == "quantile" else None,
             overflow_rate=jnp.float32(0),
             threshold=jnp.float32(np.inf),
             total_norm=jnp.float32(NOT_MEASURED),
@@ -166,6 +175,20 @@ class ClipGroup:
             return lax.convert_element_type(base * measure, jnp.float32)
 
 
+def _known(name: str, length: int | None) -> int:
+    if length is None:
+        raise InputError(static_needed(name, "the state's shapes depend on it"))
+    return length
+
+
+def static_needed(name: str, why: str) -> str:
+    """What the error says where a number is traced that must not be."""
+    return (
+        f"{name} is traced, but {why}; expected a number: under optax.inject_hyperparams it is one if it is named in "
+        f"static_args=({name!r},)"
+    )
+
+
 def format_threshold(
     params: FormatParams, base_clip: float | jax.Array = 1.0, rule: Literal["max", "binades"] = "max"
 ) -> jax.Array:
@@ -200,12 +223,14 @@ def scaled_to(
     """Leaves times ``min(1, max_norm / (norm + eps))``, in float64 and rounded once; below 2^-126 they are zero.
 
     On any backend: XLA's CPU one flushes what is below, rounded to 24 bits; a GPU would round some of it up to 2^-126.
+    An infinite ``max_norm`` leaves every bit as it is, as in torch.
     """
     with jax.enable_x64(True):
         limit = lax.convert_element_type(max_norm, jnp.float64)
-        divisor = norm.double + eps
+        is_unlimited = jnp.isinf(limit)
+        divisor = norm.double + lax.convert_element_type(eps, jnp.float64)
         coefficient = jnp.minimum(limit / jnp.where(divisor == 0, 1.0, divisor), 1.0)
-        coefficient = jnp.where(jnp.isinf(limit) | (divisor == 0), 1.0, coefficient)
+        coefficient = jnp.where(is_unlimited | (divisor == 0), 1.0, coefficient)
         coefficient_or_zero = jnp.where(coefficient < ROUNDS_TO_NORMAL, 0.0, coefficient)
         # Behind a barrier: XLA may take a conversion to float32 and back for none.
         single = lax.optimization_barrier(lax.convert_element_type(coefficient_or_zero, jnp.float32))
@@ -213,11 +238,12 @@ def scaled_to(
 
     def scaled(leaf: jax.Array) -> jax.Array:
         if leaf.dtype == jnp.float64:
-            return leaf * coefficient
+            return jnp.where(is_unlimited, leaf, leaf * coefficient)
         value = leaf.astype(jnp.float32)
         product = value * single
         signed_zero = _float(_bits(value) & _SIGN)
-        return jnp.where(jnp.abs(value) < survives_from, signed_zero, product).astype(leaf.dtype)
+        limited = jnp.where(jnp.abs(value) < survives_from, signed_zero, product).astype(leaf.dtype)
+        return jnp.where(is_unlimited, leaf, limited)
 
     return [scaled(leaf) for leaf in leaves]
 
@@ -248,7 +274,7 @@ def _measure_overflow(
     # Where the grid ends is moved, instead of every gradient: on the wide path, which reaches as far as float32 does.
     wide = replace(params, path="wide") if params.path == "fast" else params
     grids = wide.scaled(delayed_scale(history, params.max_value))
-    has_history = (jnp.max(history, axis=0) > 0).astype(jnp.int32)
+    has_history = _has_history(history).astype(jnp.int32)
     countable = [to_float32(leaf, "the clipper") if leaf.dtype == jnp.float64 else leaf for leaf in leaves]
     counts, amaxes = zip(*(observe(leaf, grids.at(k)) for k, leaf in enumerate(countable)), strict=True)
     seen = {}
@@ -267,9 +293,13 @@ def _binades(params: FormatParams) -> jax.Array:
 def _largest_scale(state: PartitionRelativeClipState) -> jax.Array:
     """float64: the largest delayed scale of leaves that have a history; inf without any, so that nothing is clipped."""
     scales = delayed_scale(state.amax_history, state.format.max_value)
-    has_history = jnp.max(state.amax_history, axis=0) > 0
-    largest = jnp.max(jnp.where(has_history, scales, 0))
+    largest = jnp.max(jnp.where(_has_history(state.amax_history), scales, 0))
     return lax.convert_element_type(jnp.where(largest > 0, largest, jnp.float32(np.inf)), jnp.float64)
+
+
+def _has_history(history: jax.Array) -> jax.Array:
+    """bool, of each leaf. Subnormals are none on any backend: the CPU reads them as zero."""
+    return jnp.max(history, axis=0) >= _MIN_NORMAL
 
 
 def _remember(norms: jax.Array, norm: jax.Array) -> jax.Array:
@@ -277,9 +307,12 @@ def _remember(norms: jax.Array, norm: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(norm) & (norm > 0), push_amax(norms, norm), norms)
 
 
-def _quantile(norms: jax.Array, quantile: float) -> jax.Array:
+def _quantile(norms: jax.Array, quantile: float | jax.Array) -> jax.Array:
     """float64: the quantile of the norms so far, as it stands among them; inf while there are too few."""
     count = jnp.sum(norms > 0)
     ordered = jnp.sort(jnp.where(norms > 0, norms, jnp.inf))
-    chosen = ordered[jnp.floor(quantile * jnp.maximum(count - 1, 0)).astype(jnp.int32)]
+    # In the precision of an array: in a higher one, what a float32 lost of 0.7 would show in 0.7 * 10.
+    fraction = jnp.asarray(quantile)
+    fraction = fraction.astype(jnp.promote_types(fraction.dtype, jnp.float32))
+    chosen = ordered[jnp.floor(fraction * jnp.maximum(count - 1, 0).astype(fraction.dtype)).astype(jnp.int32)]
     return lax.convert_element_type(jnp.where(count >= NORMS_NEEDED, chosen, jnp.inf), jnp.float64)

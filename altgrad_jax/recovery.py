@@ -73,6 +73,7 @@ def skip_nonfinite(
     """Skip steps whose gradients hold an infinity or NaN: zero updates, inner state as it was.
 
     Unlike ``optax.apply_if_finite`` it never gives in and applies one after all; how many were skipped is in the state.
+    Updates and inner state have the dtypes that ``inner`` returns.
 
     Args:
         inner: what to wrap, usually the whole chain.
@@ -93,11 +94,19 @@ def skip_nonfinite(
     def update(
         updates: optax.Updates, state: SkipNonfiniteState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, SkipNonfiniteState]:
+        def step() -> tuple[optax.Updates, optax.OptState]:
+            return inner.update(updates, state.inner_state, params, **extra_args)
+
         finite = all_finite(updates, axis_name=axis_name)
+        # An optimizer may return other dtypes than it is given, as from bfloat16 gradients of float32 parameters.
+        stepped, stepped_state = jax.eval_shape(step)
         new_updates, inner_state = lax.cond(
             finite,
-            lambda: inner.update(updates, state.inner_state, params, **extra_args),
-            lambda: (optax.tree.zeros_like(updates), state.inner_state),
+            step,
+            lambda: (
+                jax.tree.map(jnp.zeros_like, stepped),
+                jax.tree.map(_as_dtype_of, stepped_state, state.inner_state),
+            ),
         )
         missed = 1 - finite.astype(jnp.int32)
         return new_updates, SkipNonfiniteState(
@@ -106,6 +115,11 @@ def skip_nonfinite(
 
     # optax types every state as any pytree, its own states included.
     return optax.GradientTransformationExtraArgs(init, update)  # pyrefly: ignore[bad-argument-type]
+
+
+def _as_dtype_of(wanted: jax.ShapeDtypeStruct, leaf: jax.typing.ArrayLike) -> jax.Array:
+    array = jnp.asarray(leaf)
+    return array if array.dtype == wanted.dtype else array.astype(wanted.dtype)
 
 
 def select_if_finite(ok: jax.Array, new: State, old: State) -> State:

@@ -541,6 +541,8 @@ def stall_monitor(
             raise ValueError("stall_monitor needs the parameters: call update(updates, state, params)")
         leaves = zip(jax.tree.leaves(params), jax.tree.leaves(updates), chosen_in(params), strict=True)
         pairs = [(weight, change) for weight, change, counted in leaves if counted]
+        if not pairs:  # ``optax.partition`` may have nothing for a label
+            return updates, state
         # All scales at once: one by one, these few scalars would cost more than the passes over small weights.
         weights = [weight for weight, _ in pairs]
         amaxes = largest_over(jnp.stack([amax(weight) for weight in weights]), axis_name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +17,25 @@ from altgrad_core.nonfinite import Nonfinite
 from altgrad_core.norms import NOT_MEASURED, ROUNDS_TO_NORMAL
 from altgrad_core.stability import CLIP_EPSILON
 from altgrad_torch.cpu import can_multiply, is_plain, multiply_
-from altgrad_torch.nonfinite import Culprit, find_culprit, raise_for, zero_nonfinite_
+from altgrad_torch.nonfinite import Culprit, find_culprit, zero_nonfinite_
 from altgrad_torch.norms import euclidean_norm, float_tensors, is_sharded, local, over_shards, summed
-from altgrad_torch.scaling import amax, power_of_two_scale
+from altgrad_torch.scaling import amax, delayed_scale, push_amax
 
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_MIN_NORMAL = 2.0**-126
 _TOGETHER = 1 << 25
 """Elements of gradients that a GPU is given at once, or a tensor more: that bounds the memory of temporaries."""
+
+
+class Look(NamedTuple):
+    """What a group sees of gradients before any of them is clipped.
+
+    Attributes:
+        is_open: whether the gate is.
+        norm: of the gradients as they are; None where nobody needs it.
+    """
+
+    is_open: bool
+    norm: float | None
 
 
 class ClipGroup:
@@ -68,30 +80,55 @@ class ClipGroup:
         """Let go of what was seen at the last call, so that nothing of it can be taken for this one's."""
         self.total_norm, self.clipped, self.culprit = NOT_MEASURED, False, Culprit.none()
 
-    def clip_(self, parameters: Mapping[str, Tensor], overflow_rate: float, of: int) -> bool:
-        """Clip the gradients of parameters, which all have one, if the gate opens.
+    def look(self, parameters: Mapping[str, Tensor], overflow_rate: float, of: int) -> Look:
+        """See whether the gate opens and what is not finite. Changes no gradient, and remembers none.
 
         Args:
-            parameters: by name.
+            parameters: by name, each with a gradient.
             overflow_rate: 0 to 1.
             of: how many parameters there are, with or without a gradient, for the error.
+
+        Raises:
+            ValueError: if the gate is open and there is no parameter.
+            TypeError: if a gradient is not real floating point.
         """
-        self.clipped = bool(np.float32(overflow_rate) >= self._overflow_threshold)
-        gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+        is_open = bool(np.float32(overflow_rate) >= self._overflow_threshold)
+        gradients = _gradients(parameters)
         if not gradients:
-            if self.clipped:
+            if is_open:
                 raise ValueError(f"none of the {of} parameters has a gradient; call loss.backward() before clipping")
-            return False
+            return Look(is_open, None)
         float_tensors(gradients)
+        if not is_open and self._rule != "quantile" and self._nonfinite == "propagate":
+            return Look(is_open, None)
+        # Only where the norm is not finite, what is not is looked for.
+        norm = euclidean_norm(gradients)
+        if not math.isfinite(norm):
+            self.culprit = find_culprit(gradients, list(parameters))
+        return Look(is_open, norm)
+
+    def clip_(self, parameters: Mapping[str, Tensor], seen: Look) -> bool:
+        """Clip the gradients of parameters if the gate opens.
+
+        Args:
+            parameters: by name, each with a gradient.
+            seen: what :meth:`look` saw of them.
+        """
+        if not parameters:
+            return False
+        self.clipped, norm = seen
         threshold = self._threshold(parameters)
-        takes_norm = self.clipped or self._rule == "quantile"
-        if takes_norm or self._nonfinite != "propagate":
-            norm = self._norm(gradients, list(parameters))
-            self.total_norm = norm if takes_norm else NOT_MEASURED
-        if self._rule == "quantile" and math.isfinite(self.total_norm) and self.total_norm > 0:
-            self._norms = [*self._norms, self.total_norm][-self._norm_window :]
+        if self.culprit.count and self._nonfinite == "zero":
+            gradients = _gradients(parameters)
+            zero_nonfinite_(gradients)
+            norm = euclidean_norm(gradients)
+        if norm is None or not (self.clipped or self._rule == "quantile"):
+            return self.clipped
+        self.total_norm = norm
+        if self._rule == "quantile" and math.isfinite(norm) and norm > 0:
+            self._norms = [*self._norms, norm][-self._norm_window :]
         if self.clipped:
-            scale_to_(list(parameters.values()), threshold, self.total_norm, self._foreach)
+            scale_to_(list(parameters.values()), threshold, norm, self._foreach)
         return self.clipped
 
     def remembered(self) -> dict[str, Any]:
@@ -117,35 +154,33 @@ class ClipGroup:
             return float(np.float32(self._base * measure))
 
     def _largest_scale(self) -> float:
-        amaxes = torch.tensor([max(each) for each in self._amaxes.values() if max(each) > 0], dtype=torch.float32)
-        if not amaxes.numel():
+        # Subnormals are none: XLA's CPU backend reads them as zero.
+        seen = [each for each in self._amaxes.values() if max(each) >= _MIN_NORMAL]
+        if not seen:
             return math.inf
-        return float(power_of_two_scale(amaxes, self.format.max_representable_value).max())
+        return float(delayed_scale(_history(seen, self._window), self.format.max_representable_value).max())
 
     def _push_amaxes(self, parameters: Mapping[str, Tensor]) -> None:
-        gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
-        seen = over_shards([amax(local(gradient)) for gradient in gradients], gradients, "max").tolist()
-        for name, value in zip(parameters, seen, strict=True):
-            if math.isfinite(value):
-                self._amaxes[name] = [*self._amaxes.get(name, []), value][-self._window :]
+        gradients = _gradients(parameters)
+        seen = over_shards([amax(local(gradient)) for gradient in gradients], gradients, "max").cpu()
+        history = _history([self._amaxes.get(name, []) for name in parameters], self._window)
+        for name, pushed in zip(parameters, push_amax(history, seen).T.tolist(), strict=True):
+            self._amaxes[name] = pushed
 
     def _quantile_of_norms(self) -> float:
         if len(self._norms) < NORMS_NEEDED:
             return math.inf
         return sorted(self._norms)[quantile_index(len(self._norms), self._quantile)]
 
-    def _norm(self, gradients: Sequence[Tensor], names: Sequence[str]) -> float:
-        """The norm, once what is not finite has been dealt with. Only where the norm is not, is it looked for."""
-        norm = euclidean_norm(gradients)
-        if math.isfinite(norm):
-            return norm
-        self.culprit = find_culprit(gradients, names)
-        if self.culprit.count and self._nonfinite == "raise":
-            raise_for(gradients, names)
-        if self.culprit.count and self._nonfinite == "zero":
-            zero_nonfinite_(gradients)
-            return euclidean_norm(gradients)
-        return norm
+
+def _gradients(parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+
+
+def _history(amaxes: Sequence[Sequence[float]], window: int) -> Tensor:
+    """Histories of tensors side by side: float32 of shape ``(window, tensors)``, oldest first, 0 where empty."""
+    filled = [[*[0.0] * window, *each][-window:] for each in amaxes]
+    return torch.tensor(filled, dtype=torch.float32, device="cpu").T
 
 
 @torch.no_grad()

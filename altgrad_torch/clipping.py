@@ -8,18 +8,19 @@ same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from altgrad_core.clip_rules import ClipRule, check_quantile, check_rule
 from altgrad_core.errors import InputError
+from altgrad_core.format_trees import FormatTree, formats_of_groups
 from altgrad_core.formats import Format, parse
 from altgrad_core.nonfinite import Nonfinite, check_nonfinite
 from altgrad_core.norms import check_norm_type
-from altgrad_core.patterns import group_by_pattern
 from altgrad_core.scaling import check_window
 from altgrad_core.stability import check_base_clip, check_max_norm, check_rate
 from altgrad_torch.clip_groups import ClipGroup, scale_to_, sum_parts_, zero_
@@ -74,7 +75,7 @@ def clip_grad_norm_(
     (5.0, [0.6, 0.8])
     """
     listed = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    check_norm_type(norm_type)
+    order = check_norm_type(norm_type)
     check_nonfinite(nonfinite)
     if format is None:
         if overflow_rate is not None:
@@ -83,10 +84,10 @@ def clip_grad_norm_(
             )
         if max_norm is None:
             raise InputError("max_norm is missing; expected the largest norm to let through, or a format")
-        return _clip_together_(listed, check_max_norm(max_norm), norm_type, nonfinite, foreach)
+        return _clip_together_(listed, check_max_norm(max_norm), order, nonfinite, foreach)
     if overflow_rate is None:
         raise InputError("overflow_rate is missing: with a format the gate needs the rate of gradients that overflow")
-    if norm_type != 2:
+    if order != 2:
         raise InputError(f"norm_type={norm_type} would have no effect: with a format the norm is the Euclidean one")
     clipper = PartitionRelativeClipper(
         format, 1.0 if max_norm is None else max_norm, overflow_threshold, nonfinite=nonfinite, foreach=foreach
@@ -127,8 +128,10 @@ class PartitionRelativeClipper:
 
     Args:
         format: a name or a :class:`~altgrad_core.formats.Format`; or formats for groups of parameters, each with its
-            own rate, norm and gate: by regular expressions on names such as ``attn\..*``, of which the first full
-            match counts.
+            own rate, norm and gate. A flat mapping is of rules: regular expressions on names such as ``attn\..*``, of
+            which the first full match counts. A nested one is a tree: ``{"attn": {"q": "E3M4"}, "mlp": "E5M2"}``, where
+            each format makes a group of all parameters at or below its place, named by it: ``attn.q``. It has to have
+            one for every parameter.
         base_clip: the threshold that E5M2 would have; positive.
         overflow_threshold: the rate, 0 to 1, at and above which gradients are clipped.
         rule: what the threshold follows; see :data:`altgrad_core.clip_rules.ClipRule`. ``scaled_max`` reads the
@@ -141,8 +144,8 @@ class PartitionRelativeClipper:
         foreach: see :func:`clip_grad_norm_`.
 
     Attributes:
-        groups: by pattern, what each group clips by and saw at the last call: its ``clip_threshold``, ``total_norm``,
-            ``clipped`` and ``culprit``. One format makes one group, ``.*``.
+        groups: by pattern or place, what each group clips by and saw at the last call: its ``clip_threshold``,
+            ``total_norm``, ``clipped`` and ``culprit``. One format makes one group, ``.*``.
 
     Raises:
         ValueError: for values out of range or without effect.
@@ -157,7 +160,7 @@ class PartitionRelativeClipper:
 
     def __init__(
         self,
-        format: str | Format | Mapping[str, str | Format],
+        format: FormatTree[str | Format],
         base_clip: float = 1.0,
         overflow_threshold: float = 0.01,
         *,
@@ -175,16 +178,16 @@ class PartitionRelativeClipper:
             raise InputError(f"window={window!r} would have no effect: the rule is {rule!r}, not 'scaled_max'")
         history = 16 if window is None else window
         check_window(history)
-        formats = format if isinstance(format, Mapping) else {".*": format}
-        if not formats:
-            raise InputError("there are no rules; expected at least one, such as {'.*': 'E5M2'}")
+        groups = format if isinstance(format, (Mapping, list, tuple)) else {".*": format}
+        formats, self._positions = formats_of_groups(groups, ".")
         base, threshold = check_base_clip(base_clip), check_rate("overflow_threshold", overflow_threshold)
         self.overflow_threshold = threshold
         self.groups = {
-            pattern: ClipGroup(parse(each), base, threshold, rule, history, *norms, nonfinite, foreach)
-            for pattern, each in formats.items()
+            name: ClipGroup(parse(each), base, threshold, rule, int(history), *norms, nonfinite, foreach)
+            for name, each in formats.items()
         }
         self._nonfinite = nonfinite
+        self._culprit = Culprit.none()
 
     @property
     def format(self) -> Format:
@@ -205,10 +208,9 @@ class PartitionRelativeClipper:
     def culprit(self) -> Culprit:
         """The first parameter whose gradient was not finite at the last call, by its name, and how many elements were.
 
-        Without a module, the name is the parameter's number.
+        The first in the module's order, whatever the groups. Without a module, the name is the parameter's number.
         """
-        found = [group.culprit for group in self.groups.values() if group.culprit.count]
-        return Culprit(found[0].name, sum(each.count for each in found)) if found else Culprit.none()
+        return self._culprit
 
     @property
     def _only(self) -> ClipGroup:
@@ -226,27 +228,34 @@ class PartitionRelativeClipper:
         Args:
             model: a module, or its parameters; with groups, a module.
             overflow_rate: fraction of gradient elements that overflow, 0 to 1, compared in float32; with groups also a
-                mapping of their patterns to one each.
+                mapping of their names to one each.
 
         Returns:
             Whether the gate was open, so that the rule was applied: of one group at least.
 
         Raises:
             ValueError: if the rate is outside [0, 1] or NaN, or if the gate is open and nothing has a gradient.
-            FloatingPointError: with ``nonfinite="raise"``.
+            FloatingPointError: with ``nonfinite="raise"``, before any gradient is clipped.
         """
         named = _named(model, grouped=list(self.groups) != [".*"])
         sum_parts_(named.values())
+        self._culprit = Culprit.none()
         for group in self.groups.values():
             group.forget()
         rates = self._rates(overflow_rate)
-        positions = group_by_pattern(list(named), list(self.groups)) if named else dict.fromkeys(self.groups, ())
+        positions = self._positions(list(named)) if named else dict.fromkeys(self.groups, ())
         parts = {name: {key: named[key] for key in (list(named)[k] for k in at)} for name, at in positions.items()}
         with_gradient = {
             name: {key: parameter for key, parameter in part.items() if parameter.grad is not None}
             for name, part in parts.items()
         }
-        opened = [group.clip_(with_gradient[name], rates[name], len(named)) for name, group in self.groups.items()]
+        # All are looked at before any is clipped: an error leaves everything as it was.
+        seen = {name: group.look(with_gradient[name], rates[name], len(named)) for name, group in self.groups.items()}
+        self._culprit = self._first_of(list(named))
+        if self._nonfinite == "raise" and self.culprit.count:
+            bad = {key: parameter.grad for key, parameter in named.items() if parameter.grad is not None}
+            raise_for(list(bad.values()), list(bad))
+        opened = [group.clip_(with_gradient[name], seen[name]) for name, group in self.groups.items()]
         if self._nonfinite == "skip" and self.culprit.count:
             zero_(p.grad for part in with_gradient.values() for p in part.values() if p.grad is not None)
         return any(opened)
@@ -275,14 +284,28 @@ class PartitionRelativeClipper:
         for name, group in self.groups.items():
             group.remember(state[name])
 
+    def _first_of(self, names: Sequence[str]) -> Culprit:
+        """Of what the groups found, the first by the order of names, with the count of all."""
+        found = [group.culprit for group in self.groups.values() if group.culprit.name is not None]
+        first = min((names.index(each.name) for each in found), default=None)
+        return Culprit.none() if first is None else Culprit(names[first], sum(each.count for each in found))
+
     def _rates(self, overflow_rate: float | Tensor | Mapping[str, float | Tensor]) -> dict[str, float]:
         if not isinstance(overflow_rate, Mapping):
-            return dict.fromkeys(self.groups, check_rate("overflow_rate", float(overflow_rate)))
+            return dict.fromkeys(self.groups, _checked_rate(overflow_rate))
         if set(overflow_rate) != set(self.groups):
             raise InputError(
                 f"overflow_rate is given for {', '.join(overflow_rate)}; expected {', '.join(self.groups)}"
             )
-        return {name: check_rate("overflow_rate", float(rate)) for name, rate in overflow_rate.items()}
+        return {name: _checked_rate(rate) for name, rate in overflow_rate.items()}
+
+
+def _checked_rate(overflow_rate: float | Tensor | np.ndarray) -> float:
+    if isinstance(overflow_rate, (Tensor, np.ndarray)):
+        if overflow_rate.ndim:
+            raise InputError(f"overflow_rate has the shape {tuple(overflow_rate.shape)}; expected one number")
+        overflow_rate = float(overflow_rate)
+    return check_rate("overflow_rate", overflow_rate)
 
 
 def _named(model: Parameters, grouped: bool) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Rules, groups and policies of the clippers in optax, and the ways in which optax may wrap them."""
 
 import math
+import warnings
 from typing import Any
 
 import chex
@@ -16,7 +17,7 @@ from altgrad_core.errors import InputError
 from altgrad_core.formats import EIGHT, FORMAT_REGISTRY, parse
 from altgrad_core.patterns import group_by_pattern
 from altgrad_core.stability import clip_threshold
-from altgrad_jax import FormatParams, clip_by_global_norm, partition_relative_clip, set_format
+from altgrad_jax import FormatParams, clip_by_global_norm, partition_relative_clip, set_format, skip_nonfinite
 from altgrad_jax.clip_groups import format_threshold as traced_threshold
 from altgrad_jax.nonfinite import leaf_path
 
@@ -147,11 +148,64 @@ def test_rules_that_match_nothing_or_leave_something_out() -> None:
         partition_relative_clip({"conv/.*": "E3M4", ".*": "E5M2"}).init(GRADS)
     with pytest.raises(InputError, match="no rule matches 'mlp/up'"):
         partition_relative_clip({"attn/.*": "E3M4"}).init(GRADS)
-    with pytest.raises(InputError, match=r"the rule '\(' is no regular expression"):
-        group_by_pattern(["a"], ["("])
+    for use in (lambda rule: group_by_pattern(["a"], [rule]), lambda rule: partition_relative_clip({rule: "E5M2"})):
+        with pytest.raises(InputError, match=r"the rule '\(' is no regular expression"):
+            use("(")
     tx = partition_relative_clip({"attn/.*": "E3M4", ".*": "E5M2"})
     with pytest.raises(InputError, match=r"overflow_rate is given for attn; expected attn/\.\*"):
         tx.update(GRADS, tx.init(GRADS), overflow_rate={"attn": 0.1})
+
+
+def test_a_tree_of_formats_makes_a_group_of_each_place() -> None:
+    grads = {"attn": {"q": jnp.array([3.0, 4.0]), "k": jnp.ones(2)}, "mlp": [{"up": jnp.ones(1), "b": jnp.ones(3)}]}
+    tree = partition_relative_clip({"attn": {"q": "E3M4", "k": FormatParams.from_format("E4M3")}, "mlp": "E5M2"})
+    rules = partition_relative_clip({"attn/q": "E3M4", "attn/k": "E4M3", "mlp/.*": "E5M2"})
+    names = {"attn/q": "attn/q", "attn/k": "attn/k", "mlp": "mlp/.*"}
+    state, expected = tree.init(grads), rules.init(grads)
+    assert set(state.groups) == set(names)
+    for rates in (0.5, {"attn/q": 0.5, "attn/k": 0.0, "mlp": 0.5}):
+        as_rules = {names[name]: rate for name, rate in rates.items()} if isinstance(rates, dict) else rates
+        updates, state = jax.jit(lambda g, s, r: tree.update(g, s, overflow_rate=r))(grads, state, rates)
+        clipped, expected = rules.update(grads, expected, overflow_rate=as_rules)
+        jax.tree.map(np.testing.assert_array_equal, updates, clipped)
+        for name, rule in names.items():
+            jax.tree.map(np.testing.assert_array_equal, state.groups[name], expected.groups[rule])
+    state = set_format(state, {"attn/q": "E5M2"})
+    assert [float(state.groups[name].format.max_value) for name in names] == [57344.0, 448.0, 57344.0]
+
+
+def test_trees_over_lists_and_beside_injected_hyperparameters() -> None:
+    grads = [jnp.array([3.0]), {"w": jnp.array([4.0])}]
+    for formats in (["E3M4", "E5M2"], ("E3M4", {"w": "E5M2"})):
+        tx = optax.inject_hyperparams(partition_relative_clip)(formats, 0.5)
+        _, state = jax.jit(lambda g, s, tx=tx: tx.update(g, s, overflow_rate=0.5))(grads, tx.init(grads))
+        groups = state.inner_state.groups.values()
+        assert [float(group.threshold) for group in groups] == [clip_threshold("E3M4", 0.5), 0.5]
+
+
+@pytest.mark.parametrize(
+    ("formats", "told"),
+    [
+        (
+            {"attn": {"k": "E3M4"}, "mlp": "E5M2"},
+            "the tree of formats has none for 'attn/q'; it has those of attn/k, mlp",
+        ),
+        (
+            {"attn": {"q": "E3M4", "v": "E3M4"}, "mlp": "E5M2"},
+            "has one for 'attn/v', where no parameter is.* attn/q, mlp",
+        ),
+        ({"attn": {"q": "E3M4"}, "mlp/.*": "E5M2"}, r"has none for 'mlp/up'; it has those of attn/q, mlp/\.\*"),
+        ({"attn": {"q": "E3M4"}, "mlp": {}}, "has none for 'mlp/up'"),
+        ({"attn": {"q": "E3M4"}, "attn/q": "E5M2"}, "has two for 'attn/q'"),
+        ({"attn": {}}, "there are no rules, and no formats in a tree"),
+        ([], "there are no rules, and no formats in a tree"),
+        ({"attn": {"q": "E3M5x"}, "mlp": "E5M2"}, "E3M5x"),
+        ({"attn": "E3M4", "mlp": "E5M2"}, "no rule matches 'attn/q'"),  # a flat mapping is of rules
+    ],
+)
+def test_bad_trees_of_formats(formats: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        partition_relative_clip(formats).init(GRADS)
 
 
 # ---- what is not finite
@@ -226,22 +280,45 @@ def test_limits_without_effect() -> None:
 # ---- optax's habits
 
 NAMES = (
-    "adabelief adadelta adafactor adagrad adam adamax adamaxw adamw adan amsgrad fromage lamb lars lion nadam nadamw "
-    "novograd optimistic_gradient_descent radam rmsprop rprop sgd sign_sgd sm3 yogi"
+    "adabelief adadelta adafactor adagrad adam adamax adamaxw adamw adan amsgrad fromage lamb lars lbfgs lion nadam "
+    "nadamw noisy_sgd novograd optimistic_adam optimistic_adam_v2 optimistic_gradient_descent polyak_sgd radam rmsprop "
+    "rprop sgd sign_sgd signum sm3 yogi"
 )
-ALIASES = {name: getattr(optax, name)(1e-2) for name in NAMES.split(" ")}
+ARGUMENTS = {"noisy_sgd": {"key": jax.random.key(0)}, "optimistic_adam": {"optimism": 1e-2}}
+with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of optimistic_adam
+    ALIASES = {name: getattr(optax, name)(1e-2, **ARGUMENTS.get(name, {})) for name in NAMES.split(" ")}
+
+
+def loss(params: Any, overflow_rate: jax.Array) -> jax.Array:
+    """The line search of L-BFGS hands the loss all extra arguments, and refuses those that it does not take."""
+    del overflow_rate
+    return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+
+# What these two are given beside the gradients: the loss, and for the line search also itself and the gradients that it
+# has without a clipper.
+BESIDE = {
+    "polyak_sgd": {"value": jnp.float32(1.0)},
+    "lbfgs": {"value": jnp.float32(1.0), "grad": GRADS, "value_fn": loss},
+}
 
 
 @pytest.mark.parametrize("alias", ALIASES)
 def test_before_every_optimizer(alias: str) -> None:
     """Its numbers are found, and a step leaves the state as it was in structure, shapes, dtypes: nothing retraces."""
     tx, params = optax.chain(partition_relative_clip("E3M4"), ALIASES[alias]), jax.tree.map(jnp.ones_like, GRADS)
-    step = lambda grads, state, rate: tx.update(grads, state, params, overflow_rate=rate)  # noqa: E731
+    beside = BESIDE.get(alias, {})
+    step = lambda grads, state, rate: tx.update(grads, state, params, overflow_rate=rate, **beside)  # noqa: E731
     state = tx.init(params)
     updates, after = jax.eval_shape(step, GRADS, state, jnp.float32(0.5))
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, GRADS)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, jax.eval_shape(lambda: state))
     assert optax.tree.get(after, "total_norm").dtype == jnp.float32
+
+
+def test_every_optimizer_is_tried() -> None:
+    aliases = {name for name, each in vars(optax._src.alias).items() if getattr(optax, name, None) is each}
+    assert {name for name in aliases if callable(getattr(optax, name)) and name.islower()} == set(ALIASES)
 
 
 @pytest.mark.parametrize(
@@ -287,9 +364,7 @@ def test_a_state_is_saved_and_restored(rule: Any, tmp_path: Any) -> None:
 
 
 def test_injected_hyperparameters_of_the_clipper_itself() -> None:
-    tx = optax.inject_hyperparams(partition_relative_clip, static_args=("rule", "window", "nonfinite"))(
-        "E5M2", base_clip=0.5, overflow_threshold=0.1
-    )
+    tx = optax.inject_hyperparams(partition_relative_clip)("E5M2", base_clip=0.5, overflow_threshold=0.1)
     state = tx.init(GRADS)
     update = jax.jit(lambda g, s: tx.update(g, s, overflow_rate=0.2))
     updates, state = update(GRADS, state)
@@ -298,6 +373,34 @@ def test_injected_hyperparameters_of_the_clipper_itself() -> None:
     state.hyperparams["overflow_threshold"] = jnp.float32(0.3)
     updates, _ = update(GRADS, state)
     np.testing.assert_array_equal(updates["attn"]["q"], GRADS["attn"]["q"])
+
+
+ELEMENTS = {
+    "clip_by_global_norm": clip_by_global_norm(1.0),
+    "one format": partition_relative_clip("E3M4", rule="quantile"),
+    "scaled_max": partition_relative_clip("E3M4", rule="scaled_max", nonfinite="zero"),
+    "groups": partition_relative_clip({"attn/.*": "E3M4", ".*": "E5M2"}, nonfinite="skip"),
+    "raising": partition_relative_clip("E3M4", nonfinite="raise"),
+    "skip_nonfinite": skip_nonfinite(optax.chain(partition_relative_clip("E3M4"), optax.adam(1e-2))),
+}
+
+
+@pytest.mark.parametrize("extra", [{}, {"overflow_rate": 0.5}], ids=["measured", "given"])
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_a_label_may_have_no_parameters(element: str, extra: dict[str, float]) -> None:
+    """An empty tree passes, as it does through optax's own elements, and nothing was measured."""
+    tx = optax.partition({"a": optax.sgd(0.5), "b": ELEMENTS[element]}, {"attn": "a", "mlp": "a"})
+    state = tx.init(GRADS)
+    ways = (tx.update,) if element == "raising" else (tx.update, jax.jit(tx.update))
+    for update in ways:
+        updates, after = update(GRADS, state, GRADS, **extra)
+        jax.tree.map(lambda u, g: np.testing.assert_array_equal(u, -0.5 * g), updates, GRADS)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        assert all(float(norm) == -1 for _, norm in optax.tree.get_all_with_path(after, "total_norm"))
+        assert not any(clipped for _, clipped in optax.tree.get_all_with_path(after, "clipped"))
+    for empty in ({}, [], (), None, {"a": []}):
+        updates, _ = ELEMENTS[element].update(empty, ELEMENTS[element].init(empty), empty)
+        assert jax.tree.structure(updates) == jax.tree.structure(empty)
 
 
 def test_several_in_one_chain_are_told_apart() -> None:

@@ -138,10 +138,9 @@ def test_norm_shows_what_is_not_finite(bad: float) -> None:
 
 
 @pytest.mark.parametrize("empty", [{}, [], (), None, {"a": []}])
-def test_empty_tree_is_an_error(empty: Any) -> None:
-    for use in (global_norm, partition_relative_clip("E5M2").init, lambda t: clip_by_global_norm(1.0).update(t, None)):
-        with pytest.raises(ValueError, match="empty"):
-            use(empty)
+def test_the_norm_of_an_empty_tree_is_an_error(empty: Any) -> None:
+    with pytest.raises(ValueError, match="empty"):
+        global_norm(empty)
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64, jnp.bool_])

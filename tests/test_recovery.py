@@ -142,6 +142,55 @@ def test_strict_promotion_and_x64() -> None:
         chex.assert_trees_all_equal_shapes_and_dtypes((updates, state), (wide, tx.init(wide)))
 
 
+@pytest.mark.parametrize("bad", [1.0, np.nan])
+@pytest.mark.parametrize(
+    ("inner", "dtype", "of_params"),
+    [
+        (optax.adamw(0.1), jnp.bfloat16, jnp.float32),
+        (optax.sgd(0.1, momentum=0.9), jnp.float32, jnp.bfloat16),  # its moments are of bfloat16 until the first step
+        (optax.chain(optax.noisy_sgd(0.1, key=jax.random.key(0)), optax.scale(1.0)), jnp.float16, jnp.float32),
+    ],
+    ids=["adamw", "momentum", "noise"],
+)
+def test_updates_have_the_dtypes_of_the_inner_ones(inner: Any, dtype: Any, of_params: Any, bad: float) -> None:
+    params = jax.tree.map(lambda leaf: leaf.astype(of_params), PARAMS)
+    grads = jax.tree.map(lambda leaf: (leaf * bad).astype(dtype), PARAMS)
+    tx = skip_nonfinite(inner)
+    expected, inner_state = inner.update(grads, inner.init(params), params)
+    for wrap in (jax.jit, lambda update: update):
+        updates, state = wrap(tx.update)(grads, tx.init(params), params)
+        chex.assert_trees_all_equal_shapes_and_dtypes((updates, state.inner_state), (expected, inner_state))
+        assert bool(state.finite) is (bad == 1.0)
+        if not state.finite:
+            assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
+            jax.tree.map(np.testing.assert_array_equal, raw(state.inner_state), raw(inner.init(params)))
+
+
+def raw(tree: Any) -> Any:
+    """The tree with the words of its PRNG keys."""
+    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree)
+
+
+def test_integers_pass_beside_what_is_skipped() -> None:
+    tx = skip_nonfinite(optax.identity())
+    grads = {"steps": jnp.arange(3), "w": jnp.array([1.0, 2.0])}
+    updates, _ = tx.update(grads, tx.init(grads))
+    jax.tree.map(np.testing.assert_array_equal, updates, grads)
+    updates, _ = tx.update({**grads, "w": grads["w"] * jnp.nan}, tx.init(grads))
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, grads)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
+
+
+def test_half_precision_is_skipped_inside_shard_map() -> None:
+    inner = optax.stateless(lambda updates, params: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), updates))
+    tx = skip_nonfinite(inner, axis_name="data")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    spec = jax.sharding.PartitionSpec("data")
+    update = jax.shard_map(lambda x: tx.update(x, tx.init(x))[0], mesh=mesh, in_specs=spec, out_specs=spec)
+    assert jax.jit(update)(jnp.array([1.0, jnp.nan], jnp.bfloat16)).tolist() == [0.0, 0.0]
+
+
 # ---- all_finite, select_if_finite
 
 

@@ -12,12 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from altgrad_core.clip_rules import check_quantile
+from altgrad_core.errors import InputError
 from altgrad_core.formats import EIGHT, FORMAT_REGISTRY, Format, UnknownFormatError, parse
+from altgrad_core.norms import check_norm_type
+from altgrad_core.scaling import check_window
 from altgrad_core.stability import (
     CLIP_EPSILON,
     FORMAT_FALLBACK,
     EmergencyMantissaShift,
     check_base_clip,
+    check_epsilon,
+    check_max_norm,
     check_rate,
     clip_threshold,
 )
@@ -76,7 +82,9 @@ def test_known_thresholds() -> None:
     assert CLIP_EPSILON == 1e-6
 
 
-@pytest.mark.parametrize("base_clip", [0, 0.0, -1.0, math.inf, -math.inf, math.nan, "1", None, [1.0]])
+@pytest.mark.parametrize(
+    "base_clip", [0, 0.0, -1.0, math.inf, -math.inf, math.nan, "1", None, [1.0], True, pytest.param(10**400, id="huge")]
+)
 def test_base_clip_is_a_positive_finite_number(base_clip: object) -> None:
     with pytest.raises(ValueError, match="base_clip is"):
         check_base_clip(base_clip)  # type: ignore[arg-type]
@@ -84,20 +92,50 @@ def test_base_clip_is_a_positive_finite_number(base_clip: object) -> None:
         clip_threshold("E5M2", base_clip)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("base_clip", [1, 1e-30, np.float64(2.5)])
+@pytest.mark.parametrize(
+    "base_clip", [1, 1e-30, np.float64(2.5), np.float32(0.1), np.float16(1), np.int64(3), Fraction(1, 3)]
+)
 def test_good_base_clips(base_clip: float) -> None:
-    assert check_base_clip(base_clip) == base_clip
+    assert check_base_clip(base_clip) == float(base_clip)
+    assert type(check_base_clip(base_clip)) is float
 
 
-@pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan, math.inf, -math.inf, "0.5", None])
+@pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan, math.inf, -math.inf, "0.5", None, True])
 def test_rates_lie_between_zero_and_one(rate: object) -> None:
     with pytest.raises(ValueError, match="some_rate is"):
         check_rate("some_rate", rate)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("rate", [0, 1, 0.0, -0.0, 1.0, 5e-324, np.float64(0.3)])
+@pytest.mark.parametrize("rate", [0, 1, 0.0, -0.0, 1.0, 5e-324, np.float64(0.3), np.float32(0.3), np.int64(1)])
 def test_good_rates(rate: float) -> None:
     assert check_rate("some_rate", rate) == rate
+
+
+def test_good_limits_of_norms() -> None:
+    for good in (0, 1, np.float32(0.1), np.int64(2), math.inf):
+        assert check_max_norm(good) == good
+        assert type(check_max_norm(good)) is float
+    for good in (0, 1e-6, np.float32(1e-6)):
+        assert check_epsilon(good) == good
+    for good in (1, np.float32(2), np.int64(3), math.inf):
+        assert check_norm_type(good) == good
+
+
+@pytest.mark.parametrize(
+    "bad", [-1, np.float32(-1), math.nan, np.float32(np.nan), True, "1", None, pytest.param(10**400, id="huge")]
+)
+def test_bad_limits_of_norms(bad: object) -> None:
+    for check in (check_max_norm, check_epsilon, check_norm_type):
+        with pytest.raises(InputError, match=r"(max_norm|eps|norm_type) is"):
+            check(bad)
+
+
+def test_numpy_integers_are_windows() -> None:
+    check_window(np.int64(4))
+    assert check_quantile(np.float32(0.5), np.int64(8), "quantile") == (0.5, 8)
+    for bad in (True, 0, 4.0, np.float32(4)):
+        with pytest.raises(InputError, match="window is"):
+            check_window(bad)
 
 
 def test_threshold_of_an_unknown_format() -> None:

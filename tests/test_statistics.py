@@ -375,6 +375,14 @@ def test_monitor_mask() -> None:
     assert [leaf.shape for leaf in (tx.init(params).stall_rates, state.stall_rates)] == [(1,), (1,)]
 
 
+def test_a_stall_monitor_that_no_parameter_is_for() -> None:
+    elements = {"watched": stall_monitor("E5M2"), "free": optax.sgd(0.5)}
+    params = {"w": jnp.ones(2)}
+    tx = optax.partition(elements, {"w": "free"})
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert updates["w"].tolist() == [-0.5, -0.5]
+
+
 def test_monitor_follows_set_format_and_needs_params() -> None:
     params = {"w": jnp.ones(1)}
     tx = stall_monitor("E0M7")
