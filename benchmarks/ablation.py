@@ -269,8 +269,9 @@ Written by `python -m benchmarks.ablation --write` on {machine(("jax", "optax", 
 A character GPT (2 layers of 64, batches of {_BATCH} x {_CONTEXT}, {steps} steps, {len(done)} runs) on the Shakespeare
 that ships. Numbers are differences of held-out loss, in nats, to the first column: the mean over {seeds} paired seeds
 and its 95% confidence interval (Student's t). **Bold** is better with confidence, _italic_ worse. "open" is the share
-of steps in which the gate was open. One learning rate, one small model, many comparisons without a correction for their
-number: leads, not laws."""
+of steps in which the gate was open; `ungated` clips to the base at every step, by torch's rule, which differs from
+`optax.clip_by_global_norm` by the 1e-6 beside the norm. One learning rate, one small model, many comparisons without a
+correction for their number: leads, not laws."""
     PAGE.write_text("\n".join([head, *tables(done)]) + "\n")
     return PAGE
 
