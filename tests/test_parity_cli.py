@@ -81,6 +81,7 @@ def test_a_pair_that_stays_together(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert run(monkeypatch, *near, "--steps", "9", "--tolerance-ulps", "99", "--repeat-steps", "0") == 0
     assert capsys.readouterr().out.startswith("jax and torch are within tolerance in 9 steps, ")
     assert run(monkeypatch, *near, "--steps", "9", "--tolerances", "w", "99", "--repeat-steps", "0") == 0
+    assert run(monkeypatch, *near, "--steps", "9", "--tolerances", ".*", "99", "--repeat-steps", "0") == 0
     capsys.readouterr()
     assert run(monkeypatch, *sides, "--steps", "2", "--ignore", "nan payload", "signed zero") == 0
     assert "identical in 2 steps, but for nan payload and signed zero" in capsys.readouterr().out
@@ -99,6 +100,13 @@ def test_a_pair_that_stays_together(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         (["--weights", "no_such_file"], "No such file or directory: 'no_such_file'"),
         (["--weights", "a_pair.py"], "a_pair.py is no whole safetensors file"),
         (["--jax", "a:b", "--seed", "1"], "--seed would have no effect with --jax and --torch"),
+        (["--seed", "-1"], "--seed is -1; expected 0 to 4294967295"),
+        (["--seed", "4294967296"], "--seed is 4294967296; expected 0 to 4294967295"),
+        (["--json", "."], "--json is ., which is a folder; expected a file"),
+        (["--html", ".."], "--html is .., which is a folder; expected a file"),
+        (["--save-weights", "."], "--save-weights is ., which is a folder; expected a file"),
+        (["--json", "x", "--html", "./x"], "--html is x, as --json is; expected another file"),
+        (["--html", "x", "--save-weights", "x"], "--save-weights is x, as --html is; expected another file"),
         (["--format", "E5N2"], "unknown format 'E5N2'"),
         (["--activation", "gelu"], "--activation gelu would have no effect: it is for --model gpt"),
         (["--rounding", "stochastic"], "only committed weights are rounded"),
@@ -200,6 +208,48 @@ def test_a_page_names_the_first_difference(folder: Path, monkeypatch: pytest.Mon
     assert "a_pair:jax_side and a_pair:torch_side" in page
 
 
+def bracketed(shape: Shape, recipe: Recipe, weights: object) -> tuple[Make[float], Make[float]]:
+    """Sides that differ in a tensor whose name rich would take for markup, and fail at."""
+
+    def side(value: float) -> Make[float]:
+        return lambda: (0.0, lambda state, step: (state, {"w[bold]/[/red]x": np.float32(value)}))
+
+    return side(1), side(2)
+
+
+def test_names_in_brackets_are_no_markup(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("altgrad.parity.twins.sides_of", bracketed)
+    assert run(monkeypatch, "--steps", "1", "--save-weights", "w[i]") == 1
+    said = capsys.readouterr().out
+    assert "step 0, w[bold]/[/red]x" in said
+    assert "w[i] is not written" in said
+
+
+def test_files_are_written_before_anything_is_printed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unread(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("altgrad.parity.twins.sides_of", bracketed)
+    monkeypatch.setattr("altgrad.parity.cli.print_lockstep", unread)
+    assert run(monkeypatch, "--steps", "1", "--json", "found.json", "--html", "found.html") == 130
+    assert json.loads((folder / "found.json").read_text())["first_difference"]["tensor"] == "w[bold]/[/red]x"
+    assert "w[bold]/[/red]x" in (folder / "found.html").read_text()
+
+
+def test_a_file_that_cannot_be_written_costs_no_verdict(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("altgrad.parity.twins.sides_of", bracketed)
+    monkeypatch.setattr(Path, "write_text", full)
+    assert run(monkeypatch, "--steps", "1", "--json", "found.json") == "altgrad: no space left"
+    assert capsys.readouterr().out.startswith("jax and torch part at step 0")
+
+
 def test_a_missing_framework_is_named(folder: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None; from altgrad.cli import main;"
@@ -228,6 +278,9 @@ def test_the_table_of_a_comparison() -> None:
     assert "is missing in torch" in said
     assert "float16 / float32" in said
     assert "cause: unknown" in said
+    said = printed(comparison_table(compare({"h[i]": 1.0, "w[bold]/[/red]x": 1.0}, {"h[i]": 1.0})))
+    assert "h[i] " in said
+    assert "w[bold]/[/red]x" in said
     many = {f"w{k}": np.float32(k) for k in range(100)}
     said = printed(comparison_table(compare(many, many | {"w99": np.float32(0)})))
     assert "w99" in said  # those that differ come first
@@ -238,3 +291,8 @@ def test_the_report_of_a_side_that_does_not_repeat_itself() -> None:
     count = iter(range(99))
     found = lockstep(*[lambda: (0, lambda state, k: (0, {"w": next(count)}))] * 2, steps=2, labels=("jax", "torch"))
     assert "jax does not repeat itself, so nothing was compared" in printed(lockstep_report(found))
+
+
+def test_labels_in_brackets_are_no_markup() -> None:
+    found = lockstep(*[lambda: (0, lambda state, k: (0, {"w": 1.0}))] * 2, steps=1, labels=("a[i]", "b[/red]"))
+    assert "a[i] against b[/red]" in printed(lockstep_report(found))

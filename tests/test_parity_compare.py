@@ -225,10 +225,23 @@ def test_tolerances_by_name() -> None:
     assert compare(a, b, tolerance_ulps={"w": 4, ".*": 1}).passed
 
 
+def test_tolerances_of_numpy() -> None:
+    a, b = np.float32([1, 2]), np.float32([1, 2 + 2**-21])
+    for tolerance in (np.int64(2), {".*": np.int64(2)}):
+        found = compare(a, b, tolerance_ulps=tolerance)
+        assert found.passed
+        json.dumps(found.as_dict())
+    assert not compare(a, b, tolerance_ulps=np.int64(1)).passed
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         ({"tolerance_ulps": -1}, "is -1; expected a whole number of steps"),
+        ({"tolerance_ulps": None}, "is None; expected a whole number of steps"),
+        ({"tolerance_ulps": 1.5}, "is 1.5; expected a whole number of steps"),
+        ({"tolerance_ulps": True}, "is True; expected a whole number of steps"),
+        ({"tolerance_ulps": {3: 1}}, "tolerance_ulps has 3; expected regular expressions"),
         ({"tolerance_ulps": {"w": 0.5}}, "'w' is 0.5"),
         ({"tolerance_ulps": {"wieght": 1}}, "'wieght', which matches no tensor; the nearest is 'weight'"),
         ({"tolerance_ulps": {"(": 1}}, "no regular expression"),

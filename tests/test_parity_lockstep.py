@@ -93,6 +93,41 @@ def test_within_a_tolerance() -> None:
     assert str(found).endswith("steps identical, all within tolerance")
 
 
+def evaluating(value: float, weight: float = 0.0) -> Make[None]:
+    """A side with a tensor that only its third step has."""
+
+    def step(state: None, k: int) -> tuple[None, Mapping[str, object]]:
+        seen = {"loss": np.float32(weight)}
+        return None, seen | ({"eval.loss": np.float32(value)} if k == 2 else {})
+
+    return lambda: (None, step)
+
+
+def test_a_tolerance_for_a_tensor_that_only_some_steps_have() -> None:
+    sides, allowed = (evaluating(1), evaluating(1 + 2**-22)), {"eval.*": 2}
+    assert lockstep(*sides, steps=4, tolerance_ulps=allowed).passed
+    assert lockstep(*sides, steps=4, tolerance_ulps=allowed, repeat_steps=0).passed
+    assert not lockstep(*sides, steps=4, tolerance_ulps={"eval.*": 1}).passed
+    with pytest.raises(InputError, match=r"'eval.*', which matches no tensor"):
+        lockstep(*sides, steps=2, tolerance_ulps=allowed)
+
+
+def test_a_run_that_parts_before_a_tolerance_matches() -> None:
+    """Where the sides' own runs came that far, it is no mistake; where they did not, what was found is told, too."""
+    sides, allowed = (evaluating(1), evaluating(1, weight=1)), {"eval.*": 2}
+    first = lockstep(*sides, steps=4, tolerance_ulps=allowed).first_difference
+    assert first is not None
+    assert (first.step, first.tensor.name) == (0, "loss")
+    with pytest.raises(InputError, match=r"'eval.*', which matches no tensor.*; step 0: loss differs in 1 of 1"):
+        lockstep(*sides, steps=4, tolerance_ulps=allowed, repeat_steps=0)
+
+
+def test_a_tolerance_of_numpy_is_written() -> None:
+    for tolerance, written in ((np.int64(2), 2), ({"w": np.int64(2)}, {"w": 2})):
+        found = lockstep(counting({"w": {}}), counting({"w": {}}), steps=1, tolerance_ulps=tolerance)
+        assert json.loads(json.dumps(found.as_dict()))["tolerance_ulps"] == written
+
+
 def test_what_is_written() -> None:
     found = lockstep(in_jax, in_torch, steps=3, labels=LABELS).as_dict()
     text = json.dumps(found, allow_nan=False)

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.text import Text
 
 from altgrad.parity.lockstep import Make, lockstep
 from altgrad.parity.records import Kind
+from altgrad.parity.runs import Lockstep
 from altgrad.parity.show import print_lockstep
+from altgrad.parity.tolerances import Tolerance
 from altgrad.parity.weights import keeping_weights, load_weights, save_weights
 from altgrad_core.errors import InputError
 from altgrad_core.twins import (
@@ -98,14 +101,20 @@ class ParityConfig:
         else:
             _check_named("--jax", self.jax)
             _check_named("--torch", self.torch)
-        for option, path in (("--json", self.json), ("--html", self.html), ("--save-weights", self.save_weights)):
-            if path is not None and not path.absolute().parent.is_dir():
-                raise InputError(f"{option} is {path}; expected a file in a folder that exists")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed is {self.seed}; expected 0 to {2**32 - 1}")
+        _check_outputs({"--json": self.json, "--html": self.html, "--save-weights": self.save_weights})
 
     def recipe(self) -> Recipe:
         """How the built-in pair trains."""
         given = {name: getattr(self, name) for name in _OF_THE_RECIPE}
         return Recipe(**{name: value for name, value in given.items() if value is not None})
+
+    def allowed(self) -> Tolerance:
+        """How far apart floats may be: by name first, ``--tolerance-ulps`` for what no pattern given matches."""
+        if not self.tolerances:
+            return self.tolerance_ulps
+        return {**self.tolerances, ".*": self.tolerances.get(".*", self.tolerance_ulps)}
 
     def about(self) -> str:
         """What is run, in a line."""
@@ -139,14 +148,22 @@ def parity(config: ParityConfig, console: Console | None = None) -> bool:
         jax_side,
         torch_side,
         steps=config.steps,
-        tolerance_ulps={**config.tolerances, ".*": config.tolerance_ulps}
-        if config.tolerances
-        else config.tolerance_ulps,
+        tolerance_ulps=config.allowed(),
         ignore=config.ignore,
         labels=("jax", "torch"),
         repeat_steps=config.repeat_steps,
     )
-    print_lockstep(found, console, config.about())
+    try:  # a reader who leaves early costs no file, and a full disk not the verdict
+        _write(config, found, kept)
+    finally:
+        print_lockstep(found, console, config.about())
+    if config.save_weights is not None and not found.passed:
+        console.print(Text(f"{config.save_weights} is not written: the two do not end with the same weights"))
+    return found.passed
+
+
+def _write(config: ParityConfig, found: Lockstep, weights: Mapping[str, object]) -> None:
+    """Write the files that are asked for; of the weights, only where the two end with the same."""
     if config.json is not None:
         about = {"about": config.about(), **found.as_dict()}
         config.json.write_text(json.dumps(about, indent=1, allow_nan=False) + "\n")
@@ -154,12 +171,8 @@ def parity(config: ParityConfig, console: Console | None = None) -> bool:
         from altgrad.parity.page import page_of
 
         config.html.write_text(page_of(found, config.about()), encoding="utf-8")
-    if config.save_weights is not None:
-        if found.passed:
-            save_weights(config.save_weights, kept)
-        else:
-            console.print(f"{config.save_weights} is not written: the two do not end with the same weights")
-    return found.passed
+    if config.save_weights is not None and found.passed:
+        save_weights(config.save_weights, weights)
 
 
 def _sides(config: ParityConfig) -> tuple[Make[Any], Make[Any]]:
@@ -170,6 +183,21 @@ def _sides(config: ParityConfig) -> tuple[Make[Any], Make[Any]]:
     shape = GPTShape(activation=config.activation or "relu") if config.model == "gpt" else MLPShape()
     weights = None if config.weights is None else load_weights(config.weights, shape)
     return sides_of(shape, config.recipe(), weights=weights)
+
+
+def _check_outputs(paths: Mapping[str, Path | None]) -> None:
+    """Refuse files that could not be written, or that one another would replace, before hours are spent on them."""
+    written: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
+            raise InputError(f"{option} is {path}; expected a file in a folder that exists")
+        if path.is_dir():
+            raise InputError(f"{option} is {path}, which is a folder; expected a file")
+        other = written.setdefault(path.resolve(), option)
+        if other != option:
+            raise InputError(f"{option} is {path}, as {other} is; expected another file")
 
 
 def _check_named(option: str, named: str | None) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import get_args
 
@@ -12,13 +11,8 @@ from altgrad.parity.causes import recognise
 from altgrad.parity.elements import compare_arrays
 from altgrad.parity.leaves import Leaf, named_tensors
 from altgrad.parity.records import Comparison, Kind, TensorRecord, first_difference
-from altgrad_core.errors import InputError, check_choice
-
-Tolerance = int | Mapping[str, int]
-"""Steps that tensors may be apart: one number for all, or regular expressions of whole names with one each.
-
-Of a mapping the first that matches counts, and what none matches has to be the same in every bit.
-"""
+from altgrad.parity.tolerances import Tolerance, Tolerances
+from altgrad_core.errors import check_choice
 
 
 def compare(
@@ -46,8 +40,8 @@ def compare(
         difference, if it can be told: see :func:`altgrad.parity.made_by`.
 
     Raises:
-        InputError: for a leaf that is no tensor, a tolerance that is negative or whose pattern matches nothing, and an
-            unknown kind.
+        InputError: for a leaf that is no tensor, a tolerance that is no whole number, is negative or whose pattern
+            matches nothing, and an unknown kind.
 
     >>> import numpy as np
     >>> found = compare({"w": np.float32([1, 2])}, {"w": np.float32([1, 2 + 2**-22])})
@@ -57,8 +51,11 @@ def compare(
     True
     """
     check_ignored(ignore)
+    tolerances = Tolerances(tolerance_ulps)
     a, b = named_tensors(tree_a), named_tensors(tree_b)
-    return compare_named(a, b, tolerance_ulps=tolerance_ulps, ignore=ignore, labels=labels)
+    tolerances.note([*a, *b])
+    tolerances.check_matched()
+    return compare_named(a, b, tolerances=tolerances, ignore=ignore, labels=labels)
 
 
 def check_ignored(kinds: Collection[Kind]) -> None:
@@ -75,17 +72,16 @@ def compare_named(
     a: Mapping[str, Leaf],
     b: Mapping[str, Leaf],
     *,
-    tolerance_ulps: Tolerance,
+    tolerances: Tolerances,
     ignore: Collection[Kind],
     labels: tuple[str, str],
 ) -> Comparison:
-    """:func:`compare` for tensors that have been named already."""
-    tolerances = _tolerances([*a, *(name for name in b if name not in a)], tolerance_ulps)
+    """:func:`compare` for tensors that have been named already, where patterns may match others than these."""
     records = [
-        compare_arrays(name, a[name].array, b[name].array, tolerances[name], ignore)
+        compare_arrays(name, a[name].array, b[name].array, tolerances.of(name), ignore)
         if name in a and name in b
         else _missing(name, a, b)
-        for name in tolerances
+        for name in dict.fromkeys((*a, *b))
     ]
     return Comparison(tuple(records), labels, _cause(first_difference(records), a, b))
 
@@ -96,33 +92,6 @@ def _cause(first: TensorRecord | None, a: Mapping[str, Leaf], b: Mapping[str, Le
     if first.problem == "missing":
         return Cause(("missing",))
     return recognise(a[first.name], b[first.name])
-
-
-def _tolerances(names: Sequence[str], tolerance: Tolerance) -> dict[str, int]:
-    by_pattern = {".*": tolerance} if isinstance(tolerance, int) else dict(tolerance)
-    for pattern, ulps in by_pattern.items():
-        if isinstance(ulps, bool) or not isinstance(ulps, int) or ulps < 0:
-            raise InputError(f"tolerance_ulps of {pattern!r} is {ulps!r}; expected a whole number of steps, 0 or more")
-    if isinstance(tolerance, int):
-        return dict.fromkeys(names, tolerance)
-    compiled = {pattern: _compiled(pattern) for pattern in by_pattern}
-    for pattern, expression in compiled.items():
-        if not any(expression.fullmatch(name) for name in names):
-            raise InputError(f"tolerance_ulps has {pattern!r}, which matches no tensor{_nearest(pattern, names)}")
-    first = {name: next((each for each in compiled if compiled[each].fullmatch(name)), None) for name in names}
-    return {name: 0 if pattern is None else by_pattern[pattern] for name, pattern in first.items()}
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"tolerance_ulps has {pattern!r}, which is no regular expression: {error}") from None
-
-
-def _nearest(name: str, names: Sequence[str]) -> str:
-    near = get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; the nearest is {near[0]!r}" if near else ""
 
 
 def _missing(name: str, a: Mapping[str, Leaf], b: Mapping[str, Leaf]) -> TensorRecord:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Generic, TypeVar
 
-from altgrad.parity.compare import Tolerance, check_ignored, compare_named
+from altgrad.parity.compare import check_ignored, compare_named
 from altgrad.parity.environment import Environment
 from altgrad.parity.leaves import Leaf, named_tensors
 from altgrad.parity.records import Comparison, Kind
 from altgrad.parity.runs import Difference, Lockstep, Run, StepRecord
+from altgrad.parity.tolerances import Tolerance, Tolerances
 from altgrad_core.errors import InputError
 
 State = TypeVar("State")
@@ -48,7 +49,8 @@ def lockstep(
         make_a: returns ``(state, step)``, everything built anew; see :data:`Make` and :data:`Step`.
         make_b: the other side's, of any framework. Its tensors have the same names.
         steps: how many to run.
-        tolerance_ulps: as in :func:`altgrad.parity.compare`; does not hold for a side against itself.
+        tolerance_ulps: as in :func:`altgrad.parity.compare`, but a pattern need not match a tensor of every step; does
+            not hold for a side against itself.
         ignore: likewise.
         labels: what the sides are called.
         repeat_steps: how many steps each side runs against itself; as many as ``steps`` by default, 0 for none.
@@ -57,8 +59,8 @@ def lockstep(
         Steps run, steps identical, and the first difference with its cause.
 
     Raises:
-        InputError: if a number of steps is out of range, ``make`` or ``step`` returns something else, or a tensor
-            cannot be compared.
+        InputError: if a number of steps is out of range, ``make`` or ``step`` returns something else, a tensor cannot
+            be compared, or, at the end, if a tolerance's pattern has matched no tensor of any run.
 
     >>> import numpy as np
     >>> def counting(by):
@@ -79,13 +81,16 @@ def lockstep(
     for name, value, least in (("steps", steps, 1), ("repeat_steps", repeat_steps, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{name} is {value!r}; expected a whole number of at least {least}")
+    tolerances = Tolerances(tolerance_ulps)
     repeats: list[Run] = []
-    starts = _starter(make_a), _starter(make_b)
+    # A side's own runs get to steps with tensors that a run which parts early never sees.
+    starts = _starter(make_a, tolerances.note), _starter(make_b, tolerances.note)
     for label, start in zip(labels, starts, strict=True) if repeat_steps else ():
-        repeats.append(_run(start, start, repeat_steps, 0, (), (label, f"{label} again")))
+        repeats.append(_run(start, start, repeat_steps, Tolerances(0), (), (label, f"{label} again")))
         if not repeats[-1].passed:
             return Lockstep(tuple(repeats), None, Environment.here())
-    run = _run(*starts, steps, tolerance_ulps, ignore, labels)
+    run = _run(*starts, steps, tolerances, ignore, labels)
+    tolerances.check_matched("" if run.passed else f"; {run}")
     return Lockstep(tuple(repeats), run, Environment.here())
 
 
@@ -93,7 +98,7 @@ def _run(
     start_a: _Start,
     start_b: _Start,
     steps: int,
-    tolerance_ulps: Tolerance,
+    tolerances: Tolerances,
     ignore: Collection[Kind],
     labels: tuple[str, str],
 ) -> Run:
@@ -101,14 +106,16 @@ def _run(
     identical, largest = 0, 0
     history: list[StepRecord] = []
     for step in range(steps):
-        found = compare_named(take_a(step), take_b(step), tolerance_ulps=tolerance_ulps, ignore=ignore, labels=labels)
+        found = compare_named(take_a(step), take_b(step), tolerances=tolerances, ignore=ignore, labels=labels)
         history.append(StepRecord.of(found))
         identical += found.identical
         largest = max(largest, found.largest_ulps)
         difference = _difference(step, found)
         if difference is not None:
-            return Run(labels, step + 1, identical, largest, difference, tolerance_ulps, tuple(ignore), tuple(history))
-    return Run(labels, steps, identical, largest, None, tolerance_ulps, tuple(ignore), tuple(history))
+            return Run(
+                labels, step + 1, identical, largest, difference, tolerances.given, tuple(ignore), tuple(history)
+            )
+    return Run(labels, steps, identical, largest, None, tolerances.given, tuple(ignore), tuple(history))
 
 
 def _difference(step: int, found: Comparison) -> Difference | None:
@@ -118,19 +125,19 @@ def _difference(step: int, found: Comparison) -> Difference | None:
     return Difference(step, first, found.cause)
 
 
-def _starter(make: Make[State]) -> _Start:
-    return lambda label: _Side(make, label).take
+def _starter(make: Make[State], note: Callable[[Iterable[str]], None]) -> _Start:
+    return lambda label: _Side(make, label, note).take
 
 
 class _Side(Generic[State]):
-    """One side's state and step."""
+    """One side's state and step, and who is told the names of its tensors."""
 
-    def __init__(self, make: Make[State], label: str) -> None:
+    def __init__(self, make: Make[State], label: str, note: Callable[[Iterable[str]], None]) -> None:
         made = make()
         if not isinstance(made, tuple) or len(made) != 2 or not callable(made[1]):
             raise InputError(f"make of {label} returned {made!r:.80}; expected a state and a step, (state, step)")
         self._state, self._step = made
-        self._label = label
+        self._label, self._note = label, note
 
     def take(self, step: int) -> dict[str, Leaf]:
         """Take a step, and name its tensors."""
@@ -140,4 +147,6 @@ class _Side(Generic[State]):
                 f"step {step} of {self._label} returned {taken!r:.80}; expected (state, tensors by name), at least one"
             )
         self._state, named = taken
-        return named_tensors(named)
+        tensors = named_tensors(named)
+        self._note(tensors)
+        return tensors

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from altgrad.parity.cause import Cause
-from altgrad.parity.compare import Tolerance
 from altgrad.parity.environment import Environment
 from altgrad.parity.records import Comparison, Kind, TensorRecord
+from altgrad.parity.tolerances import Tolerance
 
 
 @dataclass(frozen=True)

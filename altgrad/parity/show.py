@@ -22,7 +22,7 @@ def comparison_table(found: Comparison) -> RenderableType:
     shown = _most_telling(found.tensors)
     table = _table("tensor", "dtype", "shape", "differing", "ulps", "first difference")
     for tensor in shown:
-        table.add_row(*_cells(tensor, found.labels), style="" if tensor.identical else "bold")
+        table.add_row(*map(Text, _cells(tensor, found.labels)), style="" if tensor.identical else "bold")
     parts: list[RenderableType] = [table]
     if len(shown) < len(found.tensors):
         parts.append(Text(f"and {len(found.tensors) - len(shown)} more", style="dim"))
@@ -69,7 +69,7 @@ def _runs(found: Lockstep) -> WholeTable:
     table = _table("run", "steps", "identical", "most ulps", "")
     for run in (*found.repeats, *([found.run] if found.run else [])):
         counts = (f"{run.steps:,}", f"{run.identical_steps:,}", f"{run.largest_ulps:,}")
-        table.add_row(" against ".join(run.labels), *counts, _mark(run))
+        table.add_row(Text(" against ".join(run.labels)), *counts, _mark(run))
     return table
 
 
@@ -110,11 +110,12 @@ def environment_facts(here: Environment) -> dict[str, str]:
 
 
 def _facts(facts: Mapping[str, str]) -> Table:
+    """Topics and facts in two columns; as :class:`Text`, for rich takes brackets in a plain string for markup."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for topic, fact in facts.items():
-        grid.add_row(topic, fact)
+        grid.add_row(topic, Text(fact))
     return grid
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from altgrad.parity.compare import Tolerance, compare
+from altgrad.parity.compare import compare
 from altgrad.parity.lockstep import Make, OtherState, State, lockstep
 from altgrad.parity.records import Kind
+from altgrad.parity.tolerances import Tolerance
 
 
 def assert_identical(
