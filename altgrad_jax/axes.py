@@ -79,7 +79,9 @@ def whole_along(x: jax.Array, axis: int) -> jax.Array:
 def split_as(x: jax.Array, like: jax.Array) -> jax.Array:
     """The array, split over explicit axes of a mesh as another one of its shape is."""
     wanted = jax.typeof(like).sharding
-    return x if jax.typeof(x).sharding == wanted else jax.sharding.reshard(x, wanted)
+    if not (is_split(x) or is_split(like)) or jax.typeof(x).sharding == wanted:
+        return x
+    return jax.sharding.reshard(x, wanted)
 
 
 def sum_over(value: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:

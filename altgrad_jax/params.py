@@ -100,7 +100,7 @@ class FormatParams:
             overflow=jnp.asarray(OVERFLOWS.index(overflow), jnp.int32),
             rounding=jnp.asarray(ROUNDINGS.index(rounding), jnp.int32),
             stochastic_bits=jnp.asarray(stochastic_bits, jnp.int32),
-            negative_zero=jnp.asarray(resolved.has_negative_zero),
+            negative_zero=jnp.asarray(resolved.has_negative_zero, jnp.bool_),
             path=chosen,
         )
 

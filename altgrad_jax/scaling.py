@@ -30,6 +30,7 @@ from altgrad_core.scaling import (
     checked_axes,
 )
 from altgrad_jax.arithmetic import quotient
+from altgrad_jax.axes import split_as
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _FRACTION = np.int32(0x007FFFFF)
@@ -169,7 +170,9 @@ def push_amax(history: jax.Array, amax: jax.Array) -> jax.Array:
     >>> push_amax(jnp.array([1.0, 2.0]), jnp.float32(jnp.inf)).tolist()
     [2.0, 2.0]
     """
-    newest = jnp.where(jnp.isfinite(amax), amax, history[-1])
+    last = history[-1]
+    amax = split_as(jnp.asarray(amax), last)  # amaxes of a tensor that is split over a mesh, its history is not
+    newest = jnp.where(jnp.isfinite(amax), amax, last)
     return jnp.concatenate([history[1:], newest[None]])
 
 

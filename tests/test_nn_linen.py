@@ -628,3 +628,17 @@ def test_channels_have_histories_of_their_own():
     after, _ = jax.jit(_trained(model))(variables, x)
     assert after["casts"]["gradients"].history.shape == (2, 3)
     assert (after["casts"]["gradients"].history[-1] > 0).all()
+
+
+def test_casts_that_are_shared_by_all_steps_of_a_recurrence():
+    """Broadcast as the parameters are, which Flax finds out by tracing ``init`` in part."""
+    cell = nn.RNN(nn.GRUCell(8), variable_broadcast=["params", "casts"])
+    x, model = _normal(1, 2, 3, 4), quantize_model(cell, [Rule(".*", "E2M5")])
+    variables = model.init(_KEY, x)
+    assert not np.array_equal(model.apply(variables, x), cell.apply({"params": variables["params"]}, x))
+
+
+def test_variables_that_are_made_without_an_input():
+    model = quantize_model(nn.Dense(3), [Rule(".*", "E4M3")])
+    lazy = model.lazy_init(_KEY, jax.ShapeDtypeStruct((2, 4), jnp.float32))
+    _assert_same(lazy, model.init(_KEY, jnp.ones((2, 4))))

@@ -54,6 +54,24 @@ def value_and_pullback(model, x, gradient):
     return _value_and_pullback(*nnx.split(model, nnx.Param, ...), x, gradient)
 
 
+class Own(nnx.Linear):
+    """Computes by itself."""
+
+    def __call__(self, x):
+        return x @ self.kernel[...]
+
+
+class Doubled(nnx.Linear):
+    """Computes by what it is a kind of, in a call within."""
+
+    def __call__(self, x):
+        return jax.jit(lambda x: 2 * super(Doubled, self).__call__(x))(x)
+
+
+class OwnTable(nnx.Embed):
+    pass
+
+
 class Mlp(nnx.Module):
     def __init__(self, rngs, width=8):
         self.up = nnx.Linear(width, 2 * width, rngs=rngs)
@@ -392,6 +410,14 @@ class TestRecording:
 
 
 class TestModels:
+    def test_a_subclass_that_comes_to_what_it_is_a_kind_of_is_cast(self):
+        model, x = Doubled(4, 4, use_bias=False, rngs=nnx.Rngs(0)), normal(1, 2, 4)
+        cast = quantize_model(model, [Rule(".*", "E2M5")])
+        assert not np.array_equal(cast(x), model(x))
+        with recording(cast) as seen:
+            nnx.grad(lambda model: model(x).sum())(cast)
+        assert seen.weights.as_integers()["elements"] == 16
+
     def test_the_plain_model_comes_back_with_the_parameters_of_now(self):
         plain = Mlp(nnx.Rngs(0))
         cast = quantize_model(plain, [Rule(".*", "E4M3")])
@@ -458,8 +484,16 @@ class TestModels:
         [
             (lambda: quantize_model(lambda x: x, []), "the model is a function; expected an nnx.Module"),
             (
-                lambda: quantize_model(quantize_model(Mlp(nnx.Rngs(0)), [Rule("up", "E4M3")]), [Rule("up", "E4M3")]),
+                lambda: quantize_model(quantize_model(Mlp(nnx.Rngs(0)), [Rule("up", "E4M3")]), [Rule("down", "E4M3")]),
                 "up, a Linear, is cast already",
+            ),
+            (
+                lambda: quantize_model(Own(4, 4, rngs=nnx.Rngs(0)), [Rule(".*", "E4M3")]),
+                r"of the class Own, a subclass of Linear whose __call__ uses neither super\(\) nor dot_general",
+            ),
+            (
+                lambda: quantize_model(OwnTable(4, 4, rngs=nnx.Rngs(0)), [Rule(".*", "E4M3")]),
+                "of the class OwnTable, a subclass of Embed, which casts would make a class of their own of",
             ),
             (
                 lambda: quantize_model(

@@ -162,6 +162,43 @@ def of_layers() -> dict[str, str]:
     return found
 
 
+def of_placed_layers() -> dict[str, str]:
+    """Of weights that are split before they are quantized, and of an exact convolution of a split batch."""
+    on, found = mesh(AxisType.Explicit), {}
+    with jax.set_mesh(on):
+        for name, layer in placed_layers(split=True).items():
+            model, x = quantize_model(layer, [PLACED[name]]), inputs_of(layer)
+            split = jax.device_put(x, NamedSharding(on, P("data", *[None] * (x.ndim - 1))))
+            found[name] = digest(nnx.jit(step)(model, split))
+    return found
+
+
+PLACED = {
+    "channel": Rule(".*", "E4M3", gradients="E5M2", granularity="channel"),
+    "exact convolution": Rule(".*", "E4M3", gradients="E5M2", accumulate="exact"),
+}
+
+
+class Split(nnx.Linear):
+    """Says how its result is split."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return super().__call__(x, out_sharding=P("data", "model"))
+
+
+def placed_layers(*, split: bool) -> dict[str, nnx.Module]:
+    metadata = {"out_sharding": P(None, "model")} if split else {}
+    kind = Split if split else nnx.Linear
+    return {
+        "channel": kind(16, 8, use_bias=False, rngs=nnx.Rngs(0), kernel_metadata=metadata),
+        "exact convolution": nnx.Conv(2, 4, (3,), use_bias=False, rngs=nnx.Rngs(0)),
+    }
+
+
+def inputs_of(layer: nnx.Module) -> np.ndarray:
+    return values((8, 6, 2)) if isinstance(layer, nnx.Conv) else values((8, 16))
+
+
 def of_more_than_int32_counts() -> dict[str, dict[str, object]]:
     """As if int32 held no more than a hundred."""
     x = jnp.asarray(values((16, 64)) * 1e3)
@@ -178,7 +215,7 @@ def of_more_than_int32_counts() -> dict[str, dict[str, object]]:
 
 def main(file: str) -> None:
     assert jax.device_count() == 8
-    found = {"operations": of_operations(), "gathered": gathered(), "layers": of_layers()}
+    found = {"operations": of_operations(), "gathered": gathered(), "layers": of_layers(), "placed": of_placed_layers()}
     write_result(file, found | {"many": of_more_than_int32_counts()})
 
 
@@ -207,6 +244,13 @@ def test_layers_under_explicit_axes(found: dict[str, Any], name: str, accumulate
     """Gradients are of few terms here, whose sums come out alike in any order."""
     model, jitted, x = quantized(name, accumulate, split=False), nnx.jit(step), values((8, 16))
     assert found["layers"][f"{name}/{accumulate}"] == digest(jitted(model, x))
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_weights_that_are_split_before_and_exact_convolutions(found: dict[str, Any], name: str) -> None:
+    layer = placed_layers(split=False)[name]
+    model = quantize_model(layer, [PLACED[name]])
+    assert found["placed"][name] == digest(nnx.jit(step)(model, inputs_of(layer)))
 
 
 def test_counts_of_more_than_int32_holds(found: dict[str, Any]) -> None:

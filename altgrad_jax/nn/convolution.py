@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import auto_axes
 
 from altgrad_core.convolution import Sweep, spread
 from altgrad_core.errors import InputError
+from altgrad_jax.axes import is_split
 from altgrad_jax.exact import exact_dot_general
 
 PADDINGS_OF_INPUT = ("CIRCULAR", "REFLECT")
@@ -72,8 +74,38 @@ def exact_convolution(
     axes = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
     if batch_group_count != 1:
         raise InputError(f"batch_group_count is {batch_group_count}; expected 1 for exact sums")
+    convolved = partial(_convolved, axes, window_strides, padding, lhs_dilation, rhs_dilation, feature_group_count)
+    dtype = preferred_element_type or jnp.result_type(lhs, rhs)
+    if out_sharding is None and not (is_split(lhs) or is_split(rhs)):
+        return convolved(lhs, rhs).astype(dtype)
+    # Many products, of which XLA may find out how they are split, but the result.
+    plain = partial(
+        lax.conv_general_dilated,
+        window_strides=window_strides,
+        padding=padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+    )
+    sharding = jax.eval_shape(plain, lhs, rhs).sharding if out_sharding is None else out_sharding
+    by_xla = cast("Callable[[jax.Array, jax.Array], jax.Array]", auto_axes(convolved, out_sharding=sharding))
+    return by_xla(lhs, rhs).astype(dtype)
+
+
+def _convolved(
+    axes: lax.ConvDimensionNumbers,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None,
+    rhs_dilation: Sequence[int] | None,
+    groups: int,
+    lhs: jax.Array,
+    rhs: jax.Array,
+) -> jax.Array:
+    """:func:`exact_convolution` as float32."""
     x, kernel = jnp.transpose(lhs, axes.lhs_spec), jnp.transpose(rhs, axes.rhs_spec)
-    groups, rank = feature_group_count, lhs.ndim - 2
+    rank = lhs.ndim - 2
     if x.shape[1] != kernel.shape[1] * groups or kernel.shape[0] % groups:
         raise InputError(f"{groups} groups of {x.shape[1]} features do not fit a kernel of {kernel.shape[:2]}")
     spacings = tuple(rhs_dilation or (1,) * rank)
@@ -91,9 +123,7 @@ def exact_convolution(
     grouped = jnp.moveaxis(x.reshape(x.shape[0], groups, -1, *x.shape[2:]), 1, 0)
     result = jnp.moveaxis(_convolution(sweeps, grouped, kernel.reshape(groups, -1, *kernel.shape[1:])), 0, 1)
     result = result.reshape(result.shape[0], -1, *result.shape[3:])
-    result = jnp.transpose(result, np.argsort(axes.out_spec).tolist())
-    result = result.astype(preferred_element_type or jnp.result_type(lhs, rhs))
-    return result if out_sharding is None else jax.sharding.reshard(result, out_sharding)
+    return jnp.transpose(result, np.argsort(axes.out_spec).tolist())
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import CodeType, FunctionType
 from typing import Any
 
 import jax
@@ -79,10 +81,7 @@ class Layer:
         """
         name, original = _hook(self.module)
         held: Any = getattr(self.module, name)
-        if self.products:
-            raise InputError(
-                f"{self.path}, a {self.kind}, is cast already; expected a plain model, see dequantize_model"
-            )
+        self._refuse_uncast(name)
         own = held is not original and name != "promote_dtype"
         if own or getattr(self.module, "dot_general_cls", None) is not None:
             raise InputError(
@@ -102,6 +101,23 @@ class Layer:
         if swapped is not None:
             _become(self.module, swapped)
 
+    def _refuse_uncast(self, hook: str) -> None:
+        """Refuse a layer of a class of the user's own that would compute without the casts put into it."""
+        kind = type(self.module)
+        plain = next(each for each in (nnx.MultiHeadAttention, *_SITES) if isinstance(self.module, each))
+        swapped = plain in _SWAPPED and kind is not plain
+        if not swapped and _leads_to(kind.__call__, plain.__call__, {"super", "__call__", hook}):
+            return
+        why = (
+            f"{plain.__name__}, which casts would make a class of their own of"
+            if swapped
+            else f"{plain.__name__} whose __call__ uses neither super() nor {hook}, so that nothing would be cast"
+        )
+        raise InputError(
+            f"{self.path} is of the class {kind.__name__}, a subclass of {why}; expected {plain.__name__} itself, or "
+            f"Rule({self.path!r}, None)"
+        )
+
     def remove(self) -> None:
         """Make a plain layer of a cast one."""
         name, original = _hook(self.module)
@@ -118,7 +134,7 @@ def layer_at(path: str, module: nnx.Module) -> Layer | None:
     if isinstance(module, nnx.MultiHeadAttention):
         return Layer(path, module, "MultiHeadAttention", _attention_sites(path, module))
     for kind, site in _SITES.items():
-        if isinstance(module, kind) and (kind not in _SWAPPED or type(module) in (kind, _SWAPPED[kind])):
+        if isinstance(module, kind):
             return Layer(path, module, kind.__name__, (site(path, module),))
     return None
 
@@ -138,6 +154,20 @@ def cast_name(path: tuple[object, ...]) -> str:
         case _:
             parts = [*before, operand]
     return "/".join(parts)
+
+
+def _leads_to(call: Callable[..., Any], plain: Callable[..., Any], names: set[str]) -> bool:
+    """Whether a layer's call is Flax's own, or has a name in it by which it may come there."""
+    own = inspect.unwrap(call)
+    if own is inspect.unwrap(plain) or not isinstance(own, FunctionType):
+        return True
+    codes = [own.__code__]
+    while codes:
+        code = codes.pop()
+        if names & {*code.co_names, *code.co_freevars}:
+            return True
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return False
 
 
 def _become(module: nnx.Module, kind: type[nnx.Module]) -> None:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from flax import nnx
 
+from altgrad_core.errors import InputError
 from altgrad_core.rules import (
     OPERANDS,
     Formats,
@@ -34,6 +35,11 @@ def quantize_nnx(model: Model, rules: Sequence[Rule], *, seed: int | None = None
     """See :func:`altgrad_jax.nn.quantize_model`."""
     model = nnx.clone(model)
     layers = layers_of(model)
+    for layer in layers.values():
+        if layer.products:
+            raise InputError(
+                f"{layer.path}, a {layer.kind}, is cast already; expected a plain model, see dequantize_model"
+            )
     matches = match_rules(list(layers), rules)
     for reason in describe_unused(matches, _others(model, layers)):
         warnings.warn(reason, UnusedRuleWarning, stacklevel=3)
