@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from altgrad_jax import FormatParams, Static, quantize
-from altgrad_jax.nn import Each, quantized_dot_general
+from altgrad_jax.nn import Each, Rule, quantize_model, quantized_dot_general, quantized_product
 from altgrad_jax.nn.products import GRADIENT, LHS, RHS, Grid, dot_general_on, empty_record, read_record
 from altgrad_jax.statistics import CastCounts, amax_of_tallies
 
@@ -77,6 +77,33 @@ def test_it_fits_the_hooks_of_flax():
         7, 4, use_bias=False, dot_general=quantized_dot_general("E5M2", scaling=Static(1.0)), rngs=nnx.Rngs(0)
     )
     np.testing.assert_array_equal(linear(x), quantize(x, "E5M2") @ quantize(linear.kernel[...], "E5M2"))
+
+
+@pytest.mark.parametrize("accumulate", ["native", "exact"])
+def test_it_fits_the_hooks_of_einsum_and_convolution(accumulate):
+    """As rules put it there, forward and backward."""
+    options = {"scaling": Static(1.0), "accumulate": accumulate}
+    product, rule = quantized_product("E3M4", "E5M2", **options), Rule(".*", "E3M4", gradients="E5M2", **options)
+    x = jax.random.normal(jax.random.key(1), (2, 6, 3))
+    for kind, arguments, hook in (
+        (nnx.Einsum, ("bti,io->bto", (3, 4)), {"einsum_op": product.einsum}),
+        (nnx.Conv, (3, 4, (3,)), {"conv_general_dilated": product.conv_general_dilated}),
+        (nnx.Linear, (3, 4), {"dot_general": product.dot_general}),
+    ):
+        hooked, plain = kind(*arguments, **hook, rngs=nnx.Rngs(0)), kind(*arguments, rngs=nnx.Rngs(0))
+        gradients = [
+            nnx.jit(nnx.grad(lambda layer, x: (layer(x) ** 2).sum(), argnums=(0, 1)))(layer, x)
+            for layer in (hooked, quantize_model(plain, [rule]))
+        ]
+        found, expected = ([nnx.state(of_layer, nnx.Param), of_x] for of_layer, of_x in gradients)
+        for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            np.testing.assert_array_equal(one, other)
+    conv = nn.Conv(4, (3,), conv_general_dilated=product.conv_general_dilated, use_bias=False)
+    variables = conv.init(jax.random.key(0), x)
+    plain = nn.Conv(4, (3,), use_bias=False)
+    kernel = quantize(variables["params"]["kernel"], "E3M4")
+    expected = plain.apply({"params": {"kernel": kernel}}, quantize(x, "E3M4"))
+    np.testing.assert_allclose(conv.apply(variables, x), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_stochastic_params_are_refused():

@@ -11,6 +11,7 @@ from altgrad_jax.nn.cast_state import CastState as CastState
 from altgrad_jax.nn.convolution import exact_convolution as exact_convolution
 from altgrad_jax.nn.hooks import ProductCasts as ProductCasts
 from altgrad_jax.nn.hooks import quantized_dot_general as quantized_dot_general
+from altgrad_jax.nn.hooks import quantized_product as quantized_product
 from altgrad_jax.nn.linen_models import Quantized as Quantized
 from altgrad_jax.nn.models import dequantize_model as dequantize_model
 from altgrad_jax.nn.models import quantize_model as quantize_model

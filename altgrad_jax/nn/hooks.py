@@ -143,7 +143,7 @@ class _WholeProduct:
         return exact_product(lhs, rhs, dimension_numbers, *args, **options)
 
 
-def quantized_dot_general(
+def quantized_product(
     forward: str | Format | FormatParams,
     backward: str | Format | FormatParams | None = None,
     *,
@@ -152,8 +152,8 @@ def quantized_dot_general(
     rounding: Rounding | Each[Rounding] = "nearest_even",
     overflow: Overflow | Each[Overflow] = "native",
     accumulate: Accumulate = "native",
-) -> Callable[..., jax.Array]:
-    """A stand-in for ``lax.dot_general`` that casts both operands, and the gradient that comes back.
+) -> ProductCasts:
+    """Products that cast both operands, and the gradient that comes back, for the hooks that Flax's layers take.
 
     Each of the two products of the backward pass multiplies the cast gradient by a cast operand. It has no state: for
     delayed scales, stochastic rounding and counts there is :func:`altgrad_jax.nn.quantize_model`.
@@ -172,15 +172,16 @@ def quantized_dot_general(
     These four take an :class:`~altgrad_core.rules.Each`, too, but for the last; ``weights`` is the right operand.
 
     Returns:
-        A function ``(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None)``,
-        as Flax's ``dot_general=`` hooks take it. It accumulates in float32 and keeps the dtype of its operands.
+        What has three methods: ``dot_general`` for the hook of that name (of Linen Dense and DenseGeneral, NNX Linear
+        and LinearGeneral), ``einsum`` for ``einsum_op`` of NNX Einsum, and ``conv_general_dilated`` for that of Conv.
+        They accumulate in float32 and keep the dtype of their operands.
 
     Raises:
         UnknownFormatError: for an unknown format.
         InputError: for an option that is none, or that needs a state.
 
-    >>> dot = quantized_dot_general("E5M2", scaling=Static(1.0))
-    >>> dot(jnp.array([[1.1]]), jnp.array([[2.0]]), (((1,), (0,)), ((), ()))).item()
+    >>> product = quantized_product("E5M2", scaling=Static(1.0))
+    >>> product.einsum("ij,jk->ik", jnp.array([[1.1]]), jnp.array([[2.0]])).item()
     2.0
     """
     check_choice("way to accumulate", accumulate, ACCUMULATES)
@@ -193,4 +194,35 @@ def quantized_dot_general(
             resolved = replace(resolved, axis=-2)
         return CastState.without_history(params, option(scaling, operand), operand, resolved)
 
-    return ProductCasts(cast_of("activations"), cast_of("weights"), cast_of("gradients"), accumulate).dot_general
+    return ProductCasts(cast_of("activations"), cast_of("weights"), cast_of("gradients"), accumulate)
+
+
+def quantized_dot_general(
+    forward: str | Format | FormatParams,
+    backward: str | Format | FormatParams | None = None,
+    *,
+    scaling: Static | Current | Each[Static | Current] = _CURRENT,
+    granularity: str | Granularity | Each[str | Granularity] = "tensor",
+    rounding: Rounding | Each[Rounding] = "nearest_even",
+    overflow: Overflow | Each[Overflow] = "native",
+    accumulate: Accumulate = "native",
+) -> Callable[..., jax.Array]:
+    """A stand-in for ``lax.dot_general``: that of :func:`quantized_product`, which has the arguments and errors.
+
+    Returns:
+        A function ``(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None)``,
+        as Flax's ``dot_general=`` hooks take it.
+
+    >>> dot = quantized_dot_general("E5M2", scaling=Static(1.0))
+    >>> dot(jnp.array([[1.1]]), jnp.array([[2.0]]), (((1,), (0,)), ((), ()))).item()
+    2.0
+    """
+    return quantized_product(
+        forward,
+        backward,
+        scaling=scaling,
+        granularity=granularity,
+        rounding=rounding,
+        overflow=overflow,
+        accumulate=accumulate,
+    ).dot_general
