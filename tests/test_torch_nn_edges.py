@@ -7,6 +7,7 @@ import threading
 import weakref
 from functools import partial
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from altgrad_core.errors import InputError  # noqa: E402
 from altgrad_core.formats import UnknownFormatError  # noqa: E402
 from altgrad_torch import Static  # noqa: E402
-from altgrad_torch.nn import Rule, calibrate, dequantize_model, quantize_model, recording, set_formats  # noqa: E402
+from altgrad_torch.nn import Rule, calibrate, dequantize_model, quantize_model, recording, set_formats, summary  # noqa: E402
 
 TOO_LATE = "after its recording is over"
 
@@ -244,3 +245,43 @@ def test_rules_are_a_list(rules):
 def test_what_is_no_format_is_not_set(format):
     with pytest.raises(UnknownFormatError, match="a format is named by a string or is a Format; got"):
         set_formats(quantized(), {".*": format})
+
+
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [
+        (3, "seed=3 would have no effect: no rule says rounding='stochastic'"),
+        (0, "seed=0 would have no effect"),
+        (-1, "seed is -1; expected an integer from 0 to"),
+        (2**40, "seed is 1099511627776; expected an integer from 0 to"),
+        ("a", "seed is 'a'; expected an integer from 0 to"),
+    ],
+)
+def test_seeds_that_are_none_or_have_no_effect_are_refused(seed, message):
+    layer = nn.Linear(2, 2)
+    with pytest.raises(InputError, match=message):
+        quantize_model(layer, [Rule(".*", "E4M3")], seed=seed)
+    assert type(layer) is nn.Linear
+
+
+@pytest.mark.parametrize("seed", [0, np.uint32(0)])
+def test_no_seed_is_seed_zero(seed):
+    rules = [Rule(".*", "E4M3", rounding="stochastic")]
+    models = [quantize_model(nn.Linear(4, 4), rules, seed=each) for each in (None, seed)]
+    seeds = [[site.placement.seed for site in model.casts.values()] for model in models]
+    assert seeds[0] == seeds[1]
+
+
+def test_a_format_that_takes_other_code_is_refused_with_the_layer_and_the_remedy():
+    model = nn.Sequential(quantized())
+    with pytest.raises(InputError, match=r"the activations of '0': a cast to E4M3 .* to bf16, .* quantize_model by"):
+        set_formats(model, {".*": "bf16"})
+
+
+@pytest.mark.parametrize(
+    "act",
+    [lambda f: quantize_model(f, [Rule(".*", "E4M3")]), dequantize_model, lambda f: set_formats(f, {}), summary],
+)
+def test_what_is_no_module_is_refused(act):
+    with pytest.raises(InputError, match=r"the model is a function; expected an nn\.Module"):
+        act(lambda x: x)

@@ -255,6 +255,41 @@ def test_exact_products_are_exact_forward_and_backward():
     assert torch.equal(exact_matmul(qx[..., flipped], qw[:, flipped].mT), exact_matmul(qx, qw.mT))
 
 
+OF_EACH_KIND = {
+    "linear": (lambda: nn.Linear(8, 4), (2, 3, 8)),
+    "convolution": (lambda: nn.Conv1d(8, 4, 3), (2, 8, 5)),
+    "transposed convolution": (lambda: nn.ConvTranspose1d(8, 4, 3), (2, 8, 5)),
+    "encoder": (lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), (2, 3, 8)),
+}
+
+
+@pytest.mark.parametrize("name", OF_EACH_KIND)
+@pytest.mark.parametrize("how", [torch.bfloat16, torch.float16, "autocast"])
+def test_exact_products_have_the_dtypes_of_native_ones(name, how):
+    make, shape = OF_EACH_KIND[name]
+    dtype = torch.float32 if how == "autocast" else how
+    torch.manual_seed(6)
+    exact, given = make().to(dtype), torch.randn(shape, dtype=dtype)
+    native, found = copy.deepcopy(exact), []
+    for model, accumulate in ((exact, "exact"), (native, "native")):
+        quantize_model(model, [Rule(".*", "E4M3", scaling=Static(0.25), accumulate=accumulate)])
+        x = given.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            out = model(x)
+        out.sum().backward()
+        found.append((out, x.grad, *(parameter.grad for parameter in model.parameters())))
+    assert [each.dtype for each in found[0]] == [each.dtype for each in found[1]]
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=0.1, atol=0.1)
+
+
+def test_exact_products_round_to_the_dtype_of_their_operands_last():
+    layer = nn.Linear(3, 1, bias=False).bfloat16()
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    quantize_model(layer, [Rule(".*", "E5M2", scaling=Static(1.0), accumulate="exact")])
+    assert layer(torch.tensor([[2.0**15, 1.0, -(2.0**15)]], dtype=torch.bfloat16)).tolist() == [[1.0]]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_autocast(dtype):
     torch.manual_seed(6)

@@ -14,6 +14,7 @@ import torch.distributed as dist  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
+import altgrad_torch.nn.sites  # noqa: E402
 from altgrad_core.errors import InputError  # noqa: E402
 from altgrad_core.formats import UnknownFormatError  # noqa: E402
 from altgrad_torch import Current, Delayed, FormatController, Static, power_of_two_scale, set_format  # noqa: E402
@@ -438,6 +439,87 @@ def test_functional_calls_and_averages(model):
             parameter.copy_(doubled[name])
     set_formats(model, {"head": Each("E4M3", "E4M3", "E5M2")})
     assert torch.equal(model(TOKENS), out)
+
+
+def averaged_with_buffers(model, **how):
+    """An average that was updated in several steps, its buffers averaged as well, in which scales moved."""
+    quantize_model(model, ALL)
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True, **how)
+    for step in range(3):
+        with recording(model):
+            (model.embed(TOKENS).sum() + model.blocks[0](torch.full((2, 6), 10.0**step)).sum()).backward()
+        average.update_parameters(model)
+    return average
+
+
+EMA = {
+    "lists": {"multi_avg_fn": torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)},
+    "one by one": {"avg_fn": torch.optim.swa_utils.get_ema_avg_fn(0.9)},
+}
+
+
+@pytest.mark.parametrize("how", EMA)
+def test_averages_of_the_numbers_of_formats_are_refused(model, how):
+    average = averaged_with_buffers(model, **EMA[how])
+    with pytest.raises(InputError, match=r"are those of none, .* expected use_buffers=False"):
+        average(TOKENS)
+    with pytest.raises(InputError, match="use_buffers"):
+        summary(average.module)
+    with pytest.raises(RuntimeError, match=r"casts\.activations\.grid: .*use_buffers"):
+        quantize_model(Model(), ALL).load_state_dict(average.module.state_dict())
+    assert formats(model)["head"] == ("E4M3", "E4M3", "E5M2")
+    set_formats(average.module, {"embed": Each(None, "E4M3", "E5M2"), ".*": Each("E4M3", "E4M3", "E5M2")})
+    assert torch.isfinite(average(TOKENS)).all()
+
+
+@pytest.mark.parametrize("scaling", [None, Current()])
+def test_averages_of_different_formats_are_refused_wherever_scales_come_from(scaling):
+    layer = quantize_model(nn.Linear(4, 2), [Rule(".*", "E4M3", scaling=scaling)])
+    average = torch.optim.swa_utils.AveragedModel(layer, use_buffers=True)
+    average.update_parameters(layer)
+    x = torch.randn(3, 4)
+    assert torch.equal(average(x), layer(x))  # known to be right, until it is averaged again
+    set_formats(layer, {".*": "E5M2"})
+    average.update_parameters(layer)
+    with pytest.raises(InputError, match="use_buffers"):
+        average(x)
+    with pytest.raises(InputError, match="use_buffers"):
+        copy.deepcopy(average)(x)
+
+
+def test_averages_of_scales_are_refused_where_they_are_powers_of_two(model):
+    average = averaged_with_buffers(model)
+    assert formats(average.module) == formats(model)
+    with pytest.raises(InputError, match=r"scale that is no power of two, .* expected use_buffers=False"):
+        average.module.blocks[0](torch.ones(2, 6))
+    ratios = Delayed(2, power_of_two=False)
+    layer = quantize_model(nn.Linear(4, 2), [Rule(".*", "E4M3", scaling=ratios)])
+    average = torch.optim.swa_utils.AveragedModel(layer, use_buffers=True)
+    for step in range(3):
+        with recording(layer):
+            layer(torch.full((3, 4), 10.0**step)).sum().backward()
+        average.update_parameters(layer)
+    average(torch.ones(3, 4))
+
+
+def test_a_state_is_looked_at_once_for_each_time_that_it_is_written_to(monkeypatch):
+    layer = quantize_model(nn.Linear(4, 2), [Rule(".*", "E4M3", scaling=Delayed(2, power_of_two=False))])
+    looked, format_of = [], altgrad_torch.nn.sites.format_of
+    monkeypatch.setattr(altgrad_torch.nn.sites, "format_of", lambda grid: looked.append(grid) or format_of(grid))
+    counts = []
+    for write in (
+        None,
+        None,
+        lambda: layer.load_state_dict(state(layer)),
+        None,
+        lambda: set_formats(layer, {".*": "E5M2"}),
+    ):
+        if write is not None:
+            write()
+        looked.clear()
+        layer(torch.ones(3, 4))
+        counts.append(len(looked))
+    assert counts == [2, 0, 2, 0, 2]  # activations and weights
 
 
 def test_gradients_for_each_example_under_vmap(model):

@@ -17,15 +17,15 @@ from altgrad_torch.exact import exact_matmul
 def exact_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` whose elements, and those of both gradients, are exact sums rounded once to float32.
 
-    See :func:`altgrad_torch.exact_matmul`. In reverse mode, of any order. A gradient has the dtype of its operand, to
-    which the float32 is rounded again if that is bfloat16 or float16.
+    See :func:`altgrad_torch.exact_matmul`. In reverse mode, of any order. Of bfloat16 and float16 the float32 is
+    rounded again to their dtype, and a gradient to that of its operand.
 
     Args:
         a: float32, bfloat16 or float16 of shape ``(..., n, k)``, of any values.
         b: likewise, of shape ``(k, m)``, or ``(..., k, m)`` with the batch axes of ``a``.
 
     Returns:
-        float32 of shape ``(..., n, m)``.
+        Of shape ``(..., n, m)`` and the dtype that the operands promote to; under autocast of that of autocast.
 
     Raises:
         TypeError: for operands of other dtypes, float64 among them.
@@ -40,7 +40,17 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
     if a.ndim < 2 or b.ndim < 2 or (b.ndim > 2 and a.shape[:-2] != b.shape[:-2]):
         shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
         raise InputError(f"the operands have shapes {shapes}; expected (..., n, k) and (k, m) or (..., k, m)")
-    return _Product.apply(a, b)
+    return _Product.apply(a, b).to(dtype_of_product(a, b))
+
+
+def dtype_of_product(a: Tensor, b: Tensor) -> torch.dtype:
+    """The dtype that torch gives a product: that of autocast, or what the operands promote to.
+
+    >>> dtype_of_product(torch.ones(1).half(), torch.ones(1).half())
+    torch.float16
+    """
+    kind = a.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.promote_types(a.dtype, b.dtype)
 
 
 class _Product(torch.autograd.Function):

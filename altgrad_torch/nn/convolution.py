@@ -15,6 +15,7 @@ from torch import Tensor
 from altgrad_core.convolution import Sweep, spread
 from altgrad_core.errors import InputError
 from altgrad_torch.exact import exact_matmul
+from altgrad_torch.nn.accumulate import dtype_of_product
 
 _Sweeps = tuple[Sweep, ...]
 
@@ -25,7 +26,8 @@ def exact_convolution(x: Tensor, kernel: Tensor, sweeps: Sequence[Sweep], groups
     They are products of patches and kernels, see :func:`altgrad_torch.exact_matmul`; patches take as much memory as
     the result for each element of a kernel. The gradient of the input is the convolution of the gradient with the
     flipped kernel, that of the kernel the one of input and gradient: no sum is left in float32. Zeros that pad or
-    dilate take part, so that infinities in a kernel make NaN of them. In reverse mode, of any order.
+    dilate take part, so that infinities in a kernel make NaN of them. In reverse mode, of any order. Of bfloat16 and
+    float16 the float32 is rounded again to their dtype, and a gradient to that of its operand.
 
     Args:
         x: float32, bfloat16 or float16 of shape ``(batch, inputs, *sizes)``, of any values.
@@ -34,7 +36,8 @@ def exact_convolution(x: Tensor, kernel: Tensor, sweeps: Sequence[Sweep], groups
         groups: of features.
 
     Returns:
-        float32 of shape ``(batch, outputs, *sizes)``.
+        Of shape ``(batch, outputs, *sizes)`` and the dtype that the operands promote to; under autocast of that of
+        autocast.
 
     Raises:
         TypeError: for operands of other dtypes, float64 among them.
@@ -50,7 +53,7 @@ def exact_convolution(x: Tensor, kernel: Tensor, sweeps: Sequence[Sweep], groups
         raise InputError(f"the operands have shapes {shapes}; expected (n, c, ...) and (m, c / groups, ...)")
     grouped = x.reshape(len(x), groups, -1, *x.shape[2:]).transpose(0, 1)
     result = _Convolution.apply(tuple(sweeps), grouped, kernel.reshape(groups, -1, *kernel.shape[1:]))
-    return result.transpose(0, 1).flatten(1, 2)
+    return result.transpose(0, 1).flatten(1, 2).to(dtype_of_product(x, kernel))
 
 
 def exact_transposed_convolution(x: Tensor, kernel: Tensor, sweeps: Sequence[Sweep], groups: int = 1) -> Tensor:

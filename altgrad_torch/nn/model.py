@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from altgrad_core.errors import InputError
+from altgrad_core.errors import InputError, naming
+from altgrad_core.hashing import check_word
 from altgrad_core.rules import (
     OPERANDS,
     Formats,
@@ -61,12 +62,14 @@ _WHEN_PLAIN = "_used_nested_tensors_when_plain"
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def quantize_model(model: Model, rules: Sequence[Rule], *, seed: int = 0) -> Model:
+def quantize_model(model: Model, rules: Sequence[Rule], *, seed: int | None = None) -> Model:
     """Let the layers of a model compute in formats, by rules; the model is changed in place.
 
     In place, with the same parameter objects under the same names, because optimizers, wrappers and averages hold on to
     those. The cast state is in buffers beside them, under ``<layer>.casts``. Each layer becomes an instance of a
-    subclass of its class, so that hooks, copies, pickles and ``functional_call`` work as before.
+    subclass of its class, so that hooks, copies, pickles and ``functional_call`` work as before. An average of weights
+    takes ``use_buffers=False``: a state that was averaged is refused where it computes, but for compiled code and, on a
+    device, training mode, which do not wait to look.
 
     Weights start under the scales that they need. Activations and gradients start under scale 1, until
     :func:`~altgrad_torch.nn.calibrate` or a step within :func:`~altgrad_torch.nn.recording` has seen some.
@@ -79,15 +82,16 @@ def quantize_model(model: Model, rules: Sequence[Rule], *, seed: int = 0) -> Mod
         model: with layers in float32, bfloat16 or float16: Linear, Bilinear, Embedding, Conv1d to 3d, ConvTranspose1d
             to 3d and MultiheadAttention. A layer that stands in several places is one layer, at the first of them.
         rules: in their order; see :class:`altgrad_core.rules.Rule`. Paths are those of ``named_modules``.
-        seed: of the random bits of stochastic rounding, which further depend on the site and on the steps recorded:
-            they are the same for all micro-batches of a step, and where nothing records for all steps.
+        seed: of the random bits of stochastic rounding, 0 by default. They further depend on the site and on the steps
+            recorded: they are the same for all micro-batches of a step, and where nothing records for all steps.
 
     Returns:
         The model itself.
 
     Raises:
         InputError: for an option that a layer cannot honour, a layer that cannot be cast (a subclass with products of
-            its own, an LSTM), or a model that is quantised already. The model is then as it was.
+            its own, an LSTM), a seed that is no uint32, or any if nothing rounds stochastically, and for what is no
+            module or is quantised already. The model is then as it was.
 
     Warns:
         UnusedRuleWarning: for a rule that decides about no layer.
@@ -98,6 +102,9 @@ def quantize_model(model: Model, rules: Sequence[Rule], *, seed: int = 0) -> Mod
     >>> model[0].weight is weight, [row.formats for row in summary(model).rows]
     (True, [('E4M3', 'E4M3', 'E5M2'), (None, None, None)])
     """
+    _check_module(model)
+    if seed is not None:
+        check_word("seed", seed)
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise InputError("the model is quantised already; expected a plain one, as dequantize_model gives back")
     layers, others = _parts_of(model)
@@ -107,11 +114,13 @@ def quantize_model(model: Model, rules: Sequence[Rule], *, seed: int = 0) -> Mod
         for path, layer in layers.items():
             rule = matches.rules[path]
             if rule is not None and rule.spec is not None:
-                _quantize_layer(layer, path, rule, seed)
+                _quantize_layer(layer, path, rule, int(seed or 0))
         for layer in layers.values():
             # Its forward pass would not call the output projection, which may be cast by another rule.
             if type(layer) is nn.MultiheadAttention and isinstance(layer.out_proj, QuantizedLayer):
                 _convert(layer, None)
+        if seed is not None and not _rounds_stochastically(model):
+            raise InputError(f"seed={seed} would have no effect: no rule says rounding='stochastic'")
     except InputError:
         dequantize_model(model)
         raise
@@ -133,12 +142,13 @@ def dequantize_model(model: Model) -> Model:
         The model itself.
 
     Raises:
-        InputError: if the model is being recorded.
+        InputError: if the model is being recorded, and for what is no module.
 
     >>> model = quantize_model(nn.Linear(4, 8), [Rule(".*", "E4M3")])
     >>> type(dequantize_model(model)), list(model.state_dict())
     (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
     """
+    _check_module(model)
     if any(isinstance(module, Site) and module.tally is not None for module in model.modules()):
         raise InputError("the model is being recorded; expected dequantize_model after the recording")
     for encoder in _encoders_with_casts(model):
@@ -163,8 +173,8 @@ def set_formats(model: nn.Module, formats: Formats) -> None:
 
     Raises:
         UnknownFormatError: for an unknown name.
-        InputError: for a pattern that decides about no quantised layer, an operand that is not cast, and a format that
-            compiled code cannot go over to, such as bf16 after E4M3.
+        InputError: for a pattern that decides about no quantised layer, an operand that is not cast, a format that
+            compiled code cannot go over to, such as bf16 after E4M3, and for what is no module.
 
     >>> from altgrad_core.rules import Each
     >>> model = quantize_model(nn.Sequential(nn.Linear(4, 8)), [Rule(".*", "E4M3")])
@@ -172,6 +182,7 @@ def set_formats(model: nn.Module, formats: Formats) -> None:
     >>> summary(model).rows[0].formats
     ('E4M3', 'E4M3', 'E5M2')
     """
+    _check_module(model)
     sites = {
         path: [site for site in layer.casts.values() if isinstance(site, Site)]
         for path, layer in quantized_layers(model)
@@ -179,14 +190,15 @@ def set_formats(model: nn.Module, formats: Formats) -> None:
     }
     chosen = choose_formats({path: {site.placement.operand for site in held} for path, held in sites.items()}, formats)
     writes = [
-        (site, chosen[path, site.placement.operand])
+        (path, site, chosen[path, site.placement.operand])
         for path, held in sites.items()
         for site in held
         if (path, site.placement.operand) in chosen
     ]
-    for site, wanted in writes:
-        site.check_format(wanted)
-    for site, wanted in writes:
+    for path, site, wanted in writes:
+        with naming(f"the {site.placement.operand} of {path!r}"):
+            site.check_format(wanted)
+    for _, site, wanted in writes:
         site.set_format(wanted)
 
 
@@ -198,6 +210,7 @@ def summary(model: nn.Module) -> Summary:
     ──────────────────────────────────────────────────────────────
     0             Linear  -       -        -                  -
     """
+    _check_module(model)
     return Summary(tuple(_row(path, layer) for path, layer in _parts_of(model)[0].items()))
 
 
@@ -206,6 +219,15 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
             yield path, module
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"the model is a {type(model).__name__}; expected an nn.Module")
+
+
+def _rounds_stochastically(model: nn.Module) -> bool:
+    return any(isinstance(module, Site) and module.rounding == "stochastic" for module in model.modules())
 
 
 def _parts_of(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:

@@ -92,6 +92,8 @@ class Site(nn.Module):
     scale: Tensor
     history: Tensor
     step: Tensor | None
+    _intact: tuple[Tensor, int] | None = None
+    """The grid, and which version of it, that is known to be one of a format."""
 
     def __init__(self, spec: CastSpec, placement: Placement, device: torch.device | None = None) -> None:
         super().__init__()
@@ -115,7 +117,11 @@ class Site(nn.Module):
 
     @property
     def format(self) -> Format:
-        """The format, read from the device."""
+        """The format, read from the device.
+
+        Raises:
+            InputError: if the numbers of the grid are those of none.
+        """
         return format_of(self.grid)
 
     def set_format(self, format: str | Format) -> None:
@@ -137,7 +143,14 @@ class Site(nn.Module):
             InputError: see :meth:`set_format`.
         """
         resolved = parse(format)
-        FormatParams.from_format(resolved, path=self.path)
+        try:
+            FormatParams.from_format(resolved, path=self.path)
+        except InputError:
+            raise InputError(
+                f"a cast to {self.format} cannot go over to {resolved}, which takes other code (path "
+                f"{resolved.cast_path!r}, not {self.path!r}); expected dequantize_model, and quantize_model by a rule "
+                f"with {resolved}"
+            ) from None
         return resolved
 
     def describe_scaling(self) -> str:
@@ -152,10 +165,13 @@ class Site(nn.Module):
         """The values of ``x`` in the format, and their gradients straight through; recorded while something records.
 
         Raises:
-            InputError: where a recording would lose what is seen here, or what is computed would not fit it.
+            InputError: where a recording would lose what is seen here, or what is computed would not fit it; and for a
+                state that something averaged.
         """
         if x.numel() == 0:
             return x
+        if not torch.compiler.is_compiling():
+            self._check_intact()
         scale = self._scale_for(x)
         moved = self._moved_grid(x, scale)
         grid, unit = (self._params(), scale) if moved is None else (moved, None)
@@ -209,6 +225,25 @@ class Site(nn.Module):
             self.history.zero_()
             self.history.copy_(self.scaling.update(self.history, amax))
             self._rescale()
+
+    def _check_intact(self) -> None:
+        """Refuse a state that something averaged; looked at once for each time that it is written to.
+
+        A device is waited for in eval mode alone, since where processes train in parallel each step writes to buffers.
+        """
+        grid, known = self.grid, self._intact
+        version = _version_of(grid)
+        if known is not None and known[0] is grid and known[1] == version:
+            return
+        kind = grid.device.type
+        if not (is_plain(grid, kind) and is_plain(self.scale, kind)) or kind == "meta":
+            return
+        if kind != "cpu" and (self.training or (kind == "cuda" and torch.cuda.is_current_stream_capturing())):
+            return
+        format_of(grid)
+        if self.scaling.power_of_two and bool((torch.frexp(self.scale).mantissa != 0.5).any()):
+            raise InputError(f"a cast has a scale that is no power of two{_AS_AVERAGES}")
+        self._intact = grid, version
 
     def _rescale(self) -> None:
         # The grid's own maximum, since a format is data, maybe on a device that is not to be waited for.
@@ -273,8 +308,8 @@ class Site(nn.Module):
         return hash_bits(tuple(x.shape), self.placement.seed, self.step, device=x.device)
 
     def __getstate__(self) -> dict[str, object]:
-        """All but the recording that goes on, which is of this site and of no copy."""
-        return {**self.__dict__, "tally": None, "_was_recorded": False}
+        """All but the recording that goes on, and what is known of the grid: they are of this site and of no copy."""
+        return {**self.__dict__, "tally": None, "_was_recorded": False, "_intact": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Site:
         """Move, but keep float32: a model may become bfloat16, its scales and amaxes may not."""
@@ -380,15 +415,35 @@ def _scaling_of(spec: CastSpec, placement: Placement) -> Scaling:
     return scaling
 
 
+_AS_AVERAGES = (
+    ", as AveragedModel(use_buffers=True) makes of the state of casts; expected use_buffers=False, which copies "
+    "buffers, or set_formats on the average after its updates"
+)
+
+
+def _version_of(tensor: Tensor) -> int:
+    """How often it was written to, which is not counted of what inference mode made."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def format_of(grid: Tensor) -> Format:
-    """The format of :attr:`Site.grid`."""
+    """The format of :attr:`Site.grid`.
+
+    Raises:
+        InputError: if its numbers are those of none.
+    """
     return _format_of(tuple(grid.tolist()))
 
 
 @lru_cache(maxsize=256)
 def _format_of(numbers: tuple[int, ...]) -> Format:
     exponent_bits, mantissa_bits, bias, *flags = numbers[:7]
-    nameless = Format("", exponent_bits, mantissa_bits, bias, *map(bool, flags))
+    try:
+        nameless = Format("", exponent_bits, mantissa_bits, bias, *map(bool, flags))
+    except InputError:
+        nameless = None
+    if nameless is None or _numbers_of(nameless) != list(numbers):
+        raise InputError(f"the numbers of a cast's format, {list(numbers)}, are those of none{_AS_AVERAGES}")
     known = (each for each in FORMAT_REGISTRY.values() if each == nameless)
     return next(known, replace(nameless, name=nameless.spelling))
 
