@@ -188,7 +188,7 @@ def scaled_down(x: jax.Array, scale: jax.Array) -> jax.Array:
 def scaled_up(on_grid: jax.Array, scale: jax.Array, dtype: np.dtype) -> jax.Array:
     """``on_grid * scale`` of float32 values, computed in float64 for that dtype and in float32 for all others."""
     if dtype == jnp.float64:
-        return _to_float64(on_grid) * scale.astype(jnp.float64)
+        return _to_float64(on_grid) * _to_float64(scale)
     return _to_dtype(jnp.where(jnp.isnan(on_grid), on_grid, product(on_grid, scale)), dtype)
 
 
@@ -496,7 +496,7 @@ def _divide_float64_by_scale(x: jax.Array, scale: jax.Array) -> jax.Array:
     # In integers, because XLA's CPU backend flushes the smallest.
     near = jnp.clip(magnitude, np.int64((1023 - _FAR) << 52), np.int64((1023 + _FAR) << 52))
     magnitude = jnp.where((magnitude == 0) | (magnitude >= _FLOAT64_INF), magnitude, near)
-    return lax.bitcast_convert_type(magnitude | (bits & np.int64(-(2**63))), jnp.float64) / scale.astype(jnp.float64)
+    return lax.bitcast_convert_type(magnitude | (bits & np.int64(-(2**63))), jnp.float64) / _to_float64(scale)
 
 
 def float64_to_odd(x: jax.Array) -> jax.Array:

@@ -33,6 +33,7 @@ from altgrad_torch.casting import (
     is_float32,
     quantize,
     scaled_down,
+    without_negative_bit,
 )
 from altgrad_torch.conversions import is_read_within
 from altgrad_torch.cpu import CHUNK_OF_ONE_THREAD, count_magnitudes, is_plain
@@ -224,6 +225,7 @@ def observe(
     check_floating(x, "cast_counts")
     if is_sharded(x):
         return _observe_shards(x, format, scale)
+    x = without_negative_bit(x)
     grid = as_grid(format)
     unit = None if scale is None else checked_scale(scale, x)
     if torch.compiler.is_compiling():

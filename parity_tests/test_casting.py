@@ -351,7 +351,7 @@ def test_all_half_precision_inputs(format: Format, dtype: npt.DTypeLike, torch_d
 def test_float64_under_a_scale_that_its_quotient_does_not_survive(format: str, overflow: Overflow) -> None:
     """A quotient beyond float64 is still that of a finite value, and one that vanishes not that of zero."""
     x = np.array([1e300, -1e300, np.inf, 1e-300, 5e-324, 0.0, np.nan, 1.3])
-    for scale in (2.0**-100, 2.0**100, 0.1):
+    for scale in (2.0**-100, 2.0**100, 2.0**-140, 0.1):
         unit, bound = float(np.float32(scale)), parse(format).max_representable_value
         quotients = [value / unit if abs(value) != 1e300 else np.copysign(bound * 2, value) for value in x.tolist()]
         on_grid = [round_to_format(each, parse(format), overflow=overflow) * unit for each in quotients]

@@ -1,7 +1,7 @@
 """Models of Flax NNX, quantized by rules: against products made by hand, and under JAX's transformations."""
 
 import warnings
-from functools import partial
+from functools import partial, partialmethod
 
 import chex
 import jax
@@ -66,6 +66,29 @@ class Doubled(nnx.Linear):
 
     def __call__(self, x):
         return jax.jit(lambda x: 2 * super(Doubled, self).__call__(x))(x)
+
+
+def bare(call):
+    """A decorator that does not say what it wraps."""
+    return lambda self, *args: call(self, *args)
+
+
+class Decorated(nnx.Linear):
+    @bare
+    def __call__(self, x):
+        return super().__call__(x)
+
+
+class Forward(nnx.Linear):
+    def __call__(self, x):
+        return self.forward(x)
+
+    def forward(self, x, scale=1.0):
+        return scale * super().__call__(x)
+
+
+class Partial(Forward):
+    __call__ = partialmethod(Forward.forward, scale=2.0)
 
 
 class OwnTable(nnx.Embed):
@@ -410,8 +433,9 @@ class TestRecording:
 
 
 class TestModels:
-    def test_a_subclass_that_comes_to_what_it_is_a_kind_of_is_cast(self):
-        model, x = Doubled(4, 4, use_bias=False, rngs=nnx.Rngs(0)), normal(1, 2, 4)
+    @pytest.mark.parametrize("kind", [Doubled, Decorated, Forward, Partial])
+    def test_a_subclass_that_comes_to_what_it_is_a_kind_of_is_cast(self, kind):
+        model, x = kind(4, 4, use_bias=False, rngs=nnx.Rngs(0)), normal(1, 2, 4)
         cast = quantize_model(model, [Rule(".*", "E2M5")])
         assert not np.array_equal(cast(x), model(x))
         with recording(cast) as seen:

@@ -329,6 +329,8 @@ def test_a_view_that_is_negated_when_it_is_read(format: str) -> None:
     quantized, counts = ag.quantize_with_counts(view, format)
     assert same(quantized, ag.quantize(written, format))
     assert counts.as_integers() == ag.cast_counts(written, format).as_integers()
+    doubled = torch.complex(written, -written).to(torch.complex128).conj().imag
+    assert ag.cast_counts(doubled, format).as_integers() == counts.as_integers()
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of what it imports

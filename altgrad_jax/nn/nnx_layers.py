@@ -106,7 +106,7 @@ class Layer:
         kind = type(self.module)
         plain = next(each for each in (nnx.MultiHeadAttention, *_SITES) if isinstance(self.module, each))
         swapped = plain in _SWAPPED and kind is not plain
-        if not swapped and _leads_to(kind.__call__, plain.__call__, {"super", "__call__", hook}):
+        if not swapped and _leads_to(kind, plain, {"super", "__call__", hook}):
             return
         why = (
             f"{plain.__name__}, which casts would make a class of their own of"
@@ -156,15 +156,18 @@ def cast_name(path: tuple[object, ...]) -> str:
     return "/".join(parts)
 
 
-def _leads_to(call: Callable[..., Any], plain: Callable[..., Any], names: set[str]) -> bool:
-    """Whether a layer's call is Flax's own, or has a name in it by which it may come there."""
-    own = inspect.unwrap(call)
-    if own is inspect.unwrap(plain) or not isinstance(own, FunctionType):
+def _leads_to(kind: type[nnx.Module], plain: type[nnx.Module], names: set[str]) -> bool:
+    """Whether a layer's call is Flax's own, or may come there: by a name, a method of its class, or what it wraps."""
+    own = inspect.unwrap(kind.__call__)
+    if own is inspect.unwrap(plain.__call__) or not isinstance(own, FunctionType):
         return True
+    if set(own.__code__.co_freevars) - {"__class__"}:
+        return True  # of what a decorator without ``functools.wraps`` calls nothing is known
     codes = [own.__code__]
     while codes:
         code = codes.pop()
-        if names & {*code.co_names, *code.co_freevars}:
+        used = {*code.co_names, *code.co_freevars}
+        if names & used or any(callable(getattr(kind, name, None)) for name in used):
             return True
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return False
