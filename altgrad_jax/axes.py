@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import auto_axes
 
 AxisName = Hashable | Sequence[Hashable]
 """The name of a mapped axis, or several."""
@@ -82,6 +83,30 @@ def split_as(x: jax.Array, like: jax.Array) -> jax.Array:
     if not (is_split(x) or is_split(like)) or jax.typeof(x).sharding == wanted:
         return x
     return jax.sharding.reshard(x, wanted)
+
+
+def with_split_result(
+    function: Callable[[jax.Array, jax.Array], jax.Array],
+    plain: Callable[..., jax.Array],
+    out_sharding: jax.sharding.Sharding | jax.sharding.PartitionSpec | None,
+    lhs: jax.Array,
+    rhs: jax.Array,
+) -> jax.Array:
+    """``function(lhs, rhs)``, of many steps: how those are split is for XLA to find out, only the result is told.
+
+    Args:
+        function: what is computed.
+        plain: one of JAX's own, whose result is split as this one is to be.
+        out_sharding: as of JAX's own functions, under explicit axes of a mesh.
+        lhs: an operand.
+        rhs: the other one.
+    """
+    if out_sharding is None and not (is_split(lhs) or is_split(rhs)):
+        return function(lhs, rhs)
+    if out_sharding is None:
+        out_sharding = jax.eval_shape(plain, lhs, rhs).sharding
+    by_xla = cast("Callable[[jax.Array, jax.Array], jax.Array]", auto_axes(function, out_sharding=out_sharding))
+    return by_xla(lhs, rhs)
 
 
 def sum_over(value: jax.Array, axes: tuple[Hashable, ...]) -> jax.Array:

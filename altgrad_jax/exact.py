@@ -7,15 +7,14 @@ One float64 dot where its bits suffice, else dots of slices of the operands; :mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import auto_axes
 
 from altgrad_core.errors import InputError
 from altgrad_core.exact import (
@@ -25,7 +24,7 @@ from altgrad_core.exact import (
     cut_of,
 )
 from altgrad_core.norms import ROUNDS_TO_NORMAL
-from altgrad_jax.axes import AxisName, is_split, places
+from altgrad_jax.axes import AxisName, places, with_split_result
 from altgrad_jax.casting import widened
 from altgrad_jax.slices import Dot, quotient, sum_of_many, sum_of_two
 
@@ -125,12 +124,8 @@ def exact_dot_general(
             )
     length = math.prod(lhs.shape[axis] for axis in lhs_contracted) * places(axis_name)
     product = partial(_in_one_program, axes, length, axis_name)
-    if out_sharding is None and not (is_split(lhs) or is_split(rhs)):
-        return product(lhs, rhs)
-    # Many dots, of which XLA may find out how they are split, but the result.
-    plain = jax.eval_shape(partial(lax.dot_general, dimension_numbers=axes, out_sharding=out_sharding), lhs, rhs)
-    by_xla = cast("Callable[[jax.Array, jax.Array], jax.Array]", auto_axes(product, out_sharding=plain.sharding))
-    return by_xla(lhs, rhs)
+    plain = partial(lax.dot_general, dimension_numbers=axes)
+    return with_split_result(product, plain, out_sharding, lhs, rhs)
 
 
 def _operand(x: jax.Array, taker: str) -> jax.Array:

@@ -321,6 +321,13 @@ def test_unknown_modes() -> None:
         quantize(jnp.ones(2), "E5M2", rounding="nearest")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown overflow policy 'clamp'; Expected one of native"):
         quantize(jnp.ones(2), "E5M2", overflow="clamp")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"unknown overflow policy 'sat'; did you mean 'saturate'\?"):
+        quantize(jnp.ones(2), "E5M2", overflow="sat")  # type: ignore[arg-type]
+
+
+def test_no_params_cannot_be_stacked() -> None:
+    with pytest.raises(ValueError, match="there are no params; expected those of at least one format"):
+        FormatParams.stack([])
 
 
 @pytest.mark.parametrize("extra", [{"rounding": "toward_zero"}, {"overflow": "saturate"}])

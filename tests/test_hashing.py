@@ -179,3 +179,13 @@ def test_stochastic_rounding_is_unbiased(format: str, stochastic_bits: int) -> N
         errors.append(error)
     between = [abs(np.mean(errors[k] * errors[j])) * np.sqrt(COUNT) for k in range(4) for j in range(k)]
     assert max(between) < deviations(8 * 6)
+
+
+@pytest.mark.parametrize("package", ["altgrad_jax", "altgrad_torch"])
+def test_shapes_of_random_bits(package: str) -> None:
+    hash_bits = pytest.importorskip(package).hash_bits
+    with pytest.raises(TypeError, match=r"shape is 2; expected a tuple of sizes, such as \(2,\)"):
+        hash_bits(2, 5)
+    with pytest.raises(TypeError, match="shape is None; expected a tuple of sizes"):
+        hash_bits(None, 5)
+    assert tuple(hash_bits([2], 5).shape) == (2,)

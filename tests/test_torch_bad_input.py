@@ -51,6 +51,9 @@ def test_unknown_modes(modes: dict[str, str]) -> None:
     for function in (ag.quantize, ag.encode):
         with pytest.raises(ValueError, match=r"unknown (rounding|overflow).*[Ee]xpected one of"):
             function(torch.ones(2), "E5M2", **modes)
+    for modes, near in (({"rounding": "nearest"}, "nearest_even"), ({"overflow": "sat"}, "saturate")):
+        with pytest.raises(ValueError, match=f"did you mean '{near}'"):
+            ag.quantize(torch.ones(2), "E5M2", **modes)
 
 
 def test_random_bits() -> None:

@@ -5,19 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import auto_axes
 
 from altgrad_core.convolution import Sweep, spread
 from altgrad_core.errors import InputError
-from altgrad_jax.axes import is_split
+from altgrad_jax.axes import with_split_result
 from altgrad_jax.exact import exact_dot_general
 
 PADDINGS_OF_INPUT = ("CIRCULAR", "REFLECT")
@@ -75,10 +74,6 @@ def exact_convolution(
     if batch_group_count != 1:
         raise InputError(f"batch_group_count is {batch_group_count}; expected 1 for exact sums")
     convolved = partial(_convolved, axes, window_strides, padding, lhs_dilation, rhs_dilation, feature_group_count)
-    dtype = preferred_element_type or jnp.result_type(lhs, rhs)
-    if out_sharding is None and not (is_split(lhs) or is_split(rhs)):
-        return convolved(lhs, rhs).astype(dtype)
-    # Many products, of which XLA may find out how they are split, but the result.
     plain = partial(
         lax.conv_general_dilated,
         window_strides=window_strides,
@@ -88,9 +83,8 @@ def exact_convolution(
         dimension_numbers=dimension_numbers,
         feature_group_count=feature_group_count,
     )
-    sharding = jax.eval_shape(plain, lhs, rhs).sharding if out_sharding is None else out_sharding
-    by_xla = cast("Callable[[jax.Array, jax.Array], jax.Array]", auto_axes(convolved, out_sharding=sharding))
-    return by_xla(lhs, rhs).astype(dtype)
+    result = with_split_result(convolved, plain, out_sharding, lhs, rhs)
+    return result.astype(preferred_element_type or jnp.result_type(lhs, rhs))
 
 
 def _convolved(
