@@ -241,7 +241,7 @@ _in_one_program = jax.jit(_straight_through, static_argnums=0, inline=True)
 
 def _overflows(x: jax.Array, scale: jax.Array | None, params: FormatParams, random_bits: jax.Array | None) -> jax.Array:
     """Whether each element rounds beyond max, by whatever rounding: where a cast that makes inf of that makes one."""
-    inf = jnp.full_like(params.native_overflow, np.inf)
+    inf = jnp.full_like(params.native_overflow, _INF)
     marking = replace(params, overflow=jnp.full_like(params.overflow, _NATIVE), native_overflow=inf)
     # Before the scale is multiplied in, which may make an infinity of what the format holds.
     return jnp.isinf(_on_grid(x, scale, marking, random_bits))

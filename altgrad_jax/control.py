@@ -29,7 +29,7 @@ from altgrad_core.settings import Policy as Policy
 from altgrad_core.stability import EmergencyMantissaShift as EmergencyMantissaShift
 from altgrad_jax.codes import CodeParams
 from altgrad_jax.consensus import Consensus, process_count
-from altgrad_jax.params import FormatHolder, FormatParams, paths_of
+from altgrad_jax.params import FormatHolder, FormatParams, float_bits, paths_of
 
 State = TypeVar("State")
 """Any pytree of arrays."""
@@ -165,7 +165,7 @@ def _rewritten(params: FormatParams, formats: npt.NDArray[np.object_]) -> Format
         mantissa_bits=column(params.mantissa_bits, lambda each: each.mantissa_bits),
         min_exponent=column(params.min_exponent, lambda each: each.min_exponent),
         max_value=column(params.max_value, lambda each: each.max_representable_value),
-        native_overflow=column(params.native_overflow, lambda each: each.overflow_value),
+        native_overflow=column(params.native_overflow, lambda each: float_bits(each.overflow_value)),
         negative_zero=column(params.negative_zero, lambda each: each.has_negative_zero),
     )
 

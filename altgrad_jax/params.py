@@ -36,7 +36,8 @@ class FormatParams:
         mantissa_bits: int32.
         min_exponent: int32, exponent of the smallest normal value.
         max_value: float32, the largest finite value.
-        native_overflow: float32, what overflow natively becomes: inf, NaN or ``max_value``.
+        native_overflow: int32, the bits of the float32 that overflow natively becomes: inf, NaN or ``max_value``. Bits,
+            since a NaN in a state is what ``jax_debug_nans`` and checks of finiteness look for.
         overflow: int32, index into :data:`altgrad_core.formats.OVERFLOWS`.
         rounding: int32, index into :data:`altgrad_core.formats.ROUNDINGS`; 0 on the paths that know no other.
         stochastic_bits: int32, how many random bits stochastic rounding uses.
@@ -96,7 +97,7 @@ class FormatParams:
             mantissa_bits=jnp.asarray(resolved.mantissa_bits, jnp.int32),
             min_exponent=jnp.asarray(resolved.min_exponent, jnp.int32),
             max_value=jnp.asarray(resolved.max_representable_value, jnp.float32),
-            native_overflow=jnp.asarray(resolved.overflow_value, jnp.float32),
+            native_overflow=jnp.asarray(float_bits(resolved.overflow_value), jnp.int32),
             overflow=jnp.asarray(OVERFLOWS.index(overflow), jnp.int32),
             rounding=jnp.asarray(ROUNDINGS.index(rounding), jnp.int32),
             stochastic_bits=jnp.asarray(stochastic_bits, jnp.int32),
@@ -137,7 +138,7 @@ class FormatParams:
             self,
             min_exponent=min_exponent,
             max_value=maximum,
-            native_overflow=jnp.where(jnp.isfinite(self.native_overflow), maximum, self.native_overflow),
+            native_overflow=jnp.where(self.native_overflow < _INF, _bits(maximum), self.native_overflow),
         )
 
     def _on_grid(self, magnitude: jax.Array, min_exponent: jax.Array) -> jax.Array:
@@ -194,7 +195,7 @@ class FormatHolder(abc.ABC):
 WORDS = 8
 """How many words params have."""
 
-_DTYPES = (jnp.int32, jnp.int32, jnp.float32, jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.bool_)
+_DTYPES = (jnp.int32, jnp.int32, jnp.float32, jnp.int32, jnp.int32, jnp.int32, jnp.int32, jnp.bool_)
 
 
 def to_words(params: FormatParams) -> jax.Array:
@@ -274,7 +275,7 @@ def check_one_for_each(params: FormatParams, count: int) -> None:
 
 def beyond_max(params: FormatParams) -> jax.Array:
     """What a finite value beyond max becomes under the overflow policy: float32, of the shape of the params."""
-    return jnp.where(params.overflow == _NATIVE, params.native_overflow, params.max_value)
+    return _float(jnp.where(params.overflow == _NATIVE, params.native_overflow, _bits(params.max_value)))
 
 
 def replaced_from(params: FormatParams, limits: Edges | None = None) -> jax.Array:
@@ -330,6 +331,11 @@ def edges(params: FormatParams) -> Edges:
     if params.path == "unsigned":
         vanishes = jnp.zeros_like(vanishes)
     return Edges(maximum + half + 1 - (last_bit & 1), vanishes)
+
+
+def float_bits(value: float) -> int:
+    """The bits of the float32 nearest to a value."""
+    return int(np.float32(value).view(np.int32))
 
 
 def _bits(x: jax.Array) -> jax.Array:

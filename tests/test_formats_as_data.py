@@ -23,6 +23,7 @@ from altgrad_jax import (
     decode,
     encode,
     hash_bits,
+    partition_relative_clip,
     quantize,
     quantize_with_counts,
     set_format,
@@ -284,3 +285,20 @@ def test_x64_and_strict_promotion() -> None:
             assert decode(encode(x, name), name).dtype == jnp.float32
         assert hash_bits((4,), 1).dtype == jnp.uint32
         assert quantize(x.astype(jnp.float64), "E4M3", saturation_mask=True).dtype == jnp.float64
+
+
+@pytest.mark.parametrize("name", ["E4M3", "float8_e4m3fnuz", "float8_e8m0fnu"])
+def test_a_format_whose_overflow_is_nan_is_no_nan_to_the_debugger(name: str) -> None:
+    def step(x: jax.Array, params: FormatParams) -> tuple[jax.Array, FormatParams]:
+        return quantize(x, params), params
+
+    with jax.debug_nans(True):
+        params = FormatParams.from_format(name)
+        stacked = FormatParams.stack([params, params])
+        _, carried = jax.jit(step)(jnp.linspace(0.5, 2, 33), params)
+        mapped, _ = jax.vmap(step, in_axes=(None, 0))(jnp.linspace(0.5, 2, 33), stacked)
+        assert mapped.shape == (2, 33)
+        state = set_format(partition_relative_clip(parse(name)).init(jnp.ones(3)), name)
+        with pytest.raises(FloatingPointError):
+            step(jnp.array([np.inf], jnp.float32), params)  # what does become NaN is found
+    chex.assert_tree_all_finite((params, stacked, carried, state.format))

@@ -195,9 +195,7 @@ class CastState(FormatHolder):
     def grid(self) -> tuple[FormatParams, Edges]:
         """The params, scaled, and where they end, if they are known before: worked out when the history changed."""
         minimum, maximum, native, *limits = (self.words[..., _GRID + k] for k in range(_GRID_WORDS))
-        scaled = replace(
-            self.params, min_exponent=minimum, max_value=_as_floats(maximum), native_overflow=_as_floats(native)
-        )
+        scaled = replace(self.params, min_exponent=minimum, max_value=_as_floats(maximum), native_overflow=native)
         return scaled, Edges(*limits)
 
     def _with_grid(self) -> CastState:
@@ -235,7 +233,7 @@ def _words_with_grid(state: CastState) -> jax.Array:
     assert isinstance(scaling, Delayed)
     assert history is not None
     scaled = params.scaled(scaling.scale(0, params.max_value, jnp.moveaxis(history, -1, 0)))
-    found = scaled.min_exponent, _as_words(scaled.max_value), _as_words(scaled.native_overflow), *edges(scaled)
+    found = scaled.min_exponent, _as_words(scaled.max_value), scaled.native_overflow, *edges(scaled)
     return jnp.concatenate(
         [state.words[..., :_GRID], jnp.stack(found, axis=-1), state.words[..., _GRID + _GRID_WORDS :]], axis=-1
     )

@@ -14,10 +14,10 @@ from altgrad_core.errors import InputError
 from altgrad_core.formats import FORMAT_REGISTRY, Format
 from altgrad_core.scaling import PerBlock, PerChannel
 from altgrad_jax.nn.cast_state import CastState
-from altgrad_jax.params import FormatParams
+from altgrad_jax.params import FormatParams, float_bits
 from altgrad_jax.scaling import Delayed, Static
 
-_Row = tuple[int, int, float, float, bool]
+_Row = tuple[int, int, float, int, bool]
 _GRID = ("mantissa_bits", "min_exponent", "max_value", "native_overflow", "negative_zero")
 
 
@@ -59,7 +59,7 @@ def _scaling_name(state: CastState) -> str:
 
 def formats_of(params: FormatParams) -> list[Format | None]:
     """The formats of params, of each layer of a stack; None for what is no format of at most 16 bits."""
-    return [_format(row) for row in {repr(row): row for row in _rows(params)}.values()]  # NaN is not itself
+    return [_format(row) for row in dict.fromkeys(_rows(params))]
 
 
 def _rows(params: FormatParams) -> list[_Row]:
@@ -83,20 +83,18 @@ def _is(format: Format, row: _Row) -> bool:
         format.mantissa_bits,
         format.min_exponent,
         format.max_representable_value,
-        format.overflow_value,
+        float_bits(format.overflow_value),
         format.has_negative_zero,
     )
-    return repr(numbers) == repr(row)  # by repr, in which NaN is itself
+    return numbers == row
 
 
 def _unregistered(row: _Row) -> Iterator[Format]:
     """Formats with the mantissa bits and the smallest exponent of a row, as few bits as may be."""
     mantissa_bits, min_exponent, _, overflow, negative_zero = row
-    has_inf = math.isinf(overflow)
+    inf = float_bits(math.inf)
     for exponent_bits in range(min(9, 16 - mantissa_bits)):
         bias = 1 - min_exponent if exponent_bits else 0
         with suppress(InputError):
-            nameless = Format(
-                "", exponent_bits, mantissa_bits, bias, has_inf, not math.isfinite(overflow), negative_zero
-            )
+            nameless = Format("", exponent_bits, mantissa_bits, bias, overflow == inf, overflow >= inf, negative_zero)
             yield replace(nameless, name=nameless.spelling)
