@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +18,7 @@ import numpy.typing as npt
 
 from altgrad_core.errors import InputError, check_choice
 from altgrad_core.formats import Format
-from altgrad_core.scalars import is_integer
+from altgrad_core.scalars import as_real, is_integer
 
 MOST_EXPONENT = 100
 """Scales of tensors and channels stay within 2^-100 to 2^100: neither they nor their reciprocals are subnormal."""
@@ -29,6 +31,8 @@ E8M0_NAN = 255
 
 SMALLEST_STEP_EXPONENT = -125
 """Steps between the values of a scaled block are at least two to this; see :func:`block_exponents`."""
+
+_SMALLEST_FLOAT32, _LARGEST_FLOAT32 = 2.0**-149, 2.0**128 - 2.0**104
 
 MX_BLOCK = 32
 """Elements that share a scale in the concrete formats of OCP MX v1.0 (section 5.2)."""
@@ -208,6 +212,43 @@ def check_window(window: int) -> None:
         raise InputError(f"the amax window is {window!r}; expected at least 1 step")
 
 
+def check_given_scale(scale: object, *, power_of_two: bool = False) -> None:
+    """Refuse numbers and NumPy arrays that are no scales as float32; other arrays may lie on a device, and are left.
+
+    Args:
+        scale: what a user gave as the worth of one.
+        power_of_two: whether nothing else will do.
+
+    Raises:
+        InputError: naming the first that is not positive, beyond what float32 holds, or no power of two.
+
+    >>> check_given_scale(1e-300)
+    Traceback (most recent call last):
+    altgrad_core.errors.InputError: the scale is 1e-300; expected a positive number within 2^-149 to 3.4028235e+38
+    """
+    if isinstance(scale, np.ndarray):
+        values = scale.astype(np.float64).ravel()
+        bad = values[~((values >= _SMALLEST_FLOAT32) & (values <= _LARGEST_FLOAT32))].tolist()
+    elif isinstance(scale, numbers.Real):  # without NumPy, of which torch.compile would make tensors
+        values = [as_real(scale)]
+        bad = [] if _SMALLEST_FLOAT32 <= values[0] <= _LARGEST_FLOAT32 else [scale]
+    else:
+        return
+    if bad:
+        raise InputError(f"the scale is {bad[0]}; expected a positive number within 2^-149 to {_LARGEST_FLOAT32:.8g}")
+    if power_of_two:
+        _check_powers_of_two("scale", values)
+
+
+def _check_powers_of_two(what: str, values: Iterable[float], otherwise: str = "") -> None:
+    uneven = next((value for value in values if math.frexp(value)[0] != 0.5), None)
+    if uneven is not None:
+        nearest = 2.0 ** round(math.log2(uneven))
+        raise InputError(
+            f"the {what} is {uneven}, which is no power of two; expected one (the nearest is {nearest}){otherwise}"
+        )
+
+
 def check_static_scale(scale: npt.ArrayLike, *, power_of_two: bool) -> None:
     """Refuse scales that are not positive and within 2^-100 to 2^100, or not powers of two where that was promised.
 
@@ -222,10 +263,5 @@ def check_static_scale(scale: npt.ArrayLike, *, power_of_two: bool) -> None:
             f"the static scale is {outside[0]}; expected a positive number within 2^-{MOST_EXPONENT} to "
             f"2^{MOST_EXPONENT}"
         )
-    uneven = values[np.frexp(values)[0] != 0.5]
-    if power_of_two and uneven.size:
-        nearest = 2.0 ** round(math.log2(uneven[0]))
-        raise InputError(
-            f"the static scale is {uneven[0]}, which is no power of two; expected one (the nearest is {nearest}), or "
-            "power_of_two=False"
-        )
+    if power_of_two:
+        _check_powers_of_two("static scale", values.tolist(), ", or power_of_two=False")

@@ -17,6 +17,7 @@ from jax import lax
 from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, Format, Overflow, Rounding
 from altgrad_core.reference import check_width
+from altgrad_core.scaling import check_given_scale
 from altgrad_jax.arithmetic import product, quotient
 from altgrad_jax.params import Edges, FormatParams, as_params, beyond_max, edges, replaced_from
 
@@ -75,7 +76,8 @@ def quantize(
 
     Raises:
         TypeError: if ``x`` is not floating point, or ``random_bits`` are not integers.
-        ValueError: for unknown formats or modes, or random bits that are missing, useless or of another shape.
+        ValueError: for unknown formats or modes, a scale that is a number but no positive float32, or random bits that
+            are missing, useless or of another shape.
 
     >>> quantize(jnp.array([0.75, 1.5, 3.0, 6.0]), "E7M0").tolist()
     [0.5, 2.0, 2.0, 8.0]
@@ -114,8 +116,9 @@ def checked_scale(scale: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
     """A scale as an array of float32.
 
     Raises:
-        InputError: if it would enlarge ``x``.
+        InputError: if it would enlarge ``x``, or is a number that is no scale.
     """
+    check_given_scale(scale)
     scale = jnp.asarray(scale, jnp.float32)
     if scale.ndim > x.ndim or any(s not in (1, n) for s, n in zip(scale.shape[::-1], x.shape[::-1], strict=False)):
         raise InputError(f"the scale has shape {scale.shape}; expected one that broadcasts to that of x, {x.shape}")

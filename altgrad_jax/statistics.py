@@ -19,6 +19,7 @@ import optax
 from jax import lax
 
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding
+from altgrad_core.scaling import check_given_scale
 from altgrad_jax.arithmetic import flush_subnormals
 from altgrad_jax.axes import AxisName, by_axes, is_whole, largest_over, sum_over
 from altgrad_jax.casting import (
@@ -445,7 +446,7 @@ def stall_counts(
         Counts of shape ``()``.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ, and for a scale that is a number but no power of two.
 
     >>> w, u = jnp.array([1.0, 1.0, 1.0]), jnp.array([0.5, 1e-3, 0.0])
     >>> stall_counts(w, u, "E5M2").as_integers()
@@ -454,6 +455,7 @@ def stall_counts(
     if weight.shape != update.shape:
         raise ValueError(f"weight has shape {weight.shape} but update {update.shape}; expected the same")
     params = as_params(format)
+    check_given_scale(scale, power_of_two=True)
     grid = params if scale is None else params.scaled(jnp.asarray(scale, jnp.float32))
     return StallCounts(_limbs(_stall_tally(weight, update, grid, gradient)))
 

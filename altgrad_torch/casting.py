@@ -18,6 +18,7 @@ from torch import Tensor
 from altgrad_core.errors import InputError
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import check_modes, check_stochastic_bits, check_width
+from altgrad_core.scaling import check_given_scale
 from altgrad_torch.conversions import values_by_torch
 from altgrad_torch.cpu import under_transforms
 from altgrad_torch.kernels import Beyond, Draw, beyond_max, round_float64_to_grid, round_to_grid
@@ -82,8 +83,8 @@ def quantize(
 
     Raises:
         TypeError: if ``x`` is not a tensor of one of these dtypes, or ``random_bits`` are not a tensor of integers.
-        ValueError: for unknown formats or modes, modes without effect, a scale that would enlarge ``x``, or random bits
-            that are missing, useless or of another shape.
+        ValueError: for unknown formats or modes, modes without effect, a scale that would enlarge ``x`` or is a number
+            but no positive float32, or random bits that are missing, useless or of another shape.
 
     >>> quantize(torch.tensor([0.75, 1.5, 3.0, 6.0]), "E7M0").tolist()
     [0.5, 2.0, 2.0, 8.0]
@@ -148,8 +149,9 @@ def checked_scale(scale: Tensor | float, x: Tensor) -> Tensor:
     """A scale of ``x`` as a float32 tensor beside it, without a gradient.
 
     Raises:
-        InputError: if it would enlarge ``x``.
+        InputError: if it would enlarge ``x``, or is a number that is no scale.
     """
+    check_given_scale(scale)
     unit = torch.as_tensor(scale, dtype=torch.float32, device=x.device).detach()
     if unit.ndim > x.ndim or any(s != 1 and s != n for s, n in zip(unit.shape[::-1], x.shape[::-1], strict=False)):
         raise InputError(

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import altgrad_jax as in_jax
 import altgrad_torch as in_torch
+from altgrad_core.errors import InputError
 from altgrad_core.formats import FORMAT_REGISTRY, Format, parse
 from altgrad_core.reference import round_to_format
 from altgrad_core.scaling import BLOCK_RULES, BlockRule, Granularity, PerBlock, PerChannel, block_exponents
@@ -290,3 +291,24 @@ def test_a_ratio_gives_its_scale_back(maximum: float) -> None:
     amaxes = torch.arange(0x3F800000, 0x40000000, 3 if maximum != 448.0 else 1, dtype=torch.int32).view(torch.float32)
     scales = in_torch.ratio_scale(amaxes, maximum)
     assert torch.equal(in_torch.ratio_scale(scales * maximum, maximum), scales)
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.5, math.nan, math.inf, 1e300, 1e-300, True, np.float64(1e39), np.ones(2) * -1])
+def test_a_number_that_is_no_scale_is_refused(bad: Any) -> None:
+    for package, ones in ((in_jax, jnp.ones(2)), (in_torch, torch.ones(2))):
+        for call in (package.quantize, package.quantize_with_counts, package.cast_counts):
+            with pytest.raises(InputError, match=r"the scale is .*; expected a positive number within 2\^-149 to 3.4"):
+                call(ones, "E4M3", scale=bad)
+
+
+@pytest.mark.parametrize("scale", [2.0**-149, 2.0**-130, 2.0**127, np.float32(3.0), np.array([0.5, 2.0])])
+def test_any_float32_that_is_positive_is_a_scale(scale: Any) -> None:
+    found = in_jax.quantize(jnp.ones(2), "E5M2", scale=scale, overflow="saturate")
+    assert_same_bits(found, in_torch.quantize(torch.ones(2), "E5M2", scale=scale, overflow="saturate"))
+
+
+def test_a_stall_is_counted_on_a_grid_moved_by_a_power_of_two() -> None:
+    ones = jnp.ones(2)
+    assert in_jax.stall_counts(ones, ones, "E4M3", scale=0.25).as_integers()["nonzero"] == 2
+    with pytest.raises(InputError, match=r"the scale is 0.3, which is no power of two; expected one .* is 0.25"):
+        in_jax.stall_counts(ones, ones, "E4M3", scale=0.3)
