@@ -22,13 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import altgrad_jax
 import altgrad_torch
 from altgrad_core.formats import FORMAT_REGISTRY, Format, Overflow
 from altgrad_core.reference import quantize_reference
+from benchmarks.peers_page import Row, show, write
 from benchmarks.timing import side_by_side
 
 FORMATS = ("E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")
@@ -42,7 +41,6 @@ Float64 = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Documented = Callable[[Format, Float32], Float64]
 Framework = Literal["NumPy", "JAX", "PyTorch"]
-Row = dict[str, Any]
 
 _ARRAY_OF: dict[Framework, Callable[[Float32], Array]] = {
     "NumPy": np.copy,
@@ -261,25 +259,6 @@ PEERS = (
         _saturating_finite,
     ),
 )
-_NOTES = {
-    "lax.reduce_precision": "keeps the top exponent for inf and NaN, so of the eight only E5M2 is whole; StableHLO "
-    "specifies that what falls below the normal numbers underflows to zero",
-    "fp8_ops.qdq": "with a scale of 1",
-    "numerics.convert_to": "Qwix's cast without its scale",
-    "round_ndarray": "sat=True for the formats without NaN",
-    "Chop": "keeps the top exponent for inf and NaN and takes no bias, so of the eight only E5M2 is whole; beyond max "
-    "it returns 65536, which E5M2 does not have, for 61440, and 0 from 65536 up to 131072",
-    "Chopf": "two's complement fixed point",
-    "Tensor.to": "saturates in E4M3 (since PyTorch 2.12), not in E5M2",
-    "_f32_to_floatx_unpacked": "a prototype, and its inverse; its comments exclude inf and NaN",
-    "float_quantize": "has neither inf nor NaN; does not say how it breaks ties",
-    "fixed_point_quantize": "symmetric=True; does not say how it breaks ties",
-    "_quantize_elemwise_core": 'what its own 8-bit formats (E4M3, E5M2 and int8) are cast by, with round="even", '
-    "saturate_normals=True and our maximum; not on PyPI, and a version that ends in two.files means these functions of "
-    "mx/elemwise_ops.py and mx/formats.py at that commit alone, not the installed package",
-}
-
-
 # --- right or wrong -------------------------------------------------------------------------------------------------
 
 
@@ -459,119 +438,10 @@ def _key(row: Row) -> tuple[str, str, str]:
     return row["library"], row["call"], row["framework"]
 
 
-_COLUMNS = (
-    "library",
-    "function",
-    "arrays",
-    "million elements/s",
-    "AltGrad, times as fast",
-    "formats it lacks",
-    "wrong within range",
-    "beyond max, inf, NaN: not as AltGrad",
-    "of all: not as documented",
-)
-
-
-def _cells(row: Row) -> list[str]:
-    counts = list(row["formats"].values())
-    who = [f"{row['library']} {row['version']}".strip(), row["call"], row["framework"]]
-    lacks = " ".join(row["lacks"]) or "none"
-    if row["status"] != "run":
-        return [*who, row["status"], "", lacks, "", "", ""]
-    wrong = {kind: sum(count["wrong"][kind] for count in counts) for kind in counts[0]["wrong"]}
-    kinds = ", ".join(f"{number} {kind}" for kind, number in wrong.items() if number)
-    total = f"{sum(wrong.values())} of {sum(count['within_range'] for count in counts)}"
-    beyond = [str(sum(count[name] for count in counts)) for name in ("beyond_differs", "beyond_not_as_documented")]
-    return [*who, *_speeds(counts), lacks, f"{total}: {kinds}" if kinds else total, *beyond]
-
-
-def _speeds(counts: Sequence[Row]) -> list[str]:
-    if "elements_per_second" not in counts[0]:
-        return ["not timed", ""]
-    ratios = [count["altgrad_times_as_fast"] for count in counts]
-    span = f"{min(ratios):.2f}" if len(ratios) == 1 else f"{min(ratios):.2f} to {max(ratios):.2f}"
-    return [f"{np.median([count['elements_per_second'] for count in counts]) / 1e6:.0f}", span]
-
-
-def show(rows: Iterable[Row]) -> None:
-    table = Table(title="Casts to 8-bit floats and back", title_justify="left", show_lines=True)
-    for column in _COLUMNS:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*_cells(row))
-    Console().print(table)
-
-
-_PAGE = """# AltGrad beside its peers
-
-Written by `python -m benchmarks.peers --write`; `peers.json` beside this page has every number by format.
-
-{table}
-
-- **million elements/s**: {elements} normally distributed float32 values, cast to the format and back to float32, in
-  the peer's own framework (jitted in JAX, eager in PyTorch): the median over rounds, and of that the
-  median over the formats.
-- **AltGrad, times as fast**: AltGrad's cast of the same array, in turn with the peer's in one run: the median of the
-  ratios round by round, smallest and largest over the formats. NumPy's arrays it casts by way of JAX and back. Its own
-  rows race it against itself and show the noise.
-- **formats it lacks**: of the eight, those of which it cannot return every finite value with the parameters it has.
-  E3M4 here has bias 1, E0M7 is fixed point; scaling by hand around a cast is not counted.
-- **wrong within range**: of a boundary set, the inputs that round to a finite value of the format but not in the peer's
-  hands. Right is to nearest, ties to the even code, with the sign of zero kept. The set: every value of the grid, every
-  midpoint, float32 subnormals, the two float32 neighbours of each, with both signs. Each wrong input is of the first
-  kind that fits: only the *sign of zero* is lost; *on ties*, exactly between two values; *among subnormals* of the
-  format; *elsewhere*. Without mantissa bits (E7M0) no tie has an even mantissa: AltGrad, gfloat and torchao take the
-  even code, IEEE 754 would take the larger magnitude, as QPyTorch and microxcaling do.
-- **beyond max, inf, NaN: not as AltGrad**: inputs of the set that do not round to a finite value, where the result
-  differs from AltGrad's default: inf if the format has it, else NaN if it has that, else the maximum, and NaN for NaN.
-  These are conventions, not errors (`overflow="saturate"` is AltGrad's other one). **Not as documented** counts those
-  that are not what the peer's documentation or comments say either, with NaN for NaN where they say nothing.
-
-{notes}
-
-## The first example of each kind
-
-The last column is what the exact reference gives or, beyond max, what the peer documents.
-
-{examples}
-
-## Measured on
-
-{environments}
-"""
-
-
-def page(rows: Sequence[Row]) -> str:
-    notes = dict.fromkeys(
-        f"- {row['library']}, `{row['call']}`: {_NOTES[row['call']]}." for row in rows if row["call"] in _NOTES
-    )
-    examples = [
-        [f"{row['library']}, `{row['call']}`, {row['framework']}", name, *case.values()]
-        for row in rows
-        for name, count in row["formats"].items()
-        for case in count["examples"]
-    ]
-    done = [row for row in rows if row["status"] == "run"]
-    return _PAGE.format(
-        table=_markdown(_COLUMNS, map(_cells, rows)),
-        elements=" or ".join(sorted({f"{row['elements']:,}" for row in done if row["elements"]})) or "(not timed)",
-        notes="\n".join(notes),
-        examples=_markdown(("library", "format", "kind", "input", "result", "right"), examples),
-        environments="\n".join(f"- {each}" for each in dict.fromkeys(row["environment"] for row in done)),
-    )
-
-
-def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows))
-
-
-def write(rows: Iterable[Row], folder: Path) -> list[Row]:
-    folder.mkdir(parents=True, exist_ok=True)
+def merge_into(folder: Path, rows: Iterable[Row]) -> list[Row]:
+    """The rows that a folder has, with new ones in the place of theirs."""
     data = folder / "peers.json"
-    merged = merge(json.loads(data.read_text()) if data.exists() else [], rows)
-    data.write_text(json.dumps(merged, indent=1) + "\n")
-    (folder / "peers.md").write_text(page(merged))
-    return merged
+    return merge(json.loads(data.read_text()) if data.exists() else [], rows)
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -593,7 +463,10 @@ def main(arguments: Sequence[str] = ()) -> None:
     options = _options(arguments)
     wanted = [peer for peer in PEERS if options.only is None or peer.name in options.only]
     rows = [run(peer, framework, options) for peer in wanted for framework in peer.frameworks]
-    show(write(rows, options.output) if options.write else rows)
+    if options.write:
+        rows = merge_into(options.output, rows)
+        write(rows, options.output)
+    show(rows)
 
 
 if __name__ == "__main__":
