@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -63,7 +64,7 @@ class Health:
         # One spike is a bad batch. Several in a row are a bad weight: the loss may tell so much later, or never.
         spiking = seen.finite and usual is not None and seen.norm > policy.spike_factor * usual
         memory.spikes = memory.spikes + 1 if spiking else 0
-        if seen.finite and seen.norm > 0 and not spiking:
+        if seen.finite and 0 < seen.norm < math.inf and not spiking:
             memory.norms = [*memory.norms, seen.norm][-NORM_WINDOW:]
         if not seen.params_finite:
             return Event(seen.step, "rollback", "poisoned weights", {"loss": seen.loss})

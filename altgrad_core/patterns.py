@@ -26,12 +26,24 @@ def group_by_pattern(paths: Sequence[str], patterns: Sequence[str]) -> Mapping[s
     for position, path in enumerate(paths):
         first = next((pattern for pattern, found in compiled.items() if found.fullmatch(path)), None)
         if first is None:
-            raise InputError(f"no rule matches {path!r}; expected one of {', '.join(patterns)} to, or a last rule '.*'")
+            raise InputError(
+                f"no rule matches {path!r}; {_for_below(path, patterns)}expected one of {', '.join(patterns)} to, or a "
+                "last rule '.*'"
+            )
         groups[first].append(position)
     for pattern, positions in groups.items():
         if not positions:
             raise InputError(f"the rule {pattern!r} matches nothing that an earlier one did not: {_listed(paths)}")
     return {pattern: tuple(positions) for pattern, positions in groups.items()}
+
+
+def _for_below(path: str, patterns: Sequence[str]) -> str:
+    """A hint for who named a part of the model, as in a tree, and not a pattern of the whole paths below it."""
+    above = next((each for each in patterns if path.startswith(each) and path[len(each) :][:1] in ("/", ".")), None)
+    if above is None:
+        return ""
+    below = f"{above}/.*" if path[len(above)] == "/" else f"{above}\\..*"
+    return f"a rule matches whole paths: did you mean {below!r}? "
 
 
 def compiled_pattern(pattern: str) -> re.Pattern[str]:

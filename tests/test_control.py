@@ -229,6 +229,14 @@ def test_norms_that_stay_spikes_go_back_and_one_does_not() -> None:
     assert (event.cause, event.numbers) == ("norm spikes", {"norm": 11.1, "median": 1.1})
 
 
+def test_an_infinite_norm_of_finite_gradients_does_not_become_what_is_usual() -> None:
+    controller = FormatController("E5M2", can_roll_back=True)
+    beyond_float32, spike = replace(good(), norm=math.inf), replace(good(), norm=20.0)
+    usual = replace(good(), norm=1.0)
+    assert not any(each.rollback for each in feed(controller, [beyond_float32] * 8 + [usual] * 8))
+    assert feed(controller, [spike] * 3, start=16)[-1].rollback
+
+
 def test_spikes_do_not_become_what_is_usual() -> None:
     controller = FormatController("E5M2", can_roll_back=True)
     usual, spike = replace(good(), norm=1.0), replace(good(), norm=20.0)
