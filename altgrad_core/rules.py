@@ -11,7 +11,7 @@ from typing import Final, Generic, Literal, TypeVar
 from altgrad_core.errors import InputError, check_choice
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding, parse
 from altgrad_core.patterns import compiled_pattern
-from altgrad_core.scaling import Granularity, PerBlock, parse_granularity
+from altgrad_core.scaling import Granularity, PerBlock, PerChannel, PerTensor, parse_granularity
 
 Operand = Literal["activations", "weights", "gradients"]
 """What a layer casts: what comes in, what it holds, and what flows back into its output."""
@@ -118,7 +118,8 @@ class Rule:
     The four options before the last take an :class:`Each`, too, with a value for each operand.
 
     Raises:
-        InputError: for a pattern that is none, an unknown format, granularity or mode.
+        InputError: for a pattern that is none, an unknown format, granularity or mode, and for float32, which casts
+            nothing.
 
     >>> rule = Rule("attn/.*", weights="E4M3", gradients="E5M2")
     >>> [str(getattr(rule.spec, operand).format) for operand in OPERANDS]
@@ -167,6 +168,8 @@ class Rule:
     def _cast(self, operand: Operand, format: Format | None) -> CastSpec | None:
         if format is None:
             return None
+        if format.cast_path == "identity":
+            raise InputError(f"the rule {self.layers!r}: {format} casts nothing; expected None in its place")
         rounding, overflow = option(self.rounding, operand), option(self.overflow, operand)
         check_choice("rounding", rounding, ROUNDINGS)
         check_choice("overflow policy", overflow, OVERFLOWS)
@@ -315,14 +318,31 @@ def option(value: Option | Each[Option], operand: Operand) -> Option:
     return getattr(value, operand) if isinstance(value, Each) else value
 
 
-def check_block_scaling(spec: CastSpec, is_current: bool) -> None:
-    """Refuse scales of blocks that come from anything but the tensor itself: a history would have one for each block.
+def check_serves(scaling: object, granularity: object, is_current: bool, static: tuple[int, ...] | None) -> None:
+    """Refuse scales that do not suit what shares one.
+
+    Those of blocks come from the tensor itself: a history would have one for each. A static scale that is one number
+    leaves nothing to channels.
+
+    Args:
+        scaling: for the message.
+        granularity: a :data:`~altgrad_core.scaling.Granularity`, or ``"channel"``.
+        is_current: whether the scales come from the tensor itself.
+        static: the shape of a static scale; None of any other.
 
     Raises:
         InputError: naming the granularity.
     """
-    if isinstance(spec.granularity, PerBlock) and spec.scaling is not None and not is_current:
+    if isinstance(granularity, PerBlock) and not is_current:
         raise InputError(
-            f"scaling={spec.scaling!r} cannot serve blocks of {spec.granularity.size}: there would be a history for "
-            "each; expected Current(), or none"
+            f"scaling={scaling!r} cannot serve blocks of {granularity.size}: there would be one to keep for each; "
+            "expected Current(), or none"
         )
+    by_channel = granularity == "channel" or isinstance(granularity, PerChannel)
+    if by_channel and static == ():
+        raise InputError(
+            f"granularity={granularity!r} would have no effect: {scaling!r} is one scale for all channels; expected "
+            "'tensor', or Current() or Delayed()"
+        )
+    if isinstance(granularity, PerTensor) and static:
+        raise InputError(f"the static scale has shape {static}; expected a number for granularity='tensor'")

@@ -74,7 +74,7 @@ def assert_same_state(of_jax: nnx.Linear, of_torch: torch.nn.Linear, what: str) 
             pytest.param(granularity, scaling, marks=pytest.mark.exhaustive)
             for granularity in ("tensor", "channel")
             for scaling in ("static", "delayed", "current")
-            if (granularity, scaling) != ("channel", "delayed")
+            if (granularity, scaling) not in [("channel", "delayed"), ("channel", "static")]
         ),
     ],
 )

@@ -267,17 +267,6 @@ class TestWhatAStateHolds:
                 check_grid(variable.get_value(), reduce)
         assert model.layers[1].dot_general.gradients.get_value().path == "wide"
 
-    def test_a_stack_in_float32_has_a_grid_for_each(self):
-        @nnx.vmap
-        def stacked(rngs):
-            return nnx.Linear(4, 4, rngs=rngs)
-
-        model = quantize_model(stacked(nnx.Rngs(0).split(2)), [Rule(".*", "float32")])
-        before = [variable.get_value().words for variable in model.dot_general.variables]
-        set_formats(model, {".*": "float32"})
-        for variable, words in zip(model.dot_general.variables, before, strict=True):
-            np.testing.assert_array_equal(variable.get_value().words, words)
-
     def test_set_format_writes_into_it_wherever_it_is(self):
         states = nnx.state(quantized(), CastVariable)
         after = set_format(states, "E5M2")

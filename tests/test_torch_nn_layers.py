@@ -516,6 +516,8 @@ def test_an_output_projection_is_cast_though_its_attention_is_not():
         (lambda: nn.Linear(2, 2), {"granularity": "block4", "scaling": Delayed(4)}, "cannot serve blocks of 4"),
         (lambda: nn.Linear(2, 2), {"granularity": PerChannel(0)}, "how many channels there are"),
         (lambda: nn.Linear(2, 2), {"scaling": Static(torch.ones(3))}, r"the static scale has shape \(3,\)"),
+        (lambda: nn.Linear(2, 2), {"scaling": Static(1.0), "granularity": "channel"}, "'channel' would have no effect"),
+        (lambda: nn.Linear(2, 2), {"scaling": Static(1.0), "granularity": "block2"}, "cannot serve blocks of 2"),
         (lambda: nn.Linear(2, 2), {"scaling": "delayed"}, "scaling='delayed' is none"),
         (lambda: nn.Linear(2, 2).double(), {}, "holds torch.float64"),
         (lambda: nn.LSTM(2, 2), {}, "a LSTM, cannot be cast"),
@@ -529,11 +531,6 @@ def test_an_option_that_a_layer_cannot_honour_names_both(make, options, message)
     with pytest.raises(InputError, match=message):
         quantize_model(model, [Rule(".*", "E4M3", **options)])
     assert [type(module) for module in model.modules()] == kinds
-
-
-def test_float32_as_a_format_is_refused():
-    with pytest.raises(InputError, match="float32 casts nothing; expected None"):
-        quantize_model(nn.Linear(2, 2), [Rule(".*", "float32")])
 
 
 def test_second_derivatives_pass_through_the_casts():

@@ -14,7 +14,7 @@ from jax import lax
 
 from altgrad_core.errors import InputError
 from altgrad_core.formats import CastPath, Format
-from altgrad_core.rules import DEFAULT_WINDOW, CastSpec, Operand, check_block_scaling
+from altgrad_core.rules import DEFAULT_WINDOW, CastSpec, Operand, check_serves
 from altgrad_core.scaling import Granularity, PerBlock, PerTensor
 from altgrad_jax.casting import refuse_missing_random_bits
 from altgrad_jax.granularity import amaxes
@@ -92,11 +92,13 @@ class CastState(FormatHolder):
         """The state of a cast that nothing is carried for from step to step.
 
         Raises:
-            InputError: for delayed scales and stochastic rounding, which need a history and a step.
+            InputError: for delayed scales and stochastic rounding, which need a history and a step, and for scales that
+                do not suit the granularity.
             ValueError: for params that round stochastically.
         """
         if not isinstance(scaling, Static | Current):
             raise InputError(f"scaling={scaling!r} needs a state; expected Static or Current, or quantize_model")
+        _check_serves(scaling, granularity)
         refuse_missing_random_bits(params)
         return cls._before_steps(params, scaling, operand, granularity, ())
 
@@ -292,12 +294,17 @@ def scaling_of(spec: CastSpec) -> Scaling:
         return Current() if isinstance(spec.granularity, PerBlock) else Delayed(DEFAULT_WINDOW)
     if not isinstance(scaling, Scaling):
         raise InputError(f"scaling is {scaling!r}; expected a Static, Current or Delayed of altgrad_jax")
-    check_block_scaling(spec, isinstance(scaling, Current))
+    _check_serves(scaling, spec.granularity)
     return (
         Static(jnp.asarray(scaling.value, jnp.float32), scaling.power_of_two)
         if isinstance(scaling, Static)
         else scaling
     )
+
+
+def _check_serves(scaling: Scaling, granularity: object) -> None:
+    static = np.shape(scaling.value) if isinstance(scaling, Static) else None
+    check_serves(scaling, granularity, isinstance(scaling, Current), static)
 
 
 def _check_signed(format: Format) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from altgrad_core.errors import InputError
 from altgrad_core.formats import FORMAT_REGISTRY, Format, parse
-from altgrad_core.rules import DEFAULT_WINDOW, CastSpec, Operand, check_block_scaling
+from altgrad_core.rules import DEFAULT_WINDOW, CastSpec, Operand, check_serves
 from altgrad_core.scaling import Granularity, PerBlock, PerChannel, PerTensor
 from altgrad_torch.casting import cast, quantize
 from altgrad_torch.cpu import is_plain, under_transforms
@@ -101,8 +101,6 @@ class Site(nn.Module):
         self.placement, self.rounding, self.overflow = placement, spec.rounding, spec.overflow
         params = FormatParams.from_format(spec.format)
         self._params_type, self.path = type(params), params.path
-        if self.path == "identity":
-            raise InputError(f"{spec.format} casts nothing; expected None in its place")
         self.register_buffer("grid", torch.tensor(_numbers_of(spec.format), dtype=torch.int32, device=device))
         history = self.scaling.init(placement.scales)
         self.register_buffer("history", None if history is None else history.to(device))
@@ -399,19 +397,18 @@ def _keeps_layers_from_being_bypassed(module: nn.Module, inputs: Any) -> None:
 
 def _scaling_of(spec: CastSpec, placement: Placement) -> Scaling:
     is_blocks = isinstance(placement.granularity, PerBlock)
-    check_block_scaling(spec, isinstance(spec.scaling, Current))
     scaling = spec.scaling if spec.scaling is not None else Current() if is_blocks else Delayed(DEFAULT_WINDOW)
     if not isinstance(scaling, Scaling):
         raise InputError(f"scaling={scaling!r} is none; expected Static, Current or Delayed of altgrad_torch")
+    static = tuple(torch.as_tensor(scaling.value).shape) if isinstance(scaling, Static) else None
+    check_serves(scaling, spec.granularity, isinstance(scaling, Current), static)
     if isinstance(scaling, Delayed) and isinstance(placement.granularity, PerChannel) and not placement.scales:
         raise InputError(
             f"{scaling!r} needs to know how many channels there are, and along {placement.granularity} it does not; "
             "expected 'channel', or Current()"
         )
-    if isinstance(scaling, Static):
-        shape = tuple(torch.as_tensor(scaling.value).shape)
-        if shape and (isinstance(placement.granularity, PerTensor) or shape != placement.scales):
-            raise InputError(f"the static scale has shape {shape}; expected a number, or {placement.scales}")
+    if static and static != placement.scales:
+        raise InputError(f"the static scale has shape {static}; expected {placement.scales}")
     return scaling
 
 
