@@ -57,6 +57,8 @@ def quantize(
     below 2^-126 is zero. With a scale that is a power of two the scaling is exact, but for a quotient below 2^-126,
     which counts as zero. A format without a sign has neither zero nor subnormals: zero and negative values are NaN
     there, what is below its smallest value becomes that, 2^-127 included, and of a scale only the exponent counts.
+    To float32 only float64 is rounded, without regard to a scale; all else is returned as it is, infinities included,
+    whatever the overflow policy.
 
     Args:
         x: float32, bfloat16, float16 or float64, any shape; its dtype is kept. float64 is rounded once, from its own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self
 
@@ -165,12 +165,13 @@ class FormatParams:
         return jax.tree.map(lambda leaf: leaf[places] if leaf.ndim else leaf, self)
 
     @classmethod
-    def stack(cls, params: Sequence[FormatParams]) -> FormatParams:
+    def stack(cls, params: Iterable[FormatParams]) -> FormatParams:
         """Params of n formats of one path, with a leading axis of n to ``vmap`` or map over.
 
         Raises:
             ValueError: if the sequence is empty or mixes paths.
         """
+        params = list(params)
         paths = {each.path for each in params}
         if not paths:
             raise InputError("cannot stack: there are no params; expected those of at least one format")

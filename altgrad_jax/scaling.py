@@ -31,6 +31,7 @@ from altgrad_core.scaling import (
 )
 from altgrad_jax.arithmetic import quotient
 from altgrad_jax.axes import split_as
+from altgrad_jax.casting import floating
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _FRACTION = np.int32(0x007FFFFF)
@@ -57,6 +58,7 @@ def amax(x: jax.Array, axes: int | tuple[int, ...] | None = None) -> jax.Array:
         float32: a scalar by default, else of the shape that broadcasts against ``x``.
 
     Raises:
+        TypeError: if ``x`` is not floating point.
         InputError: for axes that ``x`` does not have.
 
     >>> float(amax(jnp.array([1.0, -3.0]))), float(amax(jnp.array([1.0, jnp.nan, 2.0])))
@@ -64,7 +66,7 @@ def amax(x: jax.Array, axes: int | tuple[int, ...] | None = None) -> jax.Array:
     >>> amax(jnp.array([[1.0, -3.0], [2.0, 0.5]]), axes=0).tolist()
     [[2.0, 3.0]]
     """
-    x = jnp.asarray(x)
+    x = floating(x, "amax")
     return _amax(x, None if axes is None else checked_axes(axes, x.ndim))
 
 

@@ -38,11 +38,13 @@ from altgrad_torch.casting import (
     in_one_go,
     quantize,
     to_float32,
+    without_negative_bit,
 )
 from altgrad_torch.codes import CodeParams, codable, codes_of_grid, decode, dtype_of_codes, encode
 from altgrad_torch.granularity import from_blocks, to_blocks
 from altgrad_torch.params import FormatParams
 from altgrad_torch.scaling import fitting_exponent, two_to_the
+from altgrad_torch.shards import refuse_sharded
 
 _MAGNITUDE = 0x7FFFFFFF
 _MIN_NORMAL = 0x00800000
@@ -81,7 +83,8 @@ def block_scales(
     >>> block_scales(torch.tensor([500.0, 1.0, 0.25, 0.0]), "E4M3", block=2, rule="fit").tolist()
     [2.0, 0.0009765625]
     """
-    return _scales(x.detach(), _checked(x, as_grid(format), block, axis, rule, "nearest_even", "block_scales"))
+    how = _checked(x, as_grid(format), block, axis, rule, "nearest_even", "block_scales")
+    return _scales(without_negative_bit(x.detach()), how)
 
 
 def quantize_blocks(
@@ -121,7 +124,7 @@ def quantize_blocks(
     if random_bits is not None:
         check_drawn(random_bits, x)
     straight_through = _StraightThrough if torch.compiler.is_compiling() else _StraightThroughForwards
-    return straight_through.apply(x, random_bits, how)
+    return straight_through.apply(without_negative_bit(x), random_bits, how)
 
 
 def encode_blocks(
@@ -168,7 +171,7 @@ def encode_blocks(
         on_grid = values * _reciprocal(_or_one(scales))
         return encode(on_grid, code) if isinstance(code, CodeParams) else codes_of_grid(on_grid, code)
 
-    x = x.detach()
+    x = without_negative_bit(x.detach())
     scales = _scales(x, how)
     exponents = (scales.view(torch.int32) >> 23).masked_fill(scales.isnan(), E8M0_NAN)
     return _blockwise(part, x, None, how, dtype), exponents.to(torch.uint8)
@@ -360,6 +363,7 @@ def _checked(
     x: Tensor, grid: Format | FormatParams, block: int, axis: int, rule: BlockRule, rounding: Rounding, taker: str
 ) -> _How:
     check_floating(x, taker)
+    refuse_sharded(x, taker)
     check_rule(rule)
     granularity = PerBlock(block, axis)
     position = checked_axis(axis, x.ndim)

@@ -23,6 +23,7 @@ from altgrad_torch.conversions import values_by_torch
 from altgrad_torch.cpu import under_transforms
 from altgrad_torch.kernels import Beyond, Draw, beyond_max, round_float64_to_grid, round_to_grid
 from altgrad_torch.params import FormatParams
+from altgrad_torch.shards import is_sharded, on_shards
 
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
@@ -62,7 +63,8 @@ def quantize(
     below its smallest value becomes that, 2^-127 included, and of a scale only the exponent counts.
 
     float64 is scaled in float64, where every quotient counts at its value, and so does what a scale makes of a result.
-    To float32 it is rounded as to any format, but keeps subnormals and takes no notice of a scale.
+    To float32 it is rounded as to any format, but keeps subnormals and takes no notice of a scale; all that is no wider
+    than float32 is returned as it is, infinities included, whatever the overflow policy.
 
     Args:
         x: float32, bfloat16, float16 or float64, any shape; its dtype is kept. float64 is rounded once, from its own
@@ -95,6 +97,21 @@ def quantize(
     check_modes(rounding, overflow)
     _check_random_bits(random_bits, x, rounding, stochastic_bits)
     unit = None if scale is None else checked_scale(scale, x)
+    if is_sharded(x):
+
+        def of_shard(x: Tensor, scale: Tensor | None, random_bits: Tensor | None) -> Tensor:
+            return quantize(
+                x,
+                grid,
+                scale=scale,
+                rounding=rounding,
+                overflow=overflow,
+                random_bits=random_bits,
+                stochastic_bits=stochastic_bits,
+                saturation_mask=saturation_mask,
+            )
+
+        return on_shards(of_shard, x, unit, random_bits)
     if is_float32(grid):
         _refuse_without_effect(rounding, saturation_mask)
         if x.dtype != torch.float64:
@@ -131,7 +148,7 @@ def without_negative_bit(x: Tensor) -> Tensor:
 
     Of its memory as it lies the sign would be wrong, and torch refuses to show that as integers.
     """
-    return x.resolve_neg() if not torch.compiler.is_compiling() and x.is_neg() else x
+    return x.resolve_neg() if torch.compiler.is_compiling() or x.is_neg() else x
 
 
 def check_floating(x: object, taker: str) -> None:
@@ -139,10 +156,13 @@ def check_floating(x: object, taker: str) -> None:
 
     Raises:
         TypeError: if not; it names the taker.
+        InputError: for a sparse one.
     """
     if not isinstance(x, Tensor) or x.dtype not in _DTYPES:
         given = x.dtype if isinstance(x, Tensor) else type(x)
         raise TypeError(f"{taker} takes floating-point tensors (float32, bfloat16, float16, float64); got {given}")
+    if x.layout != torch.strided:
+        raise InputError(f"{taker} takes dense tensors; got one of {x.layout}, expected its to_dense()")
 
 
 def checked_scale(scale: Tensor | float, x: Tensor) -> Tensor:
@@ -265,6 +285,12 @@ def cast(
     """The bare cast to float32, of whatever dtype: no scale, no checks, no gradient rule. See :func:`quantize`."""
     if is_float32(format) and x.dtype == torch.float32:
         return x
+    if is_sharded(x):
+
+        def of_shard(x: Tensor, random_bits: Tensor | None) -> Tensor:
+            return cast(x, format, random_bits, rounding=rounding, overflow=overflow, stochastic_bits=stochastic_bits)
+
+        return on_shards(of_shard, x.detach(), random_bits)
     how = _How(format, rounding, beyond_max(format, overflow), stochastic_bits)
     if (rounded := _nearest_by_torch(x, how)) is not None:
         return rounded

@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from altgrad_core.clip_rules import NORMS_NEEDED, ClipRule, format_threshold, quantile_index
+from altgrad_core.errors import InputError
 from altgrad_core.formats import Format
 from altgrad_core.nonfinite import Nonfinite
 from altgrad_core.norms import NOT_MEASURED, ROUNDS_TO_NORMAL
 from altgrad_core.stability import CLIP_EPSILON
 from altgrad_torch.cpu import can_multiply, is_plain, multiply_
 from altgrad_torch.nonfinite import Culprit, find_culprit, zero_nonfinite_
-from altgrad_torch.norms import euclidean_norm, float_tensors, is_sharded, local, over_shards, summed
+from altgrad_torch.norms import euclidean_norm, float_tensors
 from altgrad_torch.scaling import amax, delayed_scale, push_amax
+from altgrad_torch.shards import is_sharded, local, over_shards, summed
 
 _MIN_NORMAL = 2.0**-126
 _TOGETHER = 1 << 25
@@ -132,11 +134,21 @@ class ClipGroup:
         return self.clipped
 
     def remembered(self) -> dict[str, Any]:
-        """Norms and amaxes of past gradients, as plain numbers."""
-        return {"norms": list(self._norms), "amaxes": {name: list(each) for name, each in self._amaxes.items()}}
+        """The rule, and norms and amaxes of past gradients: as plain numbers."""
+        amaxes = {name: list(each) for name, each in self._amaxes.items()}
+        return {"rule": self._rule, "norms": list(self._norms), "amaxes": amaxes}
 
     def remember(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`remembered` returned."""
+        """Take up what :meth:`remembered` returned.
+
+        Raises:
+            InputError: if that is of another rule, or of something else.
+        """
+        expected = self.remembered()
+        if set(state) != set(expected):
+            raise InputError(f"a group's state has {', '.join(state) or 'nothing'}; expected {', '.join(expected)}")
+        if state["rule"] != self._rule:
+            raise InputError(f"the state is of rule={state['rule']!r}; expected that of a clipper with {self._rule!r}")
         self._norms = list(state["norms"])
         self._amaxes = {name: list(each) for name, each in state["amaxes"].items()}
 

@@ -277,7 +277,7 @@ class PartitionRelativeClipper:
         """Take up what :meth:`state_dict` returned.
 
         Raises:
-            InputError: if it is of other groups.
+            InputError: if it is of other groups, or of another rule.
         """
         if set(state) != set(self.groups):
             raise InputError(f"the state is of the groups {', '.join(state)}; expected {', '.join(self.groups)}")

@@ -23,6 +23,7 @@ from altgrad_torch.casting import (
 from altgrad_torch.conversions import codes_by_torch
 from altgrad_torch.kernels import extended_bits, powers_of_two
 from altgrad_torch.params import FormatParams
+from altgrad_torch.shards import is_sharded, on_shards
 
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
@@ -176,6 +177,8 @@ def encode(
     check_modes(rounding, overflow)
     if rounding == "stochastic":
         raise InputError("rounding='stochastic' needs random_bits: quantize with them, then encode the result")
+    if is_sharded(x):
+        return on_shards(lambda x: encode(x, format, rounding=rounding, overflow=overflow), x.detach())
     if isinstance(format, CodeParams):
         if overflow != "native":
             raise InputError(
@@ -254,6 +257,8 @@ def decode(codes: Tensor, format: str | Format | CodeParams) -> Tensor:
     """
     if codes.dtype not in (torch.uint8, torch.uint16, torch.uint32, torch.uint64):
         raise TypeError(f"codes are unsigned integers; got {codes.dtype}")
+    if is_sharded(codes):
+        return on_shards(lambda codes: decode(codes, format), codes)
     if isinstance(format, CodeParams):
         return _values(codes.to(torch.int32), format)
     resolved = codable(format)

@@ -16,6 +16,7 @@ from altgrad_core.errors import InputError
 from altgrad_core.exact import LOWEST_EXPONENT, bits_of_spans, cut_of
 from altgrad_core.norms import ROUNDS_TO_NORMAL
 from altgrad_torch.cpu import CHUNK_OF_ONE_THREAD
+from altgrad_torch.shards import refuse_sharded
 from altgrad_torch.slices import Sliced, sum_of_many, sum_of_two
 
 _SIGN = -(2**31)
@@ -46,7 +47,7 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
 
     Raises:
         TypeError: for operands of other dtypes, float64 among them.
-        ValueError: for shapes that do not match, and sums of more than 2^30 terms.
+        ValueError: for shapes that do not match, sums of more than 2^30 terms, and DTensors.
         RuntimeError: if a gradient would be asked for.
 
     >>> a = torch.tensor([[2.0**64, 1.0, -(2.0**64)]])
@@ -71,6 +72,7 @@ def _operand(x: Tensor) -> Tensor:
         raise TypeError(
             f"exact_matmul takes float32, bfloat16 and float16, whose products float64 holds; got {x.dtype}"
         )
+    refuse_sharded(x, "exact_matmul")
     return x.to(torch.float32)
 
 

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from altgrad_core.errors import InputError
 from altgrad_core.settings import check_count
 from altgrad_core.snapshots import LastGood, Moments, Where, check_moments, check_where
-from altgrad_torch.norms import is_sharded
 from altgrad_torch.reading import Reading
 from altgrad_torch.recovery import reset_moments_
+from altgrad_torch.shards import is_sharded
 
 
 class Stateful(Protocol):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from altgrad_core.nonfinite import NO_CULPRIT, culprit_message
-from altgrad_torch.norms import local, over_shards
+from altgrad_torch.shards import local, over_shards
 
 
 class Culprit(NamedTuple):

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from altgrad_core.errors import InputError
 from altgrad_core.norms import EXPONENTS, FLOAT64_ROUNDOFF, LIMB_BITS, norm_of_exponent_sums
 from altgrad_torch.cpu import CHUNK, is_plain, sums_of_squares
+from altgrad_torch.shards import is_sharded, local, over_shards, sum_over_shards, summed
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _MAGNITUDE = 0x7FFFFFFF
@@ -42,7 +44,7 @@ def global_norm(tensors: Iterable[Tensor] | Tensor) -> Tensor:
         float32 scalar on the first tensor's device; inf or NaN if a tensor holds one.
 
     Raises:
-        ValueError: if there are no tensors.
+        ValueError: if there are no tensors, and for a sparse one.
         TypeError: if a tensor is not real floating point.
 
     >>> norm = global_norm([torch.tensor([3.0, 4.0]) * 2.0**-120, torch.zeros(2)])
@@ -57,7 +59,7 @@ def float_tensors(tensors: Iterable[Tensor] | Tensor) -> list[Tensor]:
     """Tensors as a list, those whose parts were yet to be added up added up.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are none, and for a sparse one.
         TypeError: if one is not real floating point.
     """
     listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
@@ -66,6 +68,11 @@ def float_tensors(tensors: Iterable[Tensor] | Tensor) -> list[Tensor]:
     for tensor in listed:
         if not tensor.is_floating_point():
             raise TypeError(f"gradients are real floating-point tensors; got one of {tensor.dtype}")
+        if tensor.layout != torch.strided:
+            raise InputError(
+                f"gradients are dense tensors; got one of {tensor.layout} and shape {tuple(tensor.shape)}, expected "
+                "its to_dense(), or a layer with sparse=False"
+            )
     return [summed(tensor) for tensor in listed]
 
 
@@ -112,89 +119,6 @@ def euclidean_norm(tensors: Sequence[Tensor]) -> float:
     # In integers, which no processor flushes: subnormals count even under ``torch.set_flush_denormal``.
     sums = over_shards([_exponent_sums(part) for part in parts], tensors, "sum").sum(0)
     return norm_of_exponent_sums(*sums.tolist())
-
-
-def is_sharded(tensor: Tensor | None) -> bool:
-    """Whether this is a DTensor; asked this way because importing the class takes most of a second."""
-    return hasattr(tensor, "full_tensor")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    tensor = tensor.detach()
-    if not is_sharded(tensor):
-        return tensor
-    sharded: Any = tensor
-    return sharded.to_local()
-
-
-def summed(tensor: Tensor) -> Tensor:
-    """A DTensor whose value is yet to be added up over processes (``Partial``), added up; any other as it is."""
-    if not is_sharded(tensor):
-        return tensor
-    from torch.distributed.tensor import Replicate
-
-    sharded: Any = tensor
-    if not any(each.is_partial() for each in sharded.placements):
-        return tensor
-    whole = [Replicate() if each.is_partial() else each for each in sharded.placements]
-    return sharded.redistribute(placements=whole)
-
-
-def over_shards(values: Sequence[Tensor], tensors: Sequence[Tensor], reduction: Literal["sum", "max"]) -> Tensor:
-    """Values of tensors, stacked on the first one's device; those of DTensors reduced over the processes.
-
-    Sums are of integers and maxima of magnitudes, so that it does not matter in which order.
-    """
-    if reduction == "max":
-        # As integers: a float maximum over processes may lose a NaN.
-        dtype = values[0].dtype
-        values = [value.abs().view(torch.int64 if dtype == torch.float64 else torch.int32) for value in values]
-        return _reduced(values, tensors, reduction).view(dtype)
-    return _reduced(values, tensors, reduction)
-
-
-def sum_over_shards(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of float64 values of tensors, and of all shards of those that are DTensors: on the first one's device.
-
-    Shards' values are gathered, and added up here. Where processes added them up in different orders, they could go
-    different ways next to a tie, and wait for each other for ever.
-    """
-    device = values[0].device
-    sums = [value.to(device) for value, tensor in zip(values, tensors, strict=True) if not is_sharded(tensor)]
-    for (mesh, split), group in _by_layout(tensors).items():
-        part = torch.stack([values[k].to(values[group[0]].device) for k in group]).sum()[None]
-        for axis in split:
-            gathered = [torch.empty_like(part) for _ in range(mesh.size(axis))]
-            torch.distributed.all_gather(gathered, part, mesh.get_group(axis))
-            part = torch.cat(gathered)
-        sums.append(part.sum().to(device))
-    return torch.stack(sums).sum()
-
-
-def _reduced(values: Sequence[Tensor], tensors: Sequence[Tensor], reduction: Literal["sum", "max"]) -> Tensor:
-    device, whole = values[0].device, list(values)
-    for (mesh, split), group in _by_layout(tensors).items():
-        # Together, because each reduction is a message to every process.
-        parts = torch.stack([values[k].to(values[group[0]].device) for k in group])
-        operation = torch.distributed.ReduceOp.SUM if reduction == "sum" else torch.distributed.ReduceOp.MAX
-        for axis in split:
-            torch.distributed.all_reduce(parts, operation, mesh.get_group(axis))
-        for k, value in zip(group, parts, strict=True):
-            whole[k] = value
-    return torch.stack([value.to(device) for value in whole])
-
-
-def _by_layout(tensors: Sequence[Tensor]) -> dict[tuple[Any, tuple[int, ...]], list[int]]:
-    """The places of DTensors among tensors, by their mesh and those of its axes over which they are split."""
-    groups: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
-    for k, tensor in enumerate(tensors):
-        if is_sharded(tensor):
-            sharded: Any = tensor
-            # Not is_shard(), which is False of the strided shards that FSDP2 makes of tensor-parallel parameters.
-            split = tuple(axis for axis, each in enumerate(sharded.placements) if not each.is_replicate())
-            groups.setdefault((sharded.device_mesh, split), []).append(k)
-    return groups
 
 
 def _world_size(tensors: Sequence[Tensor]) -> int:

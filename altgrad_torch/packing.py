@@ -31,6 +31,7 @@ from altgrad_torch.casting import check_floating, in_chunks, scaled_down, scaled
 from altgrad_torch.codes import decode, dtype_of_codes, encode
 from altgrad_torch.granularity import amaxes, spread
 from altgrad_torch.scaling import power_of_two_scale, ratio_scale
+from altgrad_torch.shards import refuse_sharded
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def pack_tensor(
     [[0.1015625, 0.203125], [-0.3125, 448.0]]
     """
     check_floating(x, "pack_tensor")
+    refuse_sharded(x, "pack_tensor")
     x = x.detach().contiguous()
     if isinstance(scale, str):
         given, kind = None, scale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -99,7 +99,7 @@ class FormatParams(NamedTuple):
             mine.copy_(theirs)
 
     @staticmethod
-    def stack(params: Sequence[FormatParams]) -> FormatParams:
+    def stack(params: Iterable[FormatParams]) -> FormatParams:
         """Params of n formats of one path, with a leading axis of n to map over.
 
         Raises:
@@ -110,6 +110,9 @@ class FormatParams(NamedTuple):
         >>> torch.vmap(lambda params: quantize(torch.tensor([0.75, 6.0]), params))(both).tolist()
         [[0.75, 6.0], [0.5, 8.0]]
         """
+        params = list(params)
+        if not params:
+            raise InputError("cannot stack: there are no params; expected those of at least one format")
         paths = {each.path for each in params}
         if len(paths) != 1:
             raise ValueError(f"cannot stack params of the paths {sorted(paths)}; expected one path")

@@ -15,9 +15,16 @@ from altgrad_core.errors import InputError
 from altgrad_core.formats import Format, Overflow, Rounding
 from altgrad_torch.casting import as_grid, quantize
 from altgrad_torch.hashing import hash_bits
-from altgrad_torch.norms import local, over_shards
 from altgrad_torch.params import FormatParams
 from altgrad_torch.scaling import amax, power_of_two_scale
+from altgrad_torch.shards import local, over_shards
+
+
+def _entries(tensor: Tensor) -> Tensor:
+    """What a sparse tensor holds; any other as it is."""
+    if tensor.layout == torch.strided:
+        return tensor
+    return tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
 
 
 @torch.no_grad()
@@ -27,13 +34,13 @@ def all_finite(tensors: torch.nn.Module | Iterable[Tensor]) -> Tensor:
     Nothing is read from the device.
 
     Args:
-        tensors: a module, for its parameters, or tensors; of DTensors all shards count.
+        tensors: a module, for its parameters, or tensors; of DTensors all shards count, of sparse ones what they hold.
 
     >>> bool(all_finite([torch.tensor([1.0, torch.nan])])), bool(all_finite(torch.nn.Linear(2, 1)))
     (False, True)
     """
     listed = list(tensors.parameters() if isinstance(tensors, torch.nn.Module) else tensors)
-    inexact = [each.detach() for each in listed if each.is_floating_point() or each.is_complex()]
+    inexact = [_entries(each.detach()) for each in listed if each.is_floating_point() or each.is_complex()]
     if not inexact:
         return torch.tensor(True)
     return over_shards([(~local(each).isfinite()).any().to(torch.int32) for each in inexact], inexact, "sum").sum() == 0

@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from altgrad_core.scaling import (
     check_window,
     checked_axes,
 )
+from altgrad_torch.casting import check_floating
+from altgrad_torch.shards import is_sharded, summed, whole_on_each
 
 _FRACTION = 0x007FFFFF
 _MIN_NORMAL = 0x00800000
@@ -32,13 +35,15 @@ def amax(x: Tensor, axes: int | tuple[int, ...] | None = None) -> Tensor:
     """The largest magnitude: NaN if there is a NaN, else inf if there is an infinity, 0 if there is nothing.
 
     Args:
-        x: float32, bfloat16 or float16, of any shape. (float64 is rounded to float32, zero below 2^-126.)
+        x: float32, bfloat16 or float16, of any shape. (float64 is rounded to float32, zero below 2^-126.) Of a DTensor
+            it is that of all processes, and the result a plain tensor on each.
         axes: those to reduce; all of them by default. They stay, with length 1, if they are named.
 
     Returns:
         float32, without a gradient: a scalar by default, else of the shape that broadcasts against ``x``.
 
     Raises:
+        TypeError: if ``x`` is not floating point.
         InputError: for axes that ``x`` does not have.
 
     >>> float(amax(torch.tensor([1.0, -3.0]))), float(amax(torch.tensor([1.0, torch.nan, 2.0])))
@@ -46,8 +51,12 @@ def amax(x: Tensor, axes: int | tuple[int, ...] | None = None) -> Tensor:
     >>> amax(torch.tensor([[1.0, -3.0], [2.0, 0.5]]), axes=0).tolist()
     [[2.0, 3.0]]
     """
-    magnitudes = x.detach().abs()
+    check_floating(x, "amax")
     reduced = tuple(range(x.ndim)) if axes is None else checked_axes(axes, x.ndim)
+    if is_sharded(x):
+        largest = _amax_of_shards(x, reduced)
+        return largest.reshape(()) if axes is None else largest
+    magnitudes = x.detach().abs()
     if any(x.shape[axis] == 0 for axis in reduced):
         shape = [1 if axis in reduced else length for axis, length in enumerate(x.shape)]
         largest = torch.zeros(shape, dtype=torch.float32, device=x.device)
@@ -60,6 +69,24 @@ def amax(x: Tensor, axes: int | tuple[int, ...] | None = None) -> Tensor:
     largest = largest.to(torch.float32)
     largest = largest.masked_fill(largest.isnan(), torch.nan)
     return largest.reshape(()) if axes is None else largest
+
+
+def _amax_of_shards(x: Tensor, reduced: tuple[int, ...]) -> Tensor:
+    """That of a DTensor, the same on each process; nothing but largest magnitudes is sent."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    whole: Any = summed(x.detach())
+    # As integers: a float maximum over processes may lose a NaN.
+    bits = amax(whole.to_local(), reduced).view(torch.int32)
+    kept = list(whole.placements)
+    for axis, placement in enumerate(whole.placements):
+        if not placement.is_replicate() and placement.dim in reduced:
+            torch.distributed.all_reduce(bits, torch.distributed.ReduceOp.MAX, whole.device_mesh.get_group(axis))
+            kept[axis] = Replicate()
+    shape = torch.Size(1 if axis in reduced else length for axis, length in enumerate(x.shape))
+    stride = torch.empty(shape, device="meta").stride()
+    placed = DTensor.from_local(bits, whole.device_mesh, kept, run_check=False, shape=shape, stride=stride)
+    return whole_on_each(placed).view(torch.float32)
 
 
 def power_of_two_scale(amax: Tensor | float, max_value: Tensor | float) -> Tensor:
@@ -273,7 +300,7 @@ def _scale_of(amax: Tensor | float, max_value: Tensor | float, power_of_two: boo
 
 
 def _both(amax: Tensor | float, max_value: Tensor | float) -> tuple[Tensor, Tensor]:
-    amax = torch.as_tensor(amax, dtype=torch.float32)
+    amax = whole_on_each(torch.as_tensor(amax, dtype=torch.float32))
     return amax, torch.as_tensor(max_value, dtype=torch.float32, device=amax.device)
 
 

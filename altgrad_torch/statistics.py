@@ -37,9 +37,9 @@ from altgrad_torch.casting import (
 )
 from altgrad_torch.conversions import is_read_within
 from altgrad_torch.cpu import CHUNK_OF_ONE_THREAD, count_magnitudes, is_plain
-from altgrad_torch.norms import is_sharded, local, over_shards, summed
 from altgrad_torch.params import Edges, FormatParams, edges
 from altgrad_torch.scaling import amax, power_of_two_scale
+from altgrad_torch.shards import is_sharded, local, over_shards, summed
 
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
@@ -335,11 +335,15 @@ def _chunk_on(device: torch.device) -> int:
 def _observe_shards(
     x: Tensor, format: str | Format | FormatParams, scale: Tensor | float | None
 ) -> tuple[CastCounts, Tensor]:
-    if isinstance(scale, Tensor) and scale.numel() > 1:
-        raise InputError(f"{scale.numel()} scales for a DTensor; expected one for all of it")
+    _check_one_scale(scale)
     whole = summed(x)
     counts, largest = observe(local(whole), format, scale=scale)
     return CastCounts(over_shards([counts.totals], [whole], "sum")[0]), over_shards([largest], [whole], "max")[0]
+
+
+def _check_one_scale(scale: Tensor | float | None) -> None:
+    if isinstance(scale, Tensor) and scale.numel() > 1:
+        raise InputError(f"{scale.numel()} scales for a DTensor; expected one for all of it")
 
 
 def _observe_chunk(magnitude: Tensor, scaled: Tensor, limits: Edges) -> tuple[Tensor, Tensor]:
@@ -437,6 +441,11 @@ def stall_counts(
     """
     if weight.shape != update.shape:
         raise ValueError(f"weight has shape {tuple(weight.shape)} but update {tuple(update.shape)}; expected the same")
+    if is_sharded(weight):
+        _check_one_scale(scale)
+        own = None if gradient is None else local(gradient)
+        counts = stall_counts(local(weight), local(update), format, scale=scale, gradient=own)
+        return StallCounts(over_shards([counts.totals], [weight], "sum")[0])
     grid = as_grid(format)
     unit = checked_scale(1.0 if scale is None else scale, weight)
     return StallCounts(_sum(_stalls(grid, *part) for part in _in_cache(weight, update, unit, gradient)))
@@ -529,11 +538,13 @@ class BitStallDetector:
             self.counts = StallCounts(torch.stack([totals.to(counted[0].device) for totals in counted])).pooled()
 
     def _count(self, parameter: Tensor, before: Tensor, gradient: Tensor | None) -> StallCounts:
-        largests = (part.abs().amax() for (part,) in _in_cache(before) if part.numel())
-        largest = reduce(torch.maximum, largests, before.new_zeros(()))
-        scale = power_of_two_scale(largest.to(torch.float32), self.format.max_representable_value)
-        parts = _in_cache(before, parameter.detach(), gradient)
-        return StallCounts(_sum(self._stalls(scale, *part) for part in parts))
+        own, slope = local(before), None if gradient is None else local(gradient)
+        largests = (part.abs().amax() for (part,) in _in_cache(own) if part.numel())
+        largest = reduce(torch.maximum, largests, own.new_zeros(())).to(torch.float32)
+        largest = over_shards([largest], [before], "max")[0]
+        scale = power_of_two_scale(largest, self.format.max_representable_value)
+        totals = _sum(self._stalls(scale, *part) for part in _in_cache(own, local(parameter), slope))
+        return StallCounts(over_shards([totals], [before], "sum")[0])
 
     def _stalls(self, scale: Tensor, before: Tensor, after: Tensor, gradient: Tensor | None) -> Tensor:
         before, after = before.to(torch.float32), after.to(torch.float32)

@@ -146,6 +146,10 @@ def test_a_quantile_lives_on_in_a_checkpoint() -> None:
     assert first.clip_threshold == second.clip_threshold < np.inf
     with pytest.raises(InputError, match=r"the state is of the groups a; expected \.\*"):
         first.load_state_dict({"a": {}})
+    with pytest.raises(InputError, match="a group's state has nothing; expected rule, norms, amaxes"):
+        first.load_state_dict({".*": {}})
+    with pytest.raises(InputError, match="the state is of rule='quantile'; expected that of a clipper with 'max'"):
+        PartitionRelativeClipper("E5M2").load_state_dict(first.state_dict())
 
 
 def test_torch_names_the_culprit() -> None:
@@ -231,7 +235,7 @@ def test_a_short_memory_is_taken_up() -> None:
     """As it was written before a memory was filled up with zeros, or with another window."""
     clipper = PartitionRelativeClipper("E5M2", rule="scaled_max", window=3)
     for amaxes, threshold in (([7.0], 7.0), ([15.0, 14.0, 7.0, 7.0], 14.0)):
-        clipper.load_state_dict({".*": {"norms": [], "amaxes": {"0": amaxes}}})
+        clipper.load_state_dict({".*": {"rule": "scaled_max", "norms": [], "amaxes": {"0": amaxes}}})
         parameter = torch.nn.Parameter(torch.zeros(1))
         parameter.grad = torch.ones(1)
         clipper.clip_if_needed([parameter], 0.0)

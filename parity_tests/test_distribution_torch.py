@@ -21,8 +21,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from altgrad_core.clip_rules import ClipRule
+from altgrad_core.formats import Rounding
 from altgrad_core.nonfinite import Nonfinite
-from altgrad_torch import PartitionRelativeClipper, cast_counts, clip_grad_norm_, global_norm
+from altgrad_torch import (
+    BitStallDetector,
+    PartitionRelativeClipper,
+    amax,
+    amaxes,
+    cast_counts,
+    clip_grad_norm_,
+    commit_,
+    decode,
+    encode,
+    encode_blocks,
+    exact_matmul,
+    global_norm,
+    hash_bits,
+    pack_tensor,
+    power_of_two_scale,
+    quantize,
+    quantize_blocks,
+    stall_counts,
+)
 from altgrad_torch.norms import norm_of
 from tests.processes import results_of, write_result
 
@@ -65,6 +85,7 @@ RATES = {
 }
 RULES: tuple[tuple[ClipRule, Nonfinite], ...] = (("scaled_max", "skip"), ("quantile", "zero"))
 FOREACH = (None, True, False)
+DETERMINISTIC: tuple[Rounding, ...] = ("nearest_even", "nearest_away", "toward_zero")
 
 
 def tree(values: npt.NDArray[np.float64]) -> dict[str, Single]:
@@ -129,6 +150,50 @@ def clipped(wrap: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
     except FloatingPointError as error:
         found["raised"] = str(error)
     return found
+
+
+def casts(wrap: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+    """What casts, scales and counts make of every tensor, values that no one process holds beside it included."""
+    found: dict[str, Any] = {}
+    for name, leaf in tree(np.where(np.arange(SIZE) % 11 == 3, 40.0, NORMAL)).items():
+        plain = torch.tensor(leaf)
+        x = wrap(name, plain)
+        bits = hash_bits(tuple(plain.shape), seed=3)
+        values = [quantize(x, "E3M4", rounding=rounding, overflow="saturate") for rounding in DETERMINISTIC]
+        values.append(quantize(x, "E4M3", rounding="stochastic", random_bits=bits, scale=2.0**-7))
+        values.append(quantize(x, "E4M3", rounding="stochastic", random_bits=wrap(name, bits), scale=wrap(name, plain)))
+        values.append(quantize(x, "E3M4", scale=torch.full(plain.shape[-1:], 0.3)))
+        values.append(decode(encode(x, "E2M5"), "E2M5"))
+        values += [amax(x), power_of_two_scale(amax(x), 124.0), amaxes(x, "channel" if plain.ndim else "tensor")]
+        leaf_of = wrap(name, plain).requires_grad_()
+        quantize(leaf_of, "E2M5", saturation_mask=True).backward(wrap(name, plain * 3))
+        assert leaf_of.grad is not None
+        found[name] = [*map(digits, values), digits(encode(x, "E4M3")), digits(leaf_of.grad)]
+        found[f"{name}: stalls"] = stall_counts(x, x * 2.0**-6, "E3M4", gradient=x).as_integers()
+    model = model_of(NORMAL, wrap)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad)
+    detector = BitStallDetector("E3M4")
+    commit_(model, "E3M4")
+    with detector.watch(model), torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(parameter, alpha=2.0**-6)
+    found["detector"] = detector.counts.as_integers()
+    commit_(model, "E2M5", rounding="stochastic", seed=1)
+    found["committed"] = [digits(parameter) for parameter in model.parameters()]
+    return found
+
+
+def refused(x: Tensor) -> list[str]:
+    """What those say that look at neighbours."""
+    takers = (quantize_blocks, encode_blocks, pack_tensor, lambda x, _: exact_matmul(x, torch.ones(5, 1)))
+    told = []
+    for taker in takers:
+        with pytest.raises(ValueError, match="a DTensor") as error:
+            taker(x, "E3M4")
+        told.append(str(error.value))
+    return told
 
 
 # A small network, whose gradients are exact: small integers, added up in any order and halved.
@@ -263,6 +328,8 @@ def main(rank: int, count: int, port: int, file: str) -> None:
 
     found = {
         "clipped": clipped(placed),
+        "casts": casts(placed),
+        "refused": refused(placed("uneven", torch.ones(SHAPES["uneven"]))),
         "ddp": steps(torch.nn.parallel.DistributedDataParallel, rank, count, shards=False),
         "fsdp": steps(sharded, rank, count),
         "strided": strided(rank),
@@ -321,6 +388,18 @@ def test_clipped_as_on_one_process_and_as_in_jax(
     assert is_open
     assert norm == [expected.hex()]
     assert clipped_gradients == bits
+
+
+@pytest.mark.parametrize("name", [*SHAPES, *(f"{name}: stalls" for name in SHAPES), "detector", "committed"])
+def test_cast_as_on_one_process(found: list[dict[str, Any]], name: str) -> None:
+    of_one = json.loads(json.dumps(casts(lambda _, tensor: tensor.clone())))[name]
+    for process in found:
+        assert process["casts"][name] == of_one
+
+
+def test_what_looks_at_neighbours_refuses_shards(found: list[dict[str, Any]]) -> None:
+    for process in found:
+        assert all("expected x.full_tensor()" in told for told in process["refused"])
 
 
 @pytest.mark.parametrize("rate", RATES)

@@ -170,3 +170,25 @@ def test_complex_gradients() -> None:
     weight.grad = torch.ones(2, dtype=torch.complex64)
     with pytest.raises(TypeError, match="complex64"):
         ag.clip_grad_norm_([weight], 1.0)
+
+
+def test_sparse_gradients() -> None:
+    layer = torch.nn.Embedding(10, 4, sparse=True)
+    layer(torch.tensor([1, 2])).sum().backward()
+    assert layer.weight.grad is not None
+    for call in (
+        lambda: ag.clip_grad_norm_(layer.parameters(), 0.1),
+        lambda: ag.PartitionRelativeClipper("E3M4").clip_if_needed(layer, 0.5),
+        lambda: ag.global_norm([layer.weight.grad]),
+        lambda: ag.cast_counts(layer.weight.grad, "E4M3"),
+        lambda: ag.quantize(layer.weight.grad, "E4M3"),
+        lambda: ag.amax(layer.weight.grad),
+    ):
+        with pytest.raises(InputError, match=r"dense tensors; got one of torch.sparse_coo.*expected its to_dense\(\)"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.complex64, torch.bool])
+def test_the_amax_is_that_of_floats(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=f"amax takes floating-point tensors .*; got {dtype}"):
+        ag.amax(torch.ones(2).to(dtype))

@@ -329,8 +329,28 @@ def test_a_view_that_is_negated_when_it_is_read(format: str) -> None:
     quantized, counts = ag.quantize_with_counts(view, format)
     assert same(quantized, ag.quantize(written, format))
     assert counts.as_integers() == ag.cast_counts(written, format).as_integers()
+    for block in (8, 24):
+        assert same(ag.quantize_blocks(view, format, block=block), ag.quantize_blocks(written, format, block=block))
+        for got, right in zip(
+            ag.encode_blocks(view, format, block=block), ag.encode_blocks(written, format, block=block), strict=True
+        ):
+            assert torch.equal(got, right)
+        assert same(ag.block_scales(view, format, block=block), ag.block_scales(written, format, block=block))
     doubled = torch.complex(written, -written).to(torch.complex128).conj().imag
     assert ag.cast_counts(doubled, format).as_integers() == counts.as_integers()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of what it imports
+def test_a_view_that_is_negated_within_what_is_compiled() -> None:
+    def through(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        view = z.conj().imag
+        return ag.quantize(view, "E4M3", rounding="nearest_away"), ag.encode(view, "E5M2")
+
+    z = torch.complex(*torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0)))
+    compiled = torch.compile(through, fullgraph=True, backend="aot_eager")
+    for got, right in zip(compiled(z), through(z), strict=True):
+        assert torch.equal(got, right)
+    torch.compiler.reset()
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns of what it imports

@@ -332,3 +332,14 @@ def test_a_reading_is_what_was_there_when_it_was_taken() -> None:
     assert reading.read() == {"loss": 0.5, "rate": 0.25, "finite": 1.0, "n": 3.0}
     assert later.read() == {"flag": 1.0}
     assert Reading({}).read() == {}
+
+
+def test_sparse_gradients_are_looked_at() -> None:
+    layer = torch.nn.Embedding(10, 4, sparse=True)
+    skipping = SkipNonfinite(torch.optim.SparseAdam(layer.parameters(), lr=0.5))
+    for factor, taken in ((1.0, True), (float("inf"), False)):
+        layer.zero_grad()
+        before = layer.weight.detach().clone()
+        (layer(torch.tensor([1, 2])) * factor).sum().backward()
+        assert bool(skipping.step()) is taken
+        assert torch.equal(layer.weight, before) is not taken
