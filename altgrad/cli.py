@@ -18,7 +18,7 @@ _DIFFERS = 1
 _MOST_DEVICES = 16
 _TRAIN, _REPORT, _CLI, _TORCH, _STORAGE = "train", "report", "cli", "torch", "storage"
 _EXTRAS = (
-    dict.fromkeys(("flax", "orbax", "tensorstore", "jax", "optax"), _TRAIN)
+    dict.fromkeys(("flax", "orbax", "jax", "optax"), _TRAIN)
     | dict.fromkeys(("plotly", "jinja2", "scipy"), _REPORT)
     | dict.fromkeys(("tyro", "rich", "ml_dtypes"), _CLI)
     | {"torch": _TORCH, "safetensors": _STORAGE}

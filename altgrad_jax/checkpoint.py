@@ -1,11 +1,15 @@
 """Checkpoints of a job: arrays by Orbax, written while training goes on, and the host's memory as JSON beside them.
 
-A run that was interrupted and resumed is the same, in every bit, as one that never was. Nothing is unpickled.
+A run that was interrupted and resumed is the same, in every bit, as one that never was. Nothing is unpickled. A list
+of the SHA-256 of every file, such as ``sha256sum --check`` reads, is a part of each checkpoint, and nothing of one is
+used before all its files were found to be those listed: Orbax itself takes some changed bytes for arrays.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,20 +19,20 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-import tensorstore
 
 from altgrad_core.errors import InputError
 from altgrad_jax.job import Job
 
-_VERSION = 5
+_VERSION = 6
 _KEPT = 2
 _ROOM_BESIDE_ARRAYS = 1 << 20
+_SUMS = "SHA256SUMS"
 _FAILURES = (OSError, ValueError)  # the second is tensorstore's word for the first
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CheckpointError(InputError):
-    """A checkpoint that is missing or belongs to another run."""
+    """A checkpoint that is missing, damaged or of another run."""
 
 
 class UnsavedError(OSError):
@@ -117,16 +121,17 @@ class Checkpoints:
 
         Raises:
             CheckpointError: if there is no checkpoint, it is damaged, or it is one of another run; the message names
-                what differs.
+                what differs. The job then is as it was.
+            UnsavedError: if one was being written, and could not be.
         """
+        self.wait()
         step = self._manager.latest_step()
         if step is None:
-            raise CheckpointError(f"no checkpoint in {self._manager.directory}")
+            raise CheckpointError(f"no checkpoint in {self._folder}")
+        self._check_files(step)
         host = self._read(step, "host", ocp.args.JsonRestore())
         self._check_identity(host["identity"])
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _leaves(job))
-        with self._told_as_damage(step, "arrays"):
-            _read_through(Path(self._manager.directory) / str(step) / "arrays")
         arrays = self._read(step, "arrays", ocp.args.StandardRestore(abstract))
         structure = jax.tree.structure((job.state, job.snapshots))
         leaves = [arrays[name] for name in _names(len(abstract))]
@@ -177,18 +182,32 @@ class Checkpoints:
         try:
             yield
         except (ValueError, KeyError, OSError) as error:
-            folder = self._manager.directory / str(step)
-            raise CheckpointError(
-                f"the checkpoint {folder} is damaged: its {item} cannot be read; remove that folder to go on from the "
-                "checkpoint before it, or from the start"
-            ) from error
+            raise self._damaged(step, f"its {item} cannot be read") from error
+
+    def _check_files(self, step: int) -> None:
+        """Refuse a checkpoint of which a file was changed, taken away or added."""
+        folder = self._folder / str(step)
+        with self._told_as_damage(step, _SUMS):
+            listed = _listed_sums(folder)
+        with self._told_as_damage(step, "files"):
+            found = _sums(folder)
+        for name in (*found, *listed):
+            if found.get(name) != listed.get(name):
+                what = f"not the one that its {_SUMS} lists" if name in found else "missing"
+                raise self._damaged(step, f"its {name} is {what}")
+
+    def _damaged(self, step: int, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"the checkpoint {self._folder / str(step)} is damaged: {what}; remove that folder to go on from the "
+            "checkpoint before it, or from the start"
+        )
 
     def _check_identity(self, found: Mapping[str, Any]) -> None:
         expected = self._identity
         differing = [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
         if differing:
             told = "; ".join(f"{name} is {found.get(name)!r} there, {expected.get(name)!r} here" for name in differing)
-            raise CheckpointError(f"the checkpoint in {self._manager.directory} is of another run: {told}")
+            raise CheckpointError(f"the checkpoint in {self._folder} is of another run: {told}")
 
 
 def _manager_of(folder: Path) -> ocp.CheckpointManager:
@@ -199,19 +218,57 @@ def _manager_of(folder: Path) -> ocp.CheckpointManager:
     """
     for left in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
         shutil.rmtree(left, ignore_errors=True)
-    options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT)
+    # Without a look at what is there: Orbax would log what is damaged of it, before it is known to be.
+    options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, temporary_path_class=_Summed, lightweight_initialize=True)
     return ocp.CheckpointManager(folder, options=options)
 
 
-def _read_through(arrays: Path) -> None:
-    """Read all that Orbax wrote of some arrays, one piece after the other, so that damage is met here.
+class _Summed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """The folder of a checkpoint while it is written: it gets its name last, once the sums of all files are in it.
 
-    Orbax reads them at the same time. Where one fails, the others find its event loop closed, and their threads write
-    tracebacks to stderr, into the middle of what is said of the damage.
+    Orbax changes files of its own until it renames the folder. So it renames it to another temporary name, under which
+    nobody takes it for a checkpoint: whatever stops the process, there is none without its sums. All this is done in
+    the background, and by one process for all.
     """
-    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{arrays}/"}}).result()
-    for key in store.list().result():
-        store.read(key).result()
+
+    def __init__(self, temporary_path: Any, final_path: Any, **options: Any) -> None:
+        super().__init__(temporary_path, final_path.with_name(f"{temporary_path.name}-without-sums"), **options)
+        self._named = final_path
+
+    def get_final(self) -> Any:
+        """Where the folder will be."""
+        return self._named
+
+    async def finalize(self) -> None:
+        """Let Orbax finish, write the sums and give the folder its name."""
+        await super().finalize()
+        written = super().get_final()
+        # Orbax makes the folders of arrays and host the same way, inside: their files are summed with all others.
+        if ocp.utils.TMP_DIR_SUFFIX not in self._named.parent.name:
+            await asyncio.to_thread(_write_sums, Path(written))
+        written.rename(self._named)
+
+
+def _write_sums(folder: Path) -> None:
+    (folder / _SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in _sums(folder).items()))
+
+
+def _listed_sums(folder: Path) -> dict[str, str]:
+    """What :func:`_sums` was when the checkpoint was written; in whatever is damaged of it, something else."""
+    text = (folder / _SUMS).read_bytes().decode(errors="backslashreplace")
+    lines = [line.partition("  ") for line in text.split("\n") if line]
+    return {name: digest for digest, _, name in lines}
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file in the folder of a checkpoint, but for the list of them, by the file's name there."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: _sha256(folder / name) for name in names if name != _SUMS}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _leaves(job: Job) -> dict[str, jax.Array]:

@@ -1,4 +1,7 @@
-"""Interrupted and resumed is never interrupted: the same bits in every file, whatever stopped the run and where."""
+"""Interrupted and resumed is never interrupted: the same bits in every file, whatever stopped the run and where.
+
+Run as a module it is one of two processes that share a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,28 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
 from altgrad.replay import replay_run
 from altgrad.runfiles import LineFile, RunFiles, UnwrittenError
 from altgrad.train import RunError, TrainConfig, train
+from altgrad_jax import checkpoint as checkpoint_module
 from altgrad_jax.checkpoint import CheckpointError, Checkpoints, UnsavedError
 from altgrad_jax.data import load_corpus
 from altgrad_jax.job import Job, StepReport
+from tests.processes import results_of, write_result
 
 _ROOT = Path(__file__).parents[1]
 _SMALL = {"batch": 4, "context": 8, "layers": 1, "width": 16, "heads": 2, "steps": 40, "checkpoint_every": 12}
@@ -140,18 +151,18 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_serves(tmp_path, und
         assert (out / name).read_text() == (undisturbed / name).read_text(), name
 
 
-def test_damaged_arrays_are_told_on_one_line(tmp_path, undisturbed):
-    """In a process of its own: what reads arrays leaves threads behind when it fails."""
+def test_damage_is_told_on_one_line_and_nothing_else_is(tmp_path, undisturbed):
+    """In a process of its own: Orbax would read on in threads, which say what they meet when the process ends."""
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
-    manifest = out / "checkpoints" / str(_RUN["steps"]) / "arrays" / "manifest.ocdbt"
-    manifest.write_bytes(manifest.read_bytes()[:50])
+    newest = out / "checkpoints" / str(_RUN["steps"])
+    (newest / "arrays" / "array_metadatas" / "process_0").write_bytes(b"")
     done = subprocess.run(
         _arguments(out, "--resume"), env=_ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 1
-    (told,) = (line for line in done.stderr.splitlines() if line.startswith("altgrad: "))
-    assert "is damaged: its arrays cannot be read" in told
+    (told,) = done.stderr.splitlines()
+    assert told.startswith(f"altgrad: the checkpoint {newest} is damaged: its arrays/array_metadatas/process_0 is not")
 
 
 def test_a_damaged_config_is_told(tmp_path):
@@ -214,6 +225,184 @@ def test_nothing_is_unpickled_and_every_bit_comes_back(tmp_path, monkeypatch):
 def test_a_resume_without_a_run_is_refused(tmp_path):
     with pytest.raises(RunError, match="holds no run to resume"):
         train(TrainConfig(out=tmp_path / "none", resume=True, **_SMALL), _quiet())
+
+
+# ---- damage
+
+
+@dataclass
+class _Held:
+    """What stands for a job: arrays, and no program to compile."""
+
+    state: Any
+    step: int = 0
+    snapshots: Any = ()
+    restored: Any = None
+
+    def saved(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def restore(self, saved: Mapping[str, Any], state: Any, snapshots: Any) -> None:
+        self.restored = saved, state, snapshots
+
+
+def _held(step: int = 0) -> Any:
+    """Arrays of more than a page: bits that cannot be compressed, those of NaNs among them, and others that can."""
+    bits = np.random.default_rng(step).integers(0, 2**32, (3, 1024), np.uint32)
+    return _Held({"a": jax.numpy.asarray(bits.view(np.float32)), "b": jax.numpy.arange(5000) > 17 + step}, step)
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    with Checkpoints(folder, {}) as checkpoints:
+        for step in (0, 1):
+            checkpoints.save(_held(step))
+    return folder
+
+
+def _zeroed_pages(raw: bytes) -> list[bytes]:
+    last = (len(raw) - 1) // 4096
+    offsets = [4096 * page for page in sorted({0, last // 3, last // 2, last})]
+    return [raw[:at] + bytes(min(4096, len(raw) - at)) + raw[at + 4096 :] for at in offsets]
+
+
+def _flipped_bits(raw: bytes) -> list[bytes]:
+    places = sorted({0, len(raw) // 3, 2 * len(raw) // 3, len(raw) - 1})
+    return [raw[:at] + bytes([raw[at] ^ 1 << at % 8]) + raw[at + 1 :] for at in places]
+
+
+_DAMAGES: dict[str, Callable[[bytes], list[bytes | None]]] = {
+    "zeroed page": lambda raw: [*_zeroed_pages(raw)],
+    "flipped bit": lambda raw: [*_flipped_bits(raw)],
+    "truncated": lambda raw: [raw[: len(raw) // 2]],
+    "emptied": lambda raw: [b""],
+    "removed": lambda raw: [None],
+}
+
+
+def _write(path: Path, raw: bytes | None) -> None:
+    if raw is None:
+        path.unlink()
+    else:
+        path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("damage", _DAMAGES)
+def test_damage_of_any_file_is_told_before_anything_is_used(tmp_path, two_saved, capfd, damage):
+    folder, job = tmp_path / "checkpoints", _held()
+    shutil.copytree(two_saved, folder)
+    for path in [path for path in (folder / "1").rglob("*") if path.is_file()]:
+        whole = path.read_bytes()
+        for changed in _DAMAGES[damage](whole):
+            _write(path, changed)
+            with Checkpoints(folder, {}) as checkpoints:
+                assert checkpoints.latest_step == 1
+                with pytest.raises(CheckpointError, match=rf"{folder / '1'} is damaged: its .*; remove that folder to"):
+                    checkpoints.restore(job)
+        path.write_bytes(whole)
+    assert job.restored is None
+    assert capfd.readouterr().err == ""
+
+
+def test_a_file_that_was_not_saved_is_told(tmp_path, two_saved):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_saved, folder)
+    metadata = folder / "1" / "arrays" / "array_metadatas"
+    shutil.copy(metadata / "process_0", metadata / "process_1")
+    with Checkpoints(folder, {}) as checkpoints, pytest.raises(CheckpointError, match="process_1 is not the one"):
+        checkpoints.restore(_held())
+
+
+def test_one_that_is_whole_comes_back_and_so_does_the_one_before_it(tmp_path, two_saved):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_saved, folder)
+    for step in (1, 0):
+        job, expected = _held(), _held(step)
+        with Checkpoints(folder, {}) as checkpoints:
+            assert checkpoints.restore(job) == step
+        saved, state, _ = job.restored
+        assert saved == {"step": step}
+        for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(expected.state), strict=True):
+            assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+        shutil.rmtree(folder / str(step))
+
+
+def test_a_checkpoint_that_is_being_written_is_waited_for(tmp_path):
+    job = _held(3)
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        checkpoints.save(job)
+        assert checkpoints.restore(job) == 3
+
+
+def test_sums_are_made_in_the_background_and_there_is_no_checkpoint_without_them(tmp_path, monkeypatch):
+    folder, killed = tmp_path / "checkpoints", tmp_path / "killed"
+    write_sums, begun, go_on = checkpoint_module._write_sums, threading.Event(), threading.Event()
+
+    def slowly(whole: Path) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        write_sums(whole)
+
+    with Checkpoints(folder, {}) as checkpoints:
+        checkpoints.save(_held(0))
+        checkpoints.wait()
+        monkeypatch.setattr(checkpoint_module, "_write_sums", slowly)
+        checkpoints.save(_held(1))
+        assert begun.wait(60)
+        shutil.copytree(folder, killed)  # what there is if the process is killed now
+        go_on.set()
+    assert sorted(path.name for path in folder.iterdir()) == ["0", "1"]
+    with Checkpoints(killed, {}) as checkpoints:
+        assert checkpoints.restore(_held()) == 0
+    assert [path.name for path in killed.iterdir()] == ["0"]
+
+
+def test_sums_that_cannot_be_written_are_told_and_the_one_before_serves(tmp_path, monkeypatch):
+    def full(whole: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        checkpoints.save(_held(0))
+        checkpoints.wait()
+        monkeypatch.setattr(checkpoint_module, "_write_sums", full)
+        checkpoints.save(_held(1))
+        with pytest.raises(UnsavedError, match=r"last checkpoint could not be written .*No space left on device"):
+            checkpoints.wait()
+        assert [path.name for path in tmp_path.iterdir()] == ["0"]
+        assert checkpoints.restore(_held()) == 0
+
+
+def test_processes_share_a_checkpoint_and_each_is_told_of_damage(tmp_path):
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "SHARED": str(tmp_path)}
+    for found in results_of("tests.test_checkpoint", 2, environment=environment):
+        assert found["same"] is True
+        assert "ocdbt.process_1" in found["told"]
+
+
+def _main(rank: int, count: int, port: int, file: str) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        f"127.0.0.1:{port}", count, rank, heartbeat_timeout_seconds=20, shutdown_timeout_seconds=5
+    )
+    folder = Path(os.environ["SHARED"]) / "checkpoints"
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))
+    whole = np.random.default_rng(0).normal(size=(count, 4096)).astype(np.float32)
+    job: Any = _Held(jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index]))
+    with Checkpoints(folder, {}) as checkpoints:
+        checkpoints.save(job)
+        checkpoints.restore(job)
+    (part,) = job.restored[1].addressable_shards
+    multihost_utils.sync_global_devices("restored")
+    if rank == 0:
+        path = next((folder / "0" / "arrays" / "ocdbt.process_1" / "d").iterdir())
+        path.write_bytes(_flipped_bits(path.read_bytes())[1])
+    multihost_utils.sync_global_devices("damaged")
+    with Checkpoints(folder, {}) as checkpoints, pytest.raises(CheckpointError) as told:
+        checkpoints.restore(job)
+    write_result(file, {"same": np.array_equal(part.data, whole[part.index]), "told": str(told.value)})
+    jax.distributed.shutdown()
+    os._exit(0)  # what gloo does on the way down is not under test
 
 
 # ---- a full disk
@@ -344,3 +533,7 @@ def test_a_checkpoint_that_fails_in_the_background_is_told_and_taken_away(tmp_pa
             checkpoints.save(job)  # and yet this one is written
         checkpoints.wait()
         assert [path.name for path in folder.iterdir()] == ["0"]
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

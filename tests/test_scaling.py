@@ -344,5 +344,5 @@ def test_one_device_or_eight() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.complex64, jnp.bool_, jnp.float8_e5m2])
 def test_the_amax_is_that_of_floats(dtype: jnp.dtype) -> None:
-    with pytest.raises(TypeError, match="amax takes floating-point arrays; got .*expected float32"):
+    with pytest.raises(TypeError, match=r"amax takes floating-point arrays; got .*expected float32"):
         amax(jnp.ones(2).astype(dtype))
