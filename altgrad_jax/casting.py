@@ -501,7 +501,9 @@ def _divide_float64_by_scale(x: jax.Array, scale: jax.Array) -> jax.Array:
     # In integers, because XLA's CPU backend flushes the smallest.
     near = jnp.clip(magnitude, np.int64((1023 - _FAR) << 52), np.int64((1023 + _FAR) << 52))
     magnitude = jnp.where((magnitude == 0) | (magnitude >= _FLOAT64_INF), magnitude, near)
-    return lax.bitcast_convert_type(magnitude | (bits & np.int64(-(2**63))), jnp.float64) / _to_float64(scale)
+    # A divisor of its own for each element: XLA turns division by one that is shared into a product with its reciprocal.
+    divisor = jnp.where(magnitude >= 0, _to_float64(scale), 1.0)
+    return lax.bitcast_convert_type(magnitude | (bits & np.int64(-(2**63))), jnp.float64) / divisor
 
 
 def float64_to_odd(x: jax.Array) -> jax.Array:

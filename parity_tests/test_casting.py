@@ -362,6 +362,26 @@ def test_float64_under_a_scale_that_its_quotient_does_not_survive(format: str, o
         assert_same_bits(in_torch.quantize(to_torch(x), format, scale=scale, overflow=overflow), expected)
 
 
+@pytest.mark.parametrize("sharing", ["one", "row", "none"])
+def test_float64_is_divided_by_its_scale(sharing: str) -> None:
+    """Not multiplied by the scale's reciprocal, however many elements share one, none of them a power of two."""
+    draw = np.random.default_rng(8)
+    scales = (1 + draw.random((64, 1))).astype(np.float32)
+    on_grid = draw.choice(parse("E4M3").code_book()[1:100], (64, 48)) * scales.astype(np.float64)
+    x = np.concatenate([np.nextafter(on_grid, 0), on_grid, np.nextafter(on_grid, np.inf)], axis=1)
+    rounded = np.vectorize(partial(round_to_format, format=parse("E4M3"), rounding="toward_zero"))(x / scales)
+    expected = rounded * scales.astype(np.float64)
+    cast = partial(in_jax.quantize, format="E4M3", rounding="toward_zero")
+    given = {"one": scales[:, 0], "row": scales, "none": np.repeat(scales, x.shape[1], axis=1)}[sharing]
+    with jax.enable_x64(True):
+        cast_of_scale = jax.jit(lambda x, scale: cast(x, scale=scale))
+        together = [cast_of_scale(*each) for each in zip(x, given, strict=True)]
+        actual = np.stack(together) if sharing == "one" else np.asarray(cast_of_scale(x, given))
+    assert_same_bits(actual, expected, x, "jax")
+    theirs = in_torch.quantize(to_torch(x), "E4M3", scale=to_torch(scales), rounding="toward_zero")
+    assert_same_bits(theirs, expected, x, "torch")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_the_mask_is_of_what_overflows_the_format_not_its_product_with_the_scale(dtype: str) -> None:
     """``Q(x / s) * s`` is beyond float32 for a value within the format's range."""
