@@ -14,6 +14,7 @@ from altgrad.numbers import Number, read_number
 from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, STOCHASTIC_BITS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import check_modes, check_stochastic_bits, round_to_format
+from altgrad_core.scalars import is_integer
 from altgrad_core.vector_inputs import beyond_max
 from altgrad_core.vectors import float32_bits, package_result
 
@@ -155,7 +156,7 @@ def explain(
     number = read_number(number) if isinstance(number, str) else number
     resolved = parse(format)
     check_modes(rounding, overflow)
-    count = _check_draw(rounding, random_bits, stochastic_bits)
+    count, random_bits = _checked_draw(rounding, random_bits, stochastic_bits)
     candidates = _candidates(number.value, resolved)
     draws_up = None if count is None else _draws_up(candidates, count)
     decided = draws_up in (0, None) or random_bits is not None
@@ -176,18 +177,21 @@ def explain(
     )
 
 
-def _check_draw(rounding: Rounding, random_bits: int | None, stochastic_bits: int | None) -> int | None:
-    """How many random bits count; None unless rounding is stochastic."""
+def _checked_draw(
+    rounding: Rounding, random_bits: int | None, stochastic_bits: int | None
+) -> tuple[int | None, int | None]:
+    """How many random bits count, None unless rounding is stochastic, and what was drawn, if it was given."""
     if rounding != "stochastic":
         for name, given in (("random_bits", random_bits), ("stochastic_bits", stochastic_bits)):
             if given is not None:
                 raise InputError(f"{name} has no effect with rounding {rounding!r}; expected it with 'stochastic'")
-        return None
-    count = STOCHASTIC_BITS if stochastic_bits is None else stochastic_bits
-    check_stochastic_bits(count)
-    if random_bits is not None and not 0 <= random_bits < 2**count:
-        raise InputError(f"random_bits is {random_bits}; expected 0 to {2**count - 1}, an integer of {count} bits")
-    return count
+        return None, None
+    count = check_stochastic_bits(STOCHASTIC_BITS if stochastic_bits is None else stochastic_bits)
+    if random_bits is None:
+        return count, None
+    if not is_integer(random_bits) or not 0 <= random_bits < 2**count:
+        raise InputError(f"random_bits is {random_bits!r}; expected 0 to {2**count - 1}, an integer of {count} bits")
+    return count, int(random_bits)
 
 
 def _candidates(value: float, format: Format) -> tuple[Candidate, ...]:

@@ -20,7 +20,10 @@ from altgrad_core.vectors import float32_bits
 Kind = Literal["decimal number", "hex float", "power of two", "float32 bit pattern", "special value"]
 
 _FLOAT32 = FORMAT_REGISTRY["float32"]
-_EXPECTED = "expected a decimal (1.5, -3e-5), a hex float (0x1.8p0), nan, inf or a float32 bit pattern (0x3fc00000)"
+_EXPECTED = (
+    "expected a decimal (1.5, -3e-5), a hex float (0x1.8p0), a power of two (2^-9, 3*2^40), nan, inf or a float32 bit "
+    "pattern (0x3fc00000)"
+)
 _SPECIAL = re.compile(r"([+-]?)(nan|inf|infinity)", re.IGNORECASE)
 _BIT_PATTERN = re.compile(r"0x([0-9a-f]{8})", re.IGNORECASE)
 _HEX_FLOAT = re.compile(r"([+-]?)0x([0-9a-f]*)\.?([0-9a-f]*)p([+-]?\d{1,5})", re.IGNORECASE)

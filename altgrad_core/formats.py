@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from altgrad_core.errors import InputError, did_you_mean
+from altgrad_core.scalars import is_integer
 
 Rounding = Literal["nearest_even", "nearest_away", "toward_zero", "stochastic"]
 """How a value between two neighbours of the grid is rounded; ``nearest_even`` means ties to the even *code*."""
@@ -82,7 +84,7 @@ class Format:
         is_signed: whether there is a sign; without, M is 0, and the format has NaN but neither zero nor infinity.
 
     Raises:
-        ValueError: for a combination that no code could have.
+        ValueError: for fields of other types, and a combination that no code could have.
 
     >>> e3m4 = Format("E3M4", exponent_bits=3, mantissa_bits=4, bias=1)
     >>> e3m4.max_representable_value, e3m4.smallest_subnormal
@@ -100,10 +102,7 @@ class Format:
 
     def __post_init__(self) -> None:
         """Check that the fields describe a format."""
-        for name in ("exponent_bits", "mantissa_bits", "bias"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise InputError(f"{name} is {value!r}; expected an integer")
+        self._take_plain_fields()
         if not 0 <= self.exponent_bits <= 8:
             raise InputError(f"exponent_bits is {self.exponent_bits}; expected 0 to 8")
         if not 0 <= self.mantissa_bits <= 23:
@@ -129,6 +128,21 @@ class Format:
             )
         if self.max_exponent < -126:
             raise InputError(f"bias {self.bias} puts all values below 2^-126, where results are zero")
+
+    def _take_plain_fields(self) -> None:
+        """Check the fields' types, and keep NumPy's numbers as Python's, which no shift overflows."""
+        if not isinstance(self.name, str):
+            raise InputError(f"the name is {self.name!r}; expected a string")
+        for name in ("exponent_bits", "mantissa_bits", "bias"):
+            value = getattr(self, name)
+            if not is_integer(value):
+                raise InputError(f"{name} is {value!r}; expected an integer")
+            object.__setattr__(self, name, int(value))
+        for name in ("has_inf", "has_nan", "has_negative_zero", "is_signed"):
+            value = getattr(self, name)
+            if not isinstance(value, (bool, np.bool_)):
+                raise InputError(f"{name} is {value!r}; expected True or False")
+            object.__setattr__(self, name, bool(value))
 
     def _check_specials(self) -> None:
         if self.exponent_bits == 0 and self.bias != 0:
@@ -183,8 +197,7 @@ class Format:
         >>> Format.from_dtype("bfloat16").max_exponent, Format.from_dtype(np.float16).mantissa_bits
         (127, 10)
         """
-        named = dtype if isinstance(dtype, str) else str(getattr(dtype, "__name__", dtype))
-        name = named.removeprefix("torch.")
+        name = _dtype_name(dtype)
         if name not in _DTYPE_NAMES:
             raise UnknownFormatError(
                 f"no format for dtype {dtype!r}; {_dtype_hint(name)}expected one of {', '.join(_DTYPE_NAMES)}"
@@ -292,13 +305,15 @@ class Format:
             code: 0 to 2^bits - 1.
 
         Raises:
-            ValueError: if the code has more bits than the format.
+            ValueError: if the code is no integer, or has more bits than the format.
 
         >>> parse("E5M2").to_real(0b0_01111_01)
         1.25
         """
-        if not 0 <= code < 1 << self.bits:
-            raise InputError(f"code {code} is not one of {self}; expected 0 to {(1 << self.bits) - 1}")
+        if not is_integer(code) or not 0 <= code < 1 << self.bits:
+            last = (1 << self.bits) - 1
+            raise InputError(f"code {code!r} is not one of {self}; expected an integer from 0 to {last}")
+        code = int(code)
         magnitude, negative = code & self.magnitude_mask, bool(code & self.sign_mask)
         if negative and magnitude == 0 and not self.has_negative_zero:
             return math.nan
@@ -317,13 +332,14 @@ class Format:
         those. An infinity becomes ±max where the format cannot represent it.
 
         Args:
-            value: any float or fraction.
+            value: any real number.
             rounding: ``nearest_even``, ``nearest_away`` or ``toward_zero``; stochastic rounding needs random bits, see
                 :func:`altgrad_core.reference.round_to_format`.
             overflow: see :data:`Overflow`.
 
         Raises:
-            ValueError: for a rounding or overflow mode that is unknown or needs random bits.
+            ValueError: for what is no real number, and a rounding or overflow mode that is unknown or needs random
+                bits.
 
         >>> [parse("E7M0").to_real(parse("E7M0").to_bits(v)) for v in (0.75, 1.5, 3, 6)]
         [0.5, 2.0, 2.0, 8.0]
@@ -344,6 +360,7 @@ class Format:
 
     def finite_parts(self, magnitude: int) -> tuple[int, int]:
         """Significand and exponent (its value is significand * 2^exponent) of a code without its sign, if finite."""
+        magnitude = operator.index(magnitude)
         stored, fraction = divmod(magnitude, 1 << self.mantissa_bits)
         if not self.is_signed:
             return 1, stored - self.bias
@@ -440,13 +457,24 @@ EIGHT = ("E0M7", "E1M6", "E2M5", "E3M4", "E4M3", "E5M2", "E6M1", "E7M0")
 _DTYPE_NAMES = tuple(name for name in FORMAT_REGISTRY if name.startswith(("float", "bfloat")))
 
 
+def _dtype_name(dtype: object) -> str:
+    """What a dtype of NumPy, ml_dtypes, JAX or torch is called; a string is a name already."""
+    named = dtype if isinstance(dtype, str) else str(getattr(dtype, "__name__", dtype))
+    return named.removeprefix("torch.")
+
+
 def _dtype_hint(name: str) -> str:
     """Asks for the dtype that a name without one is nearest to: as the same format, else by its letters."""
     if name in FORMAT_REGISTRY:
         dtype = FORMAT_REGISTRY[name].dtype
         return "" if dtype is None else f"did you mean {dtype.name!r}? "
-    # What NumPy has is not misspelt: the letters of float64 are nearest to float16, which is no substitute.
-    return "" if name in np.sctypeDict else did_you_mean(name, _DTYPE_NAMES)
+    if name not in np.sctypeDict:
+        return did_you_mean(name, _DTYPE_NAMES)
+    # What NumPy has is not misspelt: the letters of float64 are nearest to float16, and those of half to nothing.
+    known = np.dtype(np.sctypeDict[name])
+    if known.kind != "f":
+        return ""
+    return f"did you mean {known.name!r}? " if known.name in _DTYPE_NAMES else "did you mean 'float32', the widest? "
 
 
 def _numpy_dtype(name: str) -> np.dtype:
@@ -516,7 +544,9 @@ def parse(name: str | Format) -> Format:
     if isinstance(name, Format):
         return name
     if not isinstance(name, str):
-        raise UnknownFormatError(f"a format is named by a string or is a Format; got {name!r} ({type(name).__name__})")
+        raise UnknownFormatError(
+            f"a format is named by a string or is a Format; got {name!r} ({type(name).__name__}){_named_hint(name)}"
+        )
     if name in FORMAT_REGISTRY:
         return FORMAT_REGISTRY[name]
     match = _GRAMMAR.fullmatch(name)
@@ -534,6 +564,12 @@ def parse(name: str | Format) -> Format:
         return _made(match)
     except ValueError as error:
         raise UnknownFormatError(f"format {name!r}: {error}; {_near_ones(match)}") from None
+
+
+def _named_hint(dtype: object) -> str:
+    """Asks for the format of a dtype, which does not name one by itself; empty for what is no dtype with a format."""
+    name = _dtype_name(dtype)
+    return f"; did you mean {name!r}? (Format.from_dtype takes dtypes)" if name in _DTYPE_NAMES else ""
 
 
 def _bias(match: re.Match[str]) -> int:

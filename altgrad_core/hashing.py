@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from altgrad_core.errors import InputError
+from altgrad_core.scalars import is_integer
 
 MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
 """Of the mixing steps, with shifts by 16, 15 and 15: found by search for little bias (C. Wellons, hash-prospector)."""
@@ -50,7 +52,8 @@ def hash_bits_reference(count: int, seed: int, step: int = 0, start: int = 0) ->
     check_word("seed", seed)
     check_word("step", step)
     check_count(start + count)
-    key = _mix(_mix(seed + SEED_OFFSET) ^ step)
+    # Python's integers: those of NumPy may be too narrow for the sum.
+    key = _mix(_mix(int(seed) + SEED_OFFSET) ^ int(step))
     second_key = _mix(key + STREAM_OFFSET)
     bits = [_second_half((_first_half(index ^ key) + second_key) & _WORD) for index in range(start, start + count)]
     return np.array(bits, np.uint32)
@@ -77,8 +80,24 @@ def check_word(name: str, value: object) -> None:
     Raises:
         ValueError: if it is not an integer from 0 to 2^32 - 1.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 0 <= int(value) <= _WORD:
+    if not is_integer(value) or not 0 <= int(value) <= _WORD:
         raise InputError(f"{name} is {value!r}; expected an integer from 0 to 2^32 - 1")
+
+
+def check_one_word(name: str, shape: Sequence[int]) -> None:
+    """Check the shape of a seed or a step that is an array: it is one for all elements.
+
+    Args:
+        name: which of them it is, for the message.
+        shape: of one example, where a function is mapped.
+
+    Raises:
+        InputError: if it is not ``()``.
+    """
+    if len(shape):
+        raise InputError(
+            f"{name} has shape {tuple(shape)}; expected (), one for all elements: vmap takes one for each example"
+        )
 
 
 def check_shape(shape: object) -> None:

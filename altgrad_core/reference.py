@@ -6,6 +6,7 @@ These are the oracles that every fast implementation is tested against. Neither 
 from __future__ import annotations
 
 import math
+import numbers
 from fractions import Fraction
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy.typing as npt
 
 from altgrad_core.errors import InputError, check_choice
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, Format, Overflow, Rounding
+from altgrad_core.scalars import is_integer
 
 
 def round_to_format(
@@ -27,7 +29,7 @@ def round_to_format(
     """Round a real number to the grid of a format, in integers.
 
     Args:
-        value: any float or fraction; NaN gives NaN.
+        value: any real number; NaN gives NaN.
         format: the grid.
         rounding: ties to the even code, ties away from zero, truncation, or stochastic.
         overflow: what becomes of a value that rounds beyond max; see :data:`altgrad_core.formats.Overflow`.
@@ -40,16 +42,20 @@ def round_to_format(
         format has -0). Without a sign, zero and negative values are NaN and what is below the smallest is that.
 
     Raises:
-        ValueError: for an unknown mode, and where ``random_bits`` is missing or without effect.
+        ValueError: for an unknown mode, what is no real number, and where ``random_bits`` is missing, no integer or
+            without effect.
 
     >>> from altgrad_core.formats import parse
     >>> round_to_format(1.5, parse("E7M0")), round_to_format(500.0, parse("E4M3"), overflow="saturate")
     (2.0, 448.0)
     """
     check_modes(rounding, overflow)
-    check_stochastic_bits(stochastic_bits)
+    stochastic_bits = check_stochastic_bits(stochastic_bits)
     if (rounding == "stochastic") != (random_bits is not None):
         raise InputError(f"random_bits go with rounding='stochastic' and with nothing else; rounding is {rounding!r}")
+    if random_bits is not None and not is_integer(random_bits):
+        raise InputError(f"random_bits is {random_bits!r}; expected an integer")
+    value = _as_python(value)
     if isinstance(value, float) and math.isnan(value):
         return math.nan
     sign = math.copysign(1.0, value) if isinstance(value, float) else (-1.0 if value < 0 else 1.0)
@@ -63,13 +69,24 @@ def round_to_format(
     exponent = max(_floor_log2(over, under), format.min_exponent)
     quantum = exponent - format.mantissa_bits
     raised, lowered = _power_of_two(quantum)
-    draw = None if random_bits is None else (random_bits, stochastic_bits)
+    draw = None if random_bits is None else (int(random_bits), stochastic_bits)
     steps = _round_steps((over * lowered, under * raised), exponent, format, rounding, draw)
     if _exceeds((steps, quantum), format.finite_parts(format.max_code)):
         return sign * _beyond_max(format, overflow)
     if steps == 0 and not format.has_negative_zero:
         return 0.0
     return math.copysign(math.ldexp(steps, quantum), sign)
+
+
+def _as_python(value: object) -> float | Fraction:
+    """A real number as one of Python's: of NumPy's floats, -0, NaN and infinities would not be told."""
+    if isinstance(value, (float, Fraction)):
+        return value
+    if is_integer(value):
+        return Fraction(int(value))
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise InputError(f"the value is {value!r} ({type(value).__name__}); expected a real number, such as a float")
+    return float(value)
 
 
 def _beyond_max(format: Format, overflow: Overflow) -> float:
@@ -160,14 +177,15 @@ def _upper_end(format: Format) -> float:
     return (format.max_representable_value + math.ldexp(*format.finite_parts(format.max_code + 1))) / 2
 
 
-def check_stochastic_bits(count: int) -> None:
-    """Check a number of random bits.
+def check_stochastic_bits(count: int) -> int:
+    """Return a number of random bits that is an integer from 1 to 24.
 
     Raises:
-        ValueError: if it is not an integer from 1 to 24.
+        ValueError: for anything else.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= STOCHASTIC_BITS:
+    if not is_integer(count) or not 1 <= count <= STOCHASTIC_BITS:
         raise InputError(f"stochastic_bits is {count!r}; expected an integer from 1 to {STOCHASTIC_BITS}")
+    return int(count)
 
 
 def check_width(count: int, dtype: str, width: int) -> None:

@@ -72,9 +72,16 @@ class PerChannel:
     Args:
         axes: the axes that keep scales of their own, *not* those that are reduced: the last by default, which are the
             outputs of a Flax kernel; ``PerChannel(0)`` for the outputs of a ``torch.nn.Linear``; ``(0, 2)`` for two.
+
+    Raises:
+        InputError: if the axes are no integers.
     """
 
     axes: int | tuple[int, ...] = -1
+
+    def __post_init__(self) -> None:
+        """Keep the axes as Python's integers."""
+        object.__setattr__(self, "axes", _plain_axes(self.axes))
 
 
 @dataclass(frozen=True)
@@ -86,16 +93,18 @@ class PerBlock:
         axis: along which blocks are cut.
 
     Raises:
-        InputError: if the size is not a positive integer.
+        InputError: if the size is not a positive integer, or the axis none.
     """
 
     size: int = MX_BLOCK
     axis: int = -1
 
     def __post_init__(self) -> None:
-        """Check the size."""
-        if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
+        """Check the size, and keep it and the axis as Python's integers."""
+        if not is_integer(self.size) or self.size < 1:
             raise InputError(f"the block size is {self.size!r}; expected an integer of at least 1, such as {MX_BLOCK}")
+        object.__setattr__(self, "size", int(self.size))
+        object.__setattr__(self, "axis", _plain_axis(self.axis))
 
     def count(self, length: int) -> int:
         """How many blocks an axis of this length has."""
@@ -137,15 +146,30 @@ def parse_granularity(name: str | Granularity) -> Granularity:
     )
 
 
+def _plain_axis(axis: object) -> int:
+    if not is_integer(axis):
+        raise InputError(f"the axis is {axis!r}; expected an integer, such as -1, the last")
+    return int(axis)
+
+
+def _plain_axes(axes: object) -> int | tuple[int, ...]:
+    if isinstance(axes, (tuple, list, range)):
+        return tuple(_plain_axis(axis) for axis in axes)
+    if not is_integer(axes):
+        raise InputError(f"the axes are {axes!r}; expected an integer, such as -1, the last, or a tuple of integers")
+    return int(axes)
+
+
 def checked_axis(axis: int, ndim: int) -> int:
     """An axis counted from the front.
 
     Raises:
-        InputError: if an array of so many axes does not have it.
+        InputError: if it is no integer, or an array of so many axes does not have it.
 
     >>> checked_axis(-1, 3)
     2
     """
+    axis = _plain_axis(axis)
     if not -ndim <= axis < ndim:
         expected = f"expected {-ndim} to {ndim - 1}" if ndim else "a scalar has none"
         raise InputError(f"axis {axis} is out of range for an array of {ndim} axes; {expected}")
@@ -156,9 +180,10 @@ def checked_axes(axes: int | tuple[int, ...], ndim: int) -> tuple[int, ...]:
     """Axes counted from the front, in ascending order.
 
     Raises:
-        InputError: if one is out of range or named twice.
+        InputError: if one is no integer, out of range or named twice.
     """
-    named = (axes,) if isinstance(axes, int) else tuple(axes)
+    plain = _plain_axes(axes)
+    named = (plain,) if isinstance(plain, int) else plain
     positive = sorted(checked_axis(axis, ndim) for axis in named)
     if len(set(positive)) != len(positive):
         raise InputError(f"axes {named} name an axis twice; an array of {ndim} axes has each once")

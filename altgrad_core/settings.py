@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from altgrad_core.errors import InputError
+from altgrad_core.scalars import is_integer
 from altgrad_core.stability import check_rate
 
 if TYPE_CHECKING:
@@ -97,11 +98,11 @@ class Policy:
         if not callable(self.rule):
             _check_rule_known(self.rule)
         for name, least in _COUNTS:
-            check_count(name, getattr(self, name), least)
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least))
         for name in _RATES:
             check_rate(name, getattr(self, name))
         if self.recover_after is not None:
-            check_count("recover_after", self.recover_after, 1)
+            object.__setattr__(self, "recover_after", check_count("recover_after", self.recover_after, 1))
         for name, allowed, expected in _NUMBERS:
             value = getattr(self, name)
             if not (isinstance(value, (int, float)) and allowed(value)):
@@ -114,9 +115,9 @@ def check_count(name: str, value: int, least: int) -> int:
     Raises:
         InputError: for anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_integer(value) or value < least:
         raise InputError(f"{name} is {value!r}; expected an integer of at least {least}")
-    return value
+    return int(value)
 
 
 def check_factor(name: str, value: float) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Generic, Literal, TypeVar, get_args
 
 from altgrad_core.errors import InputError
+from altgrad_core.scalars import is_integer
 from altgrad_core.settings import check_count
 
 Moments = Literal["kept", "reset"]
@@ -94,7 +95,7 @@ def check_back(back: int | None, keep: int) -> None:
     Raises:
         InputError: if it is no integer from 1 to ``keep``.
     """
-    if back is not None and (isinstance(back, bool) or not isinstance(back, int) or not 1 <= back <= keep):
+    if back is not None and (not is_integer(back) or not 1 <= back <= keep):
         raise InputError(f"back is {back!r}; expected 1, the newest snapshot, to {keep}, the oldest kept")
 
 

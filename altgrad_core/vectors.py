@@ -8,18 +8,30 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from altgrad_core.errors import InputError
-from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, Format, Overflow, Rounding, parse
+from altgrad_core.errors import InputError, check_choice
+from altgrad_core.formats import (
+    FORMAT_REGISTRY,
+    OVERFLOWS,
+    ROUNDINGS,
+    STOCHASTIC_BITS,
+    Format,
+    Overflow,
+    Rounding,
+    UnknownFormatError,
+    parse,
+)
 from altgrad_core.reference import check_modes, check_stochastic_bits, round_to_format
+from altgrad_core.scalars import is_integer
 from altgrad_core.vector_inputs import fraction_of_quantum, input_bits
 
 LAYOUT = "altgrad-vectors"
@@ -35,8 +47,12 @@ _FORMAT_FIELDS = (
 )
 
 _COLUMNS, _DRAWN_COLUMN = ("input", "output", "code"), "random_bits"
+_WORD = re.compile("[0-9a-fA-F]{1,8}")
 
 Words = npt.NDArray[np.uint32]
+
+Compared = Literal["output", "code"]
+"""A column that :func:`check_vectors` compares with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,16 +85,29 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One wrong output; all three are float32 bits."""
+    """One wrong output or code.
+
+    Attributes:
+        input: float32 bits.
+        expected: float32 bits, or a code.
+        actual: likewise.
+        random_bits: what was drawn; None unless rounding is stochastic.
+        format: of the codes; None for outputs.
+    """
 
     input: int
     expected: int
     actual: int
     random_bits: int | None = None
+    format: Format | None = None
 
     def __str__(self) -> str:
         drawn = "" if self.random_bits is None else f" with random bits 0x{self.random_bits:08x}"
-        return f"{_shown(self.input)}{drawn} gives {_shown(self.actual)}, not {_shown(self.expected)}"
+        actual, expected = (
+            _shown(word) if self.format is None else _shown_code(word, self.format)
+            for word in (self.actual, self.expected)
+        )
+        return f"{_shown(self.input)}{drawn} gives {actual}, not {expected}"
 
 
 @dataclass(frozen=True)
@@ -88,14 +117,16 @@ class Report:
     count: int
     mismatches: int
     first: tuple[Mismatch, ...]
+    column: Compared = "output"
 
     @property
     def passed(self) -> bool:
-        """Whether every output was right."""
+        """Whether every output, or code, was right."""
         return self.mismatches == 0
 
     def __str__(self) -> str:
-        head = f"{self.mismatches} of {self.count} outputs differ" if self.mismatches else f"all {self.count} agree"
+        differing = f"{self.mismatches} of {self.count} {self.column}s differ"
+        head = differing if self.mismatches else f"all {self.count} agree"
         return "\n  ".join([head, *map(str, self.first)])
 
 
@@ -129,12 +160,13 @@ def golden_vectors(
     >>> hex(vectors.outputs[k]), hex(vectors.codes[k])
     ('0x40000000', '0x40')
     """
-    resolved = _check_options(format, rounding, overflow, stochastic_bits, random_inputs, seed)
+    resolved = _check_options(format, rounding, overflow, stochastic_bits)
+    random_inputs, seed = _count("random_inputs", random_inputs), _count("seed", seed)
     inputs = input_bits(resolved, random_inputs=random_inputs, seed=seed)
     if rounding != "stochastic":
         rounded = [round_to_format(x, resolved, rounding=rounding, overflow=overflow) for x in _values(inputs)]
         return Vectors(resolved, rounding, overflow, None, inputs, *_as_words(rounded, resolved), None)
-    count = STOCHASTIC_BITS if stochastic_bits is None else stochastic_bits
+    count = STOCHASTIC_BITS if stochastic_bits is None else int(stochastic_bits)
     inputs, drawn = _with_draws(inputs, resolved, count, seed)
     rounded = [
         round_to_format(x, resolved, rounding=rounding, overflow=overflow, random_bits=int(bits), stochastic_bits=count)
@@ -143,21 +175,26 @@ def golden_vectors(
     return Vectors(resolved, rounding, overflow, count, inputs, *_as_words(rounded, resolved), drawn)
 
 
-def _check_options(
-    format: str | Format, rounding: str, overflow: str, stochastic_bits: int | None, random_inputs: int, seed: int
-) -> Format:
+def _check_options(format: str | Format, rounding: str, overflow: str, stochastic_bits: int | None) -> Format:
     resolved = parse(format)
     check_modes(rounding, overflow)
     if resolved.bits > _MOST_BITS:
         raise InputError(f"{resolved} has {resolved.bits} bits; vectors are made for formats of at most {_MOST_BITS}")
     if stochastic_bits is not None:
         if rounding != "stochastic":
-            raise InputError(f"stochastic_bits has no effect with rounding {rounding!r}; expected it with 'stochastic'")
+            raise _without_effect(rounding)
         check_stochastic_bits(stochastic_bits)
-    if random_inputs < 0 or seed < 0:
-        name, bad = ("random_inputs", random_inputs) if random_inputs < 0 else ("seed", seed)
-        raise InputError(f"{name} is {bad}; expected 0 or more")
     return resolved
+
+
+def _without_effect(rounding: str) -> InputError:
+    return InputError(f"stochastic_bits has no effect with rounding {rounding!r}; expected it with 'stochastic'")
+
+
+def _count(name: str, value: object) -> int:
+    if not is_integer(value) or value < 0:
+        raise InputError(f"{name} is {value!r}; expected an integer of 0 or more")
+    return int(value)
 
 
 def _with_draws(inputs: Words, format: Format, count: int, seed: int) -> tuple[Words, Words]:
@@ -268,8 +305,8 @@ def read_vectors(path: str | os.PathLike[str]) -> Vectors:
     """Read a file of vectors, its columns in any order.
 
     Raises:
-        ValueError: for a file of another layout or with other columns, one that was cut off, and lines that cannot be
-            read.
+        ValueError: for a file of another layout or with other columns, one that was cut off or contradicts itself, and
+            lines that cannot be read.
         OSError: if it cannot be opened.
     """
     lines: list[str] = []
@@ -290,29 +327,20 @@ def read_vectors(path: str | os.PathLike[str]) -> Vectors:
 
 
 def _from_lines(header: dict[str, Any], lines: list[str]) -> Vectors:
-    fields = header["format"]
-    resolved = Format(str(fields["name"]), **{name: fields[name] for name in _FORMAT_FIELDS})
+    resolved = _read_format(header["format"])
     rounding, overflow = header["rounding"], header["overflow"]
     check_modes(rounding, overflow)
     is_stochastic = rounding == "stochastic"
-    count = header["stochastic_bits"] if is_stochastic else None
-    if count is not None:
-        check_stochastic_bits(count)
+    count = check_stochastic_bits(header["stochastic_bits"]) if is_stochastic else None
+    if not is_stochastic and header.get("stochastic_bits") is not None:
+        raise _without_effect(rounding)
     if len(lines) != header["count"]:
         raise ValueError(f"{len(lines)} vectors where the header says {header['count']}; the file was cut or added to")
     expected, columns = _columns(is_stochastic=is_stochastic), header["columns"]
     if not isinstance(columns, list) or sorted(map(str, columns)) != sorted(expected):
         raise ValueError(f"the header's columns are {columns}; expected {expected}, in any order")
-    width = len(columns)
-    table = np.empty((len(lines), width), np.uint32)
-    for k, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-            if len(row) != width:
-                raise ValueError
-            table[k] = [int(word, 16) for word in row]
-        except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"line {k + 2} is {line[:60]!r}; expected {width} hexadecimal strings") from None
+    table = _table(lines, len(columns))
+    _check_widths(table[:, columns.index("code")], resolved)
     inputs, outputs, codes, *drawn = (np.ascontiguousarray(table[:, columns.index(name)]) for name in expected)
     return Vectors(
         resolved,
@@ -326,48 +354,127 @@ def _from_lines(header: dict[str, Any], lines: list[str]) -> Vectors:
     )
 
 
+def _read_format(fields: object) -> Format:
+    """The format of a header; a name that means another format is refused."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"the header's format is {fields!r}; expected an object")
+    described = Format(fields["name"], **{name: fields[name] for name in _FORMAT_FIELDS})
+    try:
+        named = parse(described.name)
+    except UnknownFormatError:
+        return described  # a name of the writer's own
+    for name in _FORMAT_FIELDS:
+        found, expected = getattr(described, name), getattr(named, name)
+        if found != expected:
+            raise ValueError(f"format {described.name} is said to have {name} {found!r}; expected {expected!r}")
+    return described
+
+
+def _table(lines: list[str], width: int) -> Words:
+    """The words of the rows."""
+    table = np.empty((len(lines), width), np.uint32)
+    for k, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        # int() by itself takes signs and prefixes, and a string in place of the list has letters that it takes.
+        if not isinstance(row, list) or len(row) != width or not all(_is_word(word) for word in row):
+            raise ValueError(f"line {k + 2} is {line[:60]!r}; expected {width} hexadecimal strings of at most 8 digits")
+        table[k] = [int(word, 16) for word in row]
+    return table
+
+
+def _is_word(word: object) -> bool:
+    return isinstance(word, str) and _WORD.fullmatch(word) is not None
+
+
+def _check_widths(codes: Words, format: Format) -> None:
+    last = (1 << format.bits) - 1
+    wide = np.flatnonzero(codes > last)
+    if wide.size:
+        raise ValueError(
+            f"line {wide[0] + 2} has the code {codes[wide[0]]:x}; expected one of the {format.bits} bits of {format}, "
+            f"0 to {last:x}"
+        )
+
+
 def check_vectors(
-    vectors: Vectors | str | os.PathLike[str], cast: Callable[..., Any], *, first: int = _FIRST_MISMATCHES
+    vectors: Vectors | str | os.PathLike[str],
+    cast: Callable[..., Any],
+    *,
+    column: Compared = "output",
+    first: int = _FIRST_MISMATCHES,
 ) -> Report:
-    """Run vectors through a cast and compare every bit; NaN, whose payload each is free to choose, as NaN.
+    """Run vectors through a cast, or an encoder, and compare every bit.
+
+    NaN, whose payload each is free to choose, is compared as NaN: any code of NaN is right where one is expected.
 
     Args:
         vectors: vectors or the path of a file of them.
-        cast: takes a float32 NumPy array and returns one; with stochastic rounding it takes the random bits, uint32,
-            as a second argument.
+        cast: takes a float32 NumPy array; with stochastic rounding it takes the random bits, uint32, as a second
+            argument. It returns float32, or codes where the column is that of codes.
+        column: what it is compared with: ``"output"``, or ``"code"`` for an encoder, which returns integers of any
+            dtype.
         first: how many mismatches to keep.
 
     Returns:
         The number of mismatches and the first few.
 
     Raises:
-        ValueError: for a file that cannot be read, or a cast that returns another shape or dtype.
+        ValueError: for a file that cannot be read, an unknown column, or a cast that returns another shape or dtype.
 
     >>> truncating = lambda x: (x.view(np.uint32) & 0xFF800000).view(np.float32)
     >>> report = check_vectors(golden_vectors("E7M0"), truncating)
     >>> report.passed, report.mismatches > 100
     (False, True)
+    >>> encoder = lambda x: [parse("E3M4").to_bits(value) for value in x.tolist()]
+    >>> print(check_vectors(golden_vectors("E3M4", random_inputs=0), encoder, column="code"))
+    all 1588 agree
     """
+    check_choice("column", column, get_args(Compared))
+    first = _count("first", first)
     if not isinstance(vectors, Vectors):
         vectors = read_vectors(vectors)
     x = vectors.inputs.view(np.float32)
-    result = np.asarray(cast(x.copy()) if vectors.random_bits is None else cast(x.copy(), vectors.random_bits.copy()))
-    if result.dtype != np.float32 or result.shape != x.shape:
-        raise InputError(f"the cast returned {result.dtype}{list(result.shape)}; expected float32{list(x.shape)}")
-    actual, expected = np.ascontiguousarray(result).view(np.uint32), vectors.outputs
-    both_nan = np.isnan(result) & np.isnan(expected.view(np.float32))
-    wrong = np.flatnonzero((actual != expected) & ~both_nan)
-    drawn = vectors.random_bits
+    drawn, is_code = vectors.random_bits, column == "code"
+    result = np.asarray(cast(x.copy()) if drawn is None else cast(x.copy(), drawn.copy()))
+    _check_returned(result, x.shape, is_code=is_code)
+    actual = result if is_code else np.ascontiguousarray(result).view(np.uint32)
+    expected, of_codes = (vectors.codes, vectors.format) if is_code else (vectors.outputs, None)
+    pairs = ((k, int(expected[k]), int(actual[k])) for k in np.flatnonzero(actual != expected).tolist())
+    wrong = [pair for pair in pairs if not all(_is_nan(word, of_codes) for word in pair[1:])]
     kept = tuple(
-        Mismatch(int(vectors.inputs[k]), int(expected[k]), int(actual[k]), None if drawn is None else int(drawn[k]))
-        for k in wrong[:first]
+        Mismatch(int(vectors.inputs[k]), right, given, None if drawn is None else int(drawn[k]), of_codes)
+        for k, right, given in wrong[:first]
     )
-    return Report(len(vectors), wrong.size, kept)
+    return Report(len(vectors), len(wrong), kept, column)
+
+
+def _check_returned(result: npt.NDArray[Any], shape: tuple[int, ...], *, is_code: bool) -> None:
+    is_right = np.issubdtype(result.dtype, np.integer) if is_code else result.dtype == np.float32
+    if not is_right or result.shape != shape:
+        what, wanted = ("encoder", "integers ") if is_code else ("cast", "float32")
+        hint = ", or column='code' for an encoder" if not is_code and np.issubdtype(result.dtype, np.integer) else ""
+        raise InputError(
+            f"the {what} returned {result.dtype}{list(result.shape)}; expected {wanted}{list(shape)}{hint}"
+        )
+
+
+def _is_nan(word: int, format: Format | None) -> bool:
+    """Whether a code of a format, or without one float32's bits, is NaN."""
+    known = FORMAT_REGISTRY["float32"] if format is None else format
+    return 0 <= word < 1 << known.bits and math.isnan(known.to_real(word))
 
 
 def _values(bits: Words) -> list[float]:
     with np.errstate(invalid="ignore"):  # signalling NaN are there on purpose
         return bits.view(np.float32).astype(np.float64).tolist()
+
+
+def _shown_code(code: int, format: Format) -> str:
+    is_one = 0 <= code < 1 << format.bits
+    return f"code {code:#x}" + (f" ({format.to_real(code)!r})" if is_one else f", which is none of {format}")
 
 
 def _shown(bits: int) -> str:

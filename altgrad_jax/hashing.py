@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from altgrad_core.hashing import MULTIPLIERS, SEED_OFFSET, STREAM_OFFSET, check_shape, check_word
+from altgrad_core.hashing import MULTIPLIERS, SEED_OFFSET, STREAM_OFFSET, check_one_word, check_shape, check_word
 
 
 def hash_bits(shape: tuple[int, ...], seed: int | jax.Array, step: int | jax.Array = 0) -> jax.Array:
@@ -23,15 +23,17 @@ def hash_bits(shape: tuple[int, ...], seed: int | jax.Array, step: int | jax.Arr
 
     Args:
         shape: of the result; up to 2^32 elements.
-        seed: uint32, or an integer from 0 to 2^32 - 1; may be traced.
+        seed: an integer from 0 to 2^32 - 1, or an array of shape ``()`` of any integer dtype, which may be traced, of
+            which the lowest 32 bits count (of a narrower one that is negative, those of the same number).
         step: likewise; another step gives other bits.
 
     Returns:
         uint32 of the given shape.
 
     Raises:
-        TypeError: for a shape that is no tuple, and a seed or step that is an array of another kind than integers.
-        ValueError: for a seed or step outside uint32, or a shape of more than 2^32 elements.
+        TypeError: for a shape that is no tuple, and an array that does not hold integers.
+        ValueError: for a seed or step that is outside uint32 or an array of another shape than ``()``, and for a shape
+            of more than 2^32 elements.
 
     >>> hash_bits((2,), seed=1).tolist() == hash_bits((2,), seed=1, step=0).tolist()
     True
@@ -80,4 +82,5 @@ def _word(name: str, value: int | jax.Array) -> jax.Array:
         return jnp.asarray(int(value), jnp.uint32)
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise TypeError(f"{name} is an integer; got {value.dtype}")
+    check_one_word(name, value.shape)
     return value.astype(jnp.uint32)

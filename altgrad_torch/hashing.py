@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from altgrad_core.hashing import MULTIPLIERS, SEED_OFFSET, STREAM_OFFSET, check_shape, check_word
+from altgrad_core.hashing import MULTIPLIERS, SEED_OFFSET, STREAM_OFFSET, check_one_word, check_shape, check_word
 
 _CHUNK = 1 << 17
 
@@ -22,8 +22,9 @@ def hash_bits(
 
     Args:
         shape: of the result; up to 2^32 elements.
-        seed: an integer from 0 to 2^32 - 1, or an integer tensor of shape ``()``, of which the lowest 32 bits count:
-            under ``torch.compile`` that is what may change without compiling anything.
+        seed: an integer from 0 to 2^32 - 1, or a tensor of shape ``()`` of any integer dtype, of which the lowest 32
+            bits count (of a narrower one that is negative, those of the same number): under ``torch.compile`` that is
+            what may change without compiling anything.
         step: likewise; another step gives other bits.
         device: where to make them.
 
@@ -32,7 +33,8 @@ def hash_bits(
 
     Raises:
         TypeError: for a shape that is no tuple, and a tensor that does not hold integers.
-        ValueError: for a seed or step outside uint32, or a shape of more than 2^32 elements.
+        ValueError: for a seed or step that is outside uint32 or a tensor of another shape than ``()``, and for a shape
+            of more than 2^32 elements.
 
     >>> [hex(bits & 0xFFFFFFFF) for bits in hash_bits((2,), seed=0).tolist()]
     ['0x37c0670d', '0x28681f9a']
@@ -77,6 +79,7 @@ def _word(name: str, value: int | Tensor, device: torch.device | str | None) -> 
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} is an integer; got {value.dtype}")
+        check_one_word(name, value.shape)
         return value.to(torch.int32)
     check_word(name, value)
     return torch.tensor(_signed(int(value)), dtype=torch.int32, device=device)

@@ -163,10 +163,11 @@ def test_data_files(monkeypatch, capsys, tmp_path, name, content, expected):
         (["study", "--seeds", "0"], "--seeds is 0"),
         (["study", "--scenes", "clean", "--faults", "nan@3"], "--faults have no effect without the stress scene"),
         (["report", "--folder", "nowhere"], "nowhere"),
+        (["explain", "abc", "--format", "E4M3"], "a power of two (2^-9, 3*2^40), nan, inf or a float32 bit pattern"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_study_and_report(monkeypatch, capsys, tmp_path, arguments, expected):
+def test_other_commands(monkeypatch, capsys, tmp_path, arguments, expected):
     monkeypatch.chdir(tmp_path)
     assert expected in _fails(monkeypatch, capsys, *arguments)
     assert not list(tmp_path.iterdir())

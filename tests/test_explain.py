@@ -60,6 +60,7 @@ def test_numbers_read(text: str, kind: str, bits: int) -> None:
         ("1,5", "did you mean 1.5?"),
         ("1_000", "did you mean 1000?"),
         ("one", "cannot read the number 'one'; expected a decimal"),
+        ("abc", "a power of two (2^-9, 3*2^40)"),
         ("", "expected a decimal"),
         ("1e", "expected a decimal"),
         ("²", "expected a decimal"),
@@ -173,12 +174,23 @@ def test_an_open_draw_leaves_both_open() -> None:
         ({"stochastic_bits": 4}, "stochastic_bits has no effect"),
         ({"rounding": "stochastic", "stochastic_bits": 0}, "stochastic_bits is 0"),
         ({"rounding": "stochastic", "stochastic_bits": 4, "random_bits": 16}, "random_bits is 16; expected 0 to 15"),
+        ({"rounding": "stochastic", "random_bits": 1.5}, "random_bits is 1.5; expected 0 to"),
+        ({"rounding": "stochastic", "random_bits": True}, "random_bits is True; expected 0 to"),
         ({"rounding": "up"}, "unknown rounding"),
     ],
 )
 def test_options(options, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         explain("1.5", "E5M2", others=(), **options)
+
+
+def test_draws_may_be_integers_of_numpy() -> None:
+    """Also where NumPy's would be too narrow for what is computed with them."""
+    plain = explain("1.0625", "E5M2", rounding="stochastic", stochastic_bits=24, random_bits=5, others=())
+    numpy = explain(
+        "1.0625", "E5M2", rounding="stochastic", stochastic_bits=np.int8(24), random_bits=np.uint8(5), others=()
+    )
+    assert repr(numpy) == repr(plain)
 
 
 def test_what_others_do() -> None:

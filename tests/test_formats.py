@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from typing import NamedTuple
@@ -31,7 +32,12 @@ from gfloat.types import Domain, FormatInfo, Signedness
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from altgrad.parity import lockstep
+from altgrad_core.errors import InputError
 from altgrad_core.formats import EIGHT, FORMAT_REGISTRY, Format, UnknownFormatError, parse
+from altgrad_core.scaling import PerBlock, PerChannel, checked_axes, checked_axis
+from altgrad_core.settings import Policy
+from altgrad_core.snapshots import check_back
 from tests.oracles import DISTINCT, gfloat_info, same, small_formats
 
 
@@ -514,8 +520,33 @@ def test_to_bits_refuses_modes_without_a_single_answer(mode: str) -> None:
     [("E5M2", -1, 255), ("E5M2", 256, 255), ("float6_e2m3fn", 64, 63), ("float8_e8m0fnu", 256, 255)],
 )
 def test_to_real_refuses_codes_of_other_widths(name: str, code: int, last: int) -> None:
-    with pytest.raises(ValueError, match=f"code {code} is not one of {name}; expected 0 to {last}"):
+    with pytest.raises(ValueError, match=f"code {code} is not one of {name}; expected an integer from 0 to {last}"):
         parse(name).to_real(code)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.uint64])
+def test_to_real_takes_integers_of_numpy(kind: type) -> None:
+    assert parse("E4M3").to_real(kind(0x78)) == 256.0
+    assert math.ldexp(*parse("E4M3").finite_parts(kind(0x78))) == 256.0
+
+
+@pytest.mark.parametrize("code", [56.0, "56", None, True, np.float32(56)])
+def test_to_real_refuses_what_is_no_integer(code: object) -> None:
+    with pytest.raises(InputError, match=re.escape(f"code {code!r} is not one of E4M3; expected an integer from 0")):
+        parse("E4M3").to_real(code)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [1.5, -0.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_to_bits_takes_floats_of_numpy(kind: type, value: float) -> None:
+    assert parse("E5M2").to_bits(kind(value)) == parse("E5M2").to_bits(value)
+
+
+def test_to_bits_takes_integers_and_nothing_else() -> None:
+    assert parse("E4M3").to_bits(np.int8(-3)) == parse("E4M3").to_bits(-3) == parse("E4M3").to_bits(-3.0)
+    for value in ("3", None, True, 3j):
+        with pytest.raises(InputError, match=re.escape(f"the value is {value!r} (")):
+            parse("E4M3").to_bits(value)  # type: ignore[arg-type]
 
 
 def test_code_books_are_read_only_and_limited() -> None:
@@ -835,6 +866,28 @@ def test_unknown_format_is_a_value_error() -> None:
     assert issubclass(UnknownFormatError, ValueError)
 
 
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [
+        (np.float16, "float16"),
+        (np.dtype(np.float16), "float16"),
+        (ml_dtypes.float8_e4m3fn, "float8_e4m3fn"),
+        (np.float64, None),
+        (None, None),
+    ],
+)
+def test_dtypes_in_place_of_names_suggest_their_formats(given: object, near: str | None) -> None:
+    hint = f"; did you mean {near!r}? (Format.from_dtype takes dtypes)" if near else ""
+    with pytest.raises(UnknownFormatError, match=re.escape(f"({type(given).__name__}){hint}") + "$"):
+        parse(given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("framework", ["jax.numpy", "torch"])
+def test_dtypes_of_frameworks_in_place_of_names(framework: str) -> None:
+    with pytest.raises(UnknownFormatError, match=r"did you mean 'float8_e4m3fn'\? \(Format.from_dtype takes dtypes"):
+        parse(pytest.importorskip(framework).float8_e4m3fn)
+
+
 # Formats of dtypes
 
 
@@ -887,13 +940,18 @@ def test_dtypes_without_a_format(dtype: object) -> None:
         ("E4M3", "float8_e4m3fn"),
         ("bf16", "bfloat16"),
         ("E3M4", None),  # float8_e3m4 is another format
-        (np.float64, None),  # nor does float16 hold its values
+        (np.float64, "float32"),  # not float16, whose letters are nearest
+        ("double", "float32"),
+        ("longdouble", "float32"),
+        ("half", "float16"),
+        ("single", "float32"),
+        ("complex64", None),
         (np.int8, None),
     ],
 )
 def test_dtypes_without_a_format_suggest_near_ones(dtype: object, near: str | None) -> None:
-    hint = f"did you mean '{near}'? " if near else ""
-    with pytest.raises(UnknownFormatError, match=re.escape(f"no format for dtype {dtype!r}; {hint}expected one of")):
+    hint = f"did you mean {near!r}" if near else "expected one of"
+    with pytest.raises(UnknownFormatError, match=re.escape(f"no format for dtype {dtype!r}; {hint}")):
         Format.from_dtype(dtype)
 
 
@@ -924,6 +982,13 @@ def test_formats_are_values() -> None:
         twin.bias = 3  # type: ignore[misc]
 
 
+def test_fields_may_be_numbers_of_numpy() -> None:
+    made = Format("mine", np.int64(4), np.uint8(3), np.int8(7), has_nan=np.True_)  # type: ignore[arg-type]
+    assert (made, hash(made), str(made)) == (parse("E4M3"), hash(parse("E4M3")), str(replace(parse("E4M3"), name="?")))
+    assert repr(made) == repr(replace(parse("E4M3"), name="mine"))
+    assert made.code_book().tobytes() == parse("E4M3").code_book().tobytes()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -936,6 +1001,11 @@ def test_formats_are_values() -> None:
         ({"exponent_bits": 1, "bias": -127, "has_inf": True, "has_nan": True}, "exponents from 128"),
         ({"mantissa_bits": True}, "mantissa_bits is True; expected an integer"),
         ({"bias": 7.5}, "bias is 7.5; expected an integer"),
+        ({"bias": np.float32(7)}, r"bias is np.float32\(7.0\); expected an integer"),
+        ({"has_nan": "no"}, "has_nan is 'no'; expected True or False"),
+        ({"has_inf": 1}, "has_inf is 1; expected True or False"),
+        ({"has_negative_zero": None}, "has_negative_zero is None; expected True or False"),
+        ({"is_signed": np.int64(1)}, r"is_signed is np.int64\(1\); expected True or False"),
         ({"bias": None}, "bias is None; expected an integer"),
         ({"exponent_bits": 0, "mantissa_bits": 0, "bias": 0}, "at least one exponent or mantissa bit; both are 0"),
         ({"exponent_bits": 0, "bias": 1}, r"bias is 1; a fixed-point format \(exponent_bits=0\) has bias 0"),
@@ -966,6 +1036,11 @@ def test_formats_are_values() -> None:
 def test_what_no_format_has(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Format("bad", **({"exponent_bits": 4, "mantissa_bits": 3, "bias": 7} | fields))  # type: ignore[arg-type]
+
+
+def test_a_format_is_named_by_a_string() -> None:
+    with pytest.raises(InputError, match="the name is None; expected a string"):
+        Format(None, 4, 3, 7)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -1000,6 +1075,67 @@ def test_the_fast_path_stays_within_normal_float32(format: Format) -> None:
         magic = twice_max * Fraction(2) ** (23 - format.mantissa_bits)
         in_range = half_quantum >= Fraction(2) ** -126 and max(magic, twice_max) <= Fraction(2) ** 127
         assert (format.cast_path == "fast") == in_range
+
+
+# Integers of NumPy where formats are used
+
+
+def test_granularities_keep_plain_integers() -> None:
+    for made, plain in (
+        (PerBlock(np.int64(32), np.int8(0)), PerBlock(32, 0)),
+        (PerChannel(np.int64(1)), PerChannel(1)),
+        (PerChannel((np.int64(0), np.uint8(2))), PerChannel((0, 2))),
+        (PerChannel([0, 2]), PerChannel((0, 2))),
+    ):
+        assert (made, hash(made), repr(made)) == (plain, hash(plain), repr(plain))
+    assert (checked_axis(np.int64(-1), 3), checked_axes(np.int64(1), 3)) == (2, (1,))
+    assert repr(checked_axes((np.int64(1), 0), 3)) == "(0, 1)"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PerBlock(32.0), "the block size is 32.0; expected an integer"),
+        (lambda: PerBlock(axis="last"), "the axis is 'last'; expected an integer"),
+        (lambda: PerChannel("0"), "the axes are '0'; expected an integer, such as -1, the last, or a tuple of"),
+        (lambda: PerChannel((0, 1.0)), "the axis is 1.0; expected an integer"),
+        (lambda: checked_axis(True, 2), "the axis is True; expected an integer"),
+        (lambda: checked_axes(None, 2), "the axes are None; expected an integer"),
+    ],
+)
+def test_axes_and_sizes_are_integers(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        make()
+
+
+@pytest.mark.parametrize("package", ["altgrad_jax", "altgrad_torch"])
+def test_casts_take_integers_of_numpy(package: str) -> None:
+    module = pytest.importorskip(package)
+    as_array = pytest.importorskip("torch").from_numpy if package == "altgrad_torch" else np.asarray
+    x = as_array(np.linspace(-3, 3, 16, dtype=np.float32).reshape(4, 4))
+    drawn = module.hash_bits((4, 4), 0)
+    for kind in (np.uint8, np.int64):
+        for function in (
+            lambda number: module.amax(x, axes=number(1)),
+            lambda number: module.amaxes(x, PerChannel(number(1))),
+            lambda number: module.quantize_blocks(x, "E4M3", block=number(2), axis=number(0)),
+            lambda number: module.quantize(
+                x, "E4M3", rounding="stochastic", random_bits=drawn, stochastic_bits=number(8)
+            ),
+        ):
+            assert np.array_equal(np.asarray(function(kind)), np.asarray(function(int)))
+
+
+def test_numbers_of_steps_may_be_integers_of_numpy() -> None:
+    def at_rest() -> tuple[np.ndarray, Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]]:
+        return np.zeros(1, np.float32), lambda state, _: (state, {"x": state})
+
+    assert lockstep(at_rest, at_rest, steps=np.int64(2), repeat_steps=np.int8(1)).passed
+    made = Policy(window=np.int64(10), recover_after=np.uint8(3))
+    assert repr(made) == repr(Policy(window=10, recover_after=3))
+    check_back(np.int64(2), 3)
+    with pytest.raises(InputError, match=r"window is np.float64\(10.0\); expected an integer of at least 1"):
+        Policy(window=np.float64(10))  # type: ignore[arg-type]
 
 
 @every_format

@@ -181,6 +181,44 @@ def test_stochastic_rounding_is_unbiased(format: str, stochastic_bits: int) -> N
     assert max(between) < deviations(8 * 6)
 
 
+def test_words_of_numpy() -> None:
+    for kind in (np.uint8, np.int16, np.uint32, np.int64):
+        assert np.array_equal(hash_bits_reference(9, kind(100), kind(7)), hash_bits_reference(9, 100, 7))
+
+
+def test_a_seed_is_one_for_all_elements_in_torch() -> None:
+    """Where it is mapped, one for each example."""
+    with pytest.raises(ValueError, match=r"seed has shape \(2, 3\); expected \(\), one for all elements"):
+        hash_bits((1, 3), torch.arange(6).reshape(2, 3))
+    with pytest.raises(ValueError, match=r"step has shape \(1,\); expected \(\), one for all elements"):
+        hash_bits((1, 3), 0, torch.arange(1))
+    assert torch.vmap(lambda seed: hash_bits((1, 3), seed))(torch.arange(6)).shape == (6, 1, 3)
+
+
+def test_a_seed_is_one_for_all_elements_in_jax() -> None:
+    jax, in_jax = pytest.importorskip("jax"), pytest.importorskip("altgrad_jax").hash_bits
+    for words, shown in (
+        ((jax.numpy.arange(6).reshape(2, 3),), r"seed .*2, 3"),
+        ((0, jax.numpy.arange(1)), "step .*1,"),
+    ):
+        for function in (in_jax, jax.jit(in_jax, static_argnums=0)):
+            with pytest.raises(ValueError, match=rf"{shown}\); expected \(\), one for all elements"):
+                function((1, 3), *words)
+    assert jax.vmap(lambda seed: in_jax((1, 3), seed))(jax.numpy.arange(6)).shape == (6, 1, 3)
+
+
+def test_the_lowest_bits_of_a_negative_seed_count() -> None:
+    jax = pytest.importorskip("jax")
+    in_jax = pytest.importorskip("altgrad_jax").hash_bits
+    expected = hash_bits_reference(4, 2**32 - 1, 2**32 - 2)
+    for name in ("int8", "int16", "int32", "int64"):
+        kind = getattr(torch, name)
+        ours = hash_bits((4,), torch.tensor(-1, dtype=kind), torch.tensor(-2, dtype=kind))
+        assert np.array_equal(ours.numpy().view(np.uint32), expected)
+        with jax.enable_x64(name == "int64"):
+            assert np.array_equal(in_jax((4,), jax.numpy.array(-1, name), jax.numpy.array(-2, name)), expected)
+
+
 @pytest.mark.parametrize("package", ["altgrad_jax", "altgrad_torch"])
 def test_shapes_of_random_bits(package: str) -> None:
     hash_bits = pytest.importorskip(package).hash_bits

@@ -154,6 +154,88 @@ def test_a_cast_must_return_what_it_got(bad) -> None:
         check_vectors(golden_vectors("E2M1"), bad)
 
 
+def _reference_codes(x: Floats) -> list[int]:
+    return [parse("E5M2").to_bits(value) for value in x.tolist()]
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.int64, np.uint64])
+def test_a_right_encoder_passes(kind: type) -> None:
+    report = check_vectors(golden_vectors("E5M2"), lambda x: np.array(_reference_codes(x), kind), column="code")
+    assert report.passed, report
+    assert str(report) == f"all {report.count} agree"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda codes: codes ^ 0x80,
+        lambda codes: codes + 256,
+        lambda codes: codes.astype(np.int8),  # negative ones are no codes
+        lambda codes: np.where(codes == 0x80, 0, codes),  # -0
+    ],
+    ids=["sign", "wide", "int8", "zero"],
+)
+def test_a_wrong_encoder_is_caught(wrong) -> None:
+    report = check_vectors(
+        golden_vectors("E5M2"), lambda x: wrong(np.array(_reference_codes(x))), column="code", first=3
+    )
+    assert report.mismatches >= len(report.first) == 3
+    assert "codes differ" in str(report)
+
+
+def test_codes_in_the_report() -> None:
+    vectors = golden_vectors("E4M3", random_inputs=0)
+    row = vectors.inputs.tolist().index(0x3F800000)
+    for wrong, shown in ((0x39, "code 0x39 (1.125)"), (256, "code 0x100, which is none of E4M3")):
+        codes = vectors.codes.copy()
+        codes[row] = wrong
+        report = check_vectors(vectors, lambda x, codes=codes: codes, column="code")
+        assert str(report) == f"1 of {len(vectors)} codes differ\n  1.0 (0x3f800000) gives {shown}, not code 0x38 (1.0)"
+
+
+def test_any_code_of_nan_is_nan() -> None:
+    vectors = golden_vectors("E5M2")
+    of_nan = np.isnan(vectors.format.code_book())[vectors.codes]
+    for code in (0x7D, 0x7F, 0xFE):
+        assert check_vectors(vectors, lambda x, code=code: np.where(of_nan, code, vectors.codes), column="code").passed
+    infinite = check_vectors(vectors, lambda x: np.where(of_nan, 0x7C, vectors.codes), column="code")
+    assert infinite.mismatches == of_nan.sum()
+    without = golden_vectors("E3M4")  # NaN is code 0 there, and no other zero
+    was_nan = np.isnan(without.inputs.view(np.float32))
+    report = check_vectors(without, lambda x: np.where(was_nan, 0x80, without.codes), column="code")
+    assert report.mismatches == was_nan.sum()
+
+
+@pytest.mark.parametrize("package", ["altgrad_jax", "altgrad_torch"])
+@pytest.mark.parametrize("name", NAMES)
+def test_encoders_of_both_packages(package: str, name: str) -> None:
+    encode = pytest.importorskip(package).encode
+    as_array = pytest.importorskip("torch").from_numpy if package == "altgrad_torch" else np.asarray
+    for overflow in OVERFLOWS:
+        vectors = golden_vectors(name, overflow=overflow, random_inputs=100)
+        report = check_vectors(
+            vectors, lambda x, overflow=overflow: encode(as_array(x), name, overflow=overflow), column="code"
+        )
+        assert report.passed, report
+
+
+def test_an_encoder_must_return_integers() -> None:
+    vectors = golden_vectors("E2M1", random_inputs=0)
+    for bad in (lambda x: x, lambda x: vectors.codes[1:]):
+        with pytest.raises(ValueError, match=r"the encoder returned .*; expected integers \["):
+            check_vectors(vectors, bad, column="code")
+    with pytest.raises(ValueError, match=r"expected float32\[\d+\], or column='code' for an encoder"):
+        check_vectors(vectors, lambda x: vectors.codes)
+    with pytest.raises(ValueError, match="unknown column 'codes'; did you mean 'code'"):
+        check_vectors(vectors, lambda x: vectors.codes, column="codes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("first", [-1, 1.5, None])
+def test_how_many_mismatches_are_kept(first: int) -> None:
+    with pytest.raises(ValueError, match=f"first is {first}; expected an integer of 0 or more"):
+        check_vectors(golden_vectors("E2M1", random_inputs=0), lambda x: x, first=first)
+
+
 def test_stochastic_draws_meet_the_turning_point() -> None:
     """For an input between two values, the last draw that does not take it up and the first that does."""
     vectors = golden_vectors("E5M2", rounding="stochastic", overflow="saturate", stochastic_bits=3, random_inputs=200)
@@ -216,13 +298,23 @@ def test_both_packages_agree_stochastically(name: str, count: int | None) -> Non
         ({"overflow": "wrap"}, "unknown overflow policy 'wrap'"),
         ({"stochastic_bits": 4}, "no effect with rounding 'nearest_even'"),
         ({"stochastic_bits": 25, "rounding": "stochastic"}, "stochastic_bits is 25"),
-        ({"random_inputs": -1}, "random_inputs is -1"),
+        ({"random_inputs": -1}, "random_inputs is -1; expected an integer of 0 or more"),
+        ({"random_inputs": 1.5}, "random_inputs is 1.5; expected an integer of 0 or more"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": True}, "seed is True"),
     ],
 )
 def test_options(options, expected) -> None:
     with pytest.raises(ValueError, match=re.escape(expected)):
         golden_vectors(**{"format": "E4M3", **options})
+
+
+def test_options_may_be_integers_of_numpy() -> None:
+    made, expected = (
+        golden_vectors("E2M1", rounding="stochastic", stochastic_bits=kind(8), random_inputs=kind(9), seed=kind(3))
+        for kind in (np.uint8, int)
+    )
+    assert list(vector_lines(made)) == list(vector_lines(expected))
 
 
 @pytest.mark.parametrize(
@@ -248,6 +340,39 @@ def test_options(options, expected) -> None:
         (lambda lines: [*lines[:2], '["0", "0", "zz"]', *lines[3:]], "line 3 is"),
         (lambda lines: [*lines[:2], '["0", "0", "fffffffff"]', *lines[3:]], "line 3 is"),
         (lambda lines: [*lines[:2], "7", *lines[3:]], "line 3 is"),
+        (lambda lines: [*lines[:2], '{"1": 1, "2": 2, "3": 3}', *lines[3:]], "line 3 is"),
+        (lambda lines: [*lines[:2], '"abc"', *lines[3:]], "line 3 is"),
+        (lambda lines: [*lines[:2], '["0", "0", 1]', *lines[3:]], "line 3 is"),
+        (lambda lines: [*lines[:2], '["0", "+0", "0x1"]', *lines[3:]], "line 3 is"),
+        (
+            lambda lines: [*lines[:2], lines[2][:-3] + 'ffff"]', *lines[3:]],
+            "line 3 has the code ffff; expected one of the 4 bits of E2M1, 0 to f",
+        ),
+        (
+            lambda lines: [lines[0].replace('"E2M1"', '"E5M2"'), *lines[1:]],
+            "format E5M2 is said to have exponent_bits 2; expected 5",
+        ),
+        (lambda lines: [lines[0].replace('"E2M1"', "5"), *lines[1:]], "the name is 5; expected a string"),
+        (
+            lambda lines: [lines[0].replace('"has_nan": false', '"has_nan": "yes"'), *lines[1:]],
+            "has_nan is 'yes'; expected True or False",
+        ),
+        (
+            lambda lines: [lines[0].replace("{", '{"stochastic_bits": 8, ', 1), *lines[1:]],
+            "stochastic_bits has no effect with rounding 'nearest_even'; expected it with 'stochastic'",
+        ),
+        (
+            lambda lines: [lines[0].replace("nearest_even", "stochastic"), *lines[1:]],
+            "'stochastic_bits' is missing",
+        ),
+        (
+            lambda lines: ['{"stochastic_bits": null, ' + lines[0][1:].replace("nearest_even", "stochastic")],
+            "stochastic_bits is None; expected an integer from 1 to 24",
+        ),
+        (
+            lambda lines: [re.sub(r'"format": \{.*?\}', '"format": "E2M1"', lines[0]), *lines[1:]],
+            "the header's format is 'E2M1'; expected an object",
+        ),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, edit, expected) -> None:
@@ -256,3 +381,9 @@ def test_files_that_cannot_be_read(tmp_path: Path, edit, expected) -> None:
     with pytest.raises(ValueError, match=re.escape(expected)) as refused:
         read_vectors(path)
     assert str(path) in str(refused.value)
+
+
+def test_a_name_of_the_writers_own_is_read(tmp_path: Path) -> None:
+    path = write_vectors(tmp_path / "v.jsonl", golden_vectors("E2M1", random_inputs=0))
+    path.write_text(path.read_text().replace('"E2M1"', '"our fp4"'))
+    assert read_vectors(path).format == parse("E2M1")

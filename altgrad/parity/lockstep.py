@@ -12,6 +12,7 @@ from altgrad.parity.records import Comparison, Kind
 from altgrad.parity.runs import Difference, Lockstep, Run, StepRecord
 from altgrad.parity.tolerances import Tolerance, Tolerances
 from altgrad_core.errors import InputError
+from altgrad_core.scalars import is_integer
 
 State = TypeVar("State")
 OtherState = TypeVar("OtherState")
@@ -79,7 +80,7 @@ def lockstep(
     check_ignored(ignore)
     repeat_steps = steps if repeat_steps is None else repeat_steps
     for name, value, least in (("steps", steps, 1), ("repeat_steps", repeat_steps, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if not is_integer(value) or value < least:
             raise InputError(f"{name} is {value!r}; expected a whole number of at least {least}")
     tolerances = Tolerances(tolerance_ulps)
     repeats: list[Run] = []
