@@ -237,6 +237,20 @@ def check_window(window: int) -> None:
         raise InputError(f"the amax window is {window!r}; expected at least 1 step")
 
 
+def check_entered(amax: tuple[int, ...], history: tuple[int, ...]) -> None:
+    """Refuse an amax that is not of the shape of a history's rows.
+
+    Args:
+        amax: its shape.
+        history: that of the history.
+
+    Raises:
+        InputError: naming both.
+    """
+    if amax != history[1:]:
+        raise InputError(f"the amax has shape {amax}; expected {history[1:]}, that of a row of the history")
+
+
 def check_given_scale(scale: object, *, power_of_two: bool = False) -> None:
     """Refuse numbers and NumPy arrays that are no scales as float32; other arrays may lie on a device, and are left.
 

@@ -45,10 +45,9 @@ from altgrad_core.scaling import (
 from altgrad_jax.axes import is_whole, split_as
 from altgrad_jax.casting import (
     cast_finite,
-    check_drawn_width,
+    checked_random_bits,
     floating,
     quantize,
-    refuse_missing_random_bits,
     to_float32,
 )
 from altgrad_jax.codes import CodeParams, decode, encode
@@ -127,9 +126,9 @@ def quantize_blocks(
         Array of the shape and dtype of ``x``; ``decode_blocks(*encode_blocks(x, ...), ...)`` has the same values.
 
     Raises:
-        TypeError: if ``x`` is not floating point.
-        InputError: for a block of less than 1, an axis out of range, an unknown rule, format or rounding, or a format
-            without a sign.
+        TypeError: if ``x`` is not floating point, or ``random_bits`` are not integers.
+        ValueError: for a block of less than 1, an axis out of range, an unknown rule, format or rounding, a format
+            without a sign, or random bits that are missing, useless or of another shape.
 
     >>> quantize_blocks(jnp.array([500.0, 1.0, 0.3, 0.0]), "E4M3", block=2).tolist()
     [448.0, 1.0, 0.3125, 0.0]
@@ -139,10 +138,7 @@ def quantize_blocks(
     checked_axis(axis, x.ndim)
     floating(x, "quantize_blocks")
     params = _saturating(format, rounding)
-    if random_bits is None:
-        refuse_missing_random_bits(params)
-    else:
-        check_drawn_width(random_bits, params)
+    random_bits = checked_random_bits(random_bits, x, params, None if isinstance(format, FormatParams) else rounding)
     return _in_one_program(granularity, rule, x, params, random_bits)
 
 

@@ -86,11 +86,8 @@ def quantize(
     """
     x = floating(x, "quantize")
     params = as_params(format, rounding, overflow, stochastic_bits)
-    if random_bits is None:
-        refuse_missing_random_bits(params)
-    else:
-        random_bits = jnp.asarray(random_bits)
-        _check_random_bits(random_bits, x, params, named=None if isinstance(format, FormatParams) else rounding)
+    _refuse_stacked(params, x)
+    random_bits = checked_random_bits(random_bits, x, params, None if isinstance(format, FormatParams) else rounding)
     scale = None if scale is None else checked_scale(scale, x)
     if params.path == "identity":
         if saturation_mask:
@@ -99,6 +96,15 @@ def quantize(
             return x
         scale = None
     return _in_one_program(saturation_mask, x, scale, params, random_bits)
+
+
+def _refuse_stacked(params: FormatParams, x: jax.Array) -> None:
+    """Refuse params of several formats that are not mapped over, and would enlarge ``x``."""
+    shape = params.max_value.shape
+    if len(shape) > x.ndim or any(n not in (1, length) for n, length in zip(shape[::-1], x.shape[::-1], strict=False)):
+        raise InputError(
+            f"params of shape {shape} for x of shape {x.shape}; expected those of one format, or jax.vmap over them"
+        )
 
 
 def floating(x: jax.Array, taker: str) -> jax.Array:
@@ -133,7 +139,25 @@ def refuse_missing_random_bits(params: FormatParams) -> None:
         raise ValueError("rounding='stochastic' needs random_bits: integers of the shape of x")
 
 
-def _check_random_bits(random_bits: jax.Array, x: jax.Array, params: FormatParams, named: Rounding | None) -> None:
+def checked_random_bits(
+    random_bits: jax.Array | None, x: jax.Array, params: FormatParams, named: Rounding | None
+) -> jax.Array | None:
+    """Random bits as an array, if they are what ``x`` needs to be rounded.
+
+    Args:
+        random_bits: as they were given.
+        x: what is rounded.
+        params: to what.
+        named: the rounding, if the params were made for this cast; params that were given may take any.
+
+    Raises:
+        TypeError: for what are no integers.
+        ValueError: if they are missing, useless, of another shape or of too few bits.
+    """
+    if random_bits is None:
+        refuse_missing_random_bits(params)
+        return None
+    random_bits = jnp.asarray(random_bits)
     if params.path not in ("integer", "unsigned") or named not in (None, "stochastic"):
         raise ValueError(
             "random_bits would have no effect: they need rounding='stochastic', or params that may take it"
@@ -142,18 +166,10 @@ def _check_random_bits(random_bits: jax.Array, x: jax.Array, params: FormatParam
         raise TypeError(f"random_bits are integers; got {random_bits.dtype}")
     if random_bits.shape != x.shape:
         raise ValueError(f"random_bits have shape {random_bits.shape}; expected that of x, {x.shape}")
-    check_drawn_width(random_bits, params)
-
-
-def check_drawn_width(random_bits: jax.Array, params: FormatParams) -> None:
-    """Refuse random integers of fewer bits than are used, where that is known here.
-
-    Raises:
-        InputError: naming both numbers.
-    """
     if not isinstance(params.stochastic_bits, jax.core.Tracer):
         used = int(np.max(np.asarray(params.stochastic_bits)))
         check_width(used, str(random_bits.dtype), jnp.iinfo(random_bits.dtype).bits)
+    return random_bits
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -501,7 +517,7 @@ def _divide_float64_by_scale(x: jax.Array, scale: jax.Array) -> jax.Array:
     # In integers, because XLA's CPU backend flushes the smallest.
     near = jnp.clip(magnitude, np.int64((1023 - _FAR) << 52), np.int64((1023 + _FAR) << 52))
     magnitude = jnp.where((magnitude == 0) | (magnitude >= _FLOAT64_INF), magnitude, near)
-    # A divisor of its own for each element: XLA turns division by one that is shared into a product with its reciprocal.
+    # A divisor of its own for each element: division by one that is shared XLA makes a product with its reciprocal.
     divisor = jnp.where(magnitude >= 0, _to_float64(scale), 1.0)
     return lax.bitcast_convert_type(magnitude | (bits & np.int64(-(2**63))), jnp.float64) / divisor
 

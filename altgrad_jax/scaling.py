@@ -24,6 +24,7 @@ from jax import lax
 from altgrad_core.scaling import (
     MOST_EXPONENT,
     HistoryReduction,
+    check_entered,
     check_reduction,
     check_static_scale,
     check_window,
@@ -169,9 +170,13 @@ def push_amax(history: jax.Array, amax: jax.Array) -> jax.Array:
         history: float32 of shape ``(window, *shape)``, oldest first.
         amax: float32 of shape ``shape``.
 
+    Raises:
+        InputError: for an amax of another shape.
+
     >>> push_amax(jnp.array([1.0, 2.0]), jnp.float32(jnp.inf)).tolist()
     [2.0, 2.0]
     """
+    check_entered(jnp.shape(amax), history.shape)
     last = history[-1]
     amax = split_as(jnp.asarray(amax), last)  # amaxes of a tensor that is split over a mesh, its history is not
     newest = jnp.where(jnp.isfinite(amax), amax, last)

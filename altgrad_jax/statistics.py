@@ -24,6 +24,7 @@ from altgrad_jax.arithmetic import flush_subnormals
 from altgrad_jax.axes import AxisName, by_axes, is_whole, largest_over, sum_over
 from altgrad_jax.casting import (
     cast,
+    checked_random_bits,
     checked_scale,
     divide_by_scale,
     float64_to_odd,
@@ -306,6 +307,12 @@ def quantize_with_counts(
     ([1.0, inf], 0.5)
     """
     params = as_params(format, rounding, overflow, stochastic_bits)
+    random_bits = checked_random_bits(
+        random_bits,
+        floating(x, "quantize_with_counts"),
+        params,
+        None if isinstance(format, FormatParams) else rounding,
+    )
     counts, amax = observe(x, params, scale=scale)
     # The cast waits for the counts: else XLA copies a donated x, which the cast would overwrite.
     after = replace(params, max_value=jnp.where(amax < 0, 0, params.max_value))

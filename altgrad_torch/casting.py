@@ -93,6 +93,8 @@ def quantize(
     """
     grid = as_grid(format)
     check_floating(x, "quantize")
+    if isinstance(grid, FormatParams):
+        _refuse_stacked(grid, x)
     x = without_negative_bit(x)
     check_modes(rounding, overflow)
     _check_random_bits(random_bits, x, rounding, stochastic_bits)
@@ -127,6 +129,16 @@ def quantize(
     if not saturation_mask:
         return on_grid
     return torch.where(_overflows(x.detach(), unit, random_bits, how), on_grid.detach(), on_grid)
+
+
+def _refuse_stacked(params: FormatParams, x: Tensor) -> None:
+    """Refuse params of several formats that are not mapped over, and would enlarge ``x``."""
+    shape = tuple(params.max_value.shape)
+    if len(shape) > x.ndim or any(n not in (1, length) for n, length in zip(shape[::-1], x.shape[::-1], strict=False)):
+        raise InputError(
+            f"params of shape {shape} for x of shape {tuple(x.shape)}; expected those of one format, or torch.vmap "
+            "over them"
+        )
 
 
 def as_grid(format: str | Format | FormatParams) -> Format | FormatParams:

@@ -16,6 +16,7 @@ from torch import Tensor
 from altgrad_core.scaling import (
     MOST_EXPONENT,
     HistoryReduction,
+    check_entered,
     check_reduction,
     check_static_scale,
     check_window,
@@ -147,9 +148,13 @@ def push_amax(history: Tensor, amax: Tensor) -> Tensor:
         history: float32 of shape ``(window, *shape)``, oldest first.
         amax: float32 of shape ``shape``.
 
+    Raises:
+        InputError: for an amax of another shape.
+
     >>> push_amax(torch.tensor([1.0, 2.0]), torch.tensor(torch.inf)).tolist()
     [2.0, 2.0]
     """
+    check_entered(tuple(amax.shape), tuple(history.shape))
     newest = torch.where(amax.isfinite(), amax, history[-1])
     return torch.cat([history[1:], newest[None]])
 

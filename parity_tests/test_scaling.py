@@ -312,3 +312,11 @@ def test_a_stall_is_counted_on_a_grid_moved_by_a_power_of_two() -> None:
     assert in_jax.stall_counts(ones, ones, "E4M3", scale=0.25).as_integers()["nonzero"] == 2
     with pytest.raises(InputError, match=r"the scale is 0.3, which is no power of two; expected one .* is 0.25"):
         in_jax.stall_counts(ones, ones, "E4M3", scale=0.3)
+
+
+def test_an_amax_of_another_shape_does_not_enter_a_history() -> None:
+    for package, array in ((in_jax, jnp.asarray), (in_torch, torch.tensor)):
+        history = package.empty_history(4, (2,))
+        for amax in (array(1.0), array([1.0]), array([[1.0, 2.0]])):
+            with pytest.raises(InputError, match=r"the amax has shape .*; expected \(2,\), that of a row"):
+                package.push_amax(history, amax)

@@ -155,7 +155,11 @@ def test_nothing(shape: tuple[int, ...]) -> None:
         ({"axis": 2}, "axis 2 is out of range for an array of 2 axes; expected -2 to 1"),
         ({"rule": "mxx"}, "unknown block rule 'mxx'; did you mean 'mx'"),
         ({"rounding": "up"}, "unknown rounding 'up'"),
-        ({"random_bits": jnp.zeros(3, jnp.int32)}, re.escape("shape (3,); expected that of x, (6, 70)")),
+        (
+            {"rounding": "stochastic", "random_bits": jnp.zeros(3, jnp.int32)},
+            re.escape("shape (3,); expected that of x, (6, 70)"),
+        ),
+        ({"random_bits": jnp.zeros((6, 70), jnp.int32)}, "random_bits would have no effect"),
         ({"random_bits": jnp.zeros((6, 70), jnp.int32)}, "no effect"),
     ],
 )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from altgrad_core import UnknownFormatError, parse
 from altgrad_core.formats import EIGHT
 from altgrad_core.reference import quantize_reference, round_to_format
-from altgrad_jax import FormatParams, decode, encode, quantize
+from altgrad_jax import FormatParams, decode, encode, quantize, quantize_blocks, quantize_with_counts
 
 CODABLE = (*EIGHT, "bf16", "fp16", "E5M6", "E8M2b140", "E8M0b128", "E8M0b129", "E7M0b126", "E7M0b127", "E6M1b126")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -362,6 +362,29 @@ def test_random_bits_that_are_missing() -> None:
 def test_random_bits_without_effect(format: Any) -> None:
     with pytest.raises(ValueError, match="random_bits would have no effect"):
         quantize(jnp.ones(3), format, random_bits=jnp.zeros(3, jnp.uint32))
+
+
+@pytest.mark.parametrize("rounding", ["nearest_even", "nearest_away", "toward_zero"])
+@pytest.mark.parametrize("cast", [quantize, quantize_with_counts, quantize_blocks])
+def test_random_bits_beside_another_rounding(cast: Any, rounding: Any) -> None:
+    with pytest.raises(ValueError, match="random_bits would have no effect"):
+        cast(jnp.ones(3), "E5M2", rounding=rounding, random_bits=jnp.zeros(3, jnp.uint32))
+
+
+@pytest.mark.parametrize("cast", [quantize, quantize_with_counts, quantize_blocks])
+def test_random_bits_that_are_none(cast: Any) -> None:
+    for bits, error, told in ((jnp.zeros(3), TypeError, "are integers"), ([1, 2], ValueError, r"expected that of x")):
+        with pytest.raises(error, match=told):
+            cast(jnp.ones(3), "E5M2", rounding="stochastic", random_bits=bits)
+
+
+def test_params_of_several_formats_are_mapped_over() -> None:
+    params = FormatParams.stack([FormatParams.from_format(name) for name in ("E5M2", "E4M3", "E3M4")])
+    for x in (jnp.float32(1.0), jnp.ones(4), jnp.ones((3, 2))):
+        with pytest.raises(
+            ValueError, match=r"params of shape \(3,\) for x of shape .*; expected .* jax.vmap over them"
+        ):
+            quantize(x, params)
 
 
 @pytest.mark.parametrize(

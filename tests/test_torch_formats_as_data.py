@@ -80,6 +80,13 @@ def test_codes_mapped_over_formats(overflow: Overflow) -> None:
         assert equal(values, ag.decode(codes, known)), str(known)
 
 
+def test_params_of_several_formats_are_mapped_over() -> None:
+    params = FormatParams.stack([FormatParams.from_format(name) for name in ("E5M2", "E4M3", "E3M4")])
+    for x in (torch.tensor(1.0), torch.ones(4), torch.ones(3, 2)):
+        with pytest.raises(ValueError, match=r"params of shape \(3,\) for x of shape .*; expected .* torch.vmap"):
+            ag.quantize(x, params)
+
+
 def test_what_cannot_be_stacked() -> None:
     with pytest.raises(ValueError, match=r"paths \['fast', 'wide'\]; expected one path"):
         FormatParams.stack([FormatParams.from_format("E4M3"), FormatParams.from_format("bf16")])
