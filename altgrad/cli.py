@@ -6,14 +6,16 @@ import difflib
 import io
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from importlib import import_module
+from typing import NoReturn
 
 from altgrad_core.errors import InputError
 
 _INTERRUPTED = 130
 _UNREAD = 141
-_USAGE = 2
+_COULD_NOT_RUN = 2
 _DIFFERS = 1
 _MOST_DEVICES = 16
 _TRAIN, _REPORT, _CLI, _TORCH, _STORAGE = "train", "report", "cli", "torch", "storage"
@@ -51,34 +53,52 @@ _COMMANDS = {
 
 
 def main() -> None:
-    """Parse the command line and run what it asks for; user errors are one line, without a traceback."""
+    """Parse the command line and run what it asks for; user errors are one line, without a traceback.
+
+    Exits with 0 if all went well, 1 if two sides differ, 2 if it could not run, 130 if it was interrupted and 141 if
+    nobody reads on.
+    """
     _share_out_the_cores()
     _write_in_any_encoding()
     try:
-        _run(sys.argv[1:])
+        _run_and_tell(sys.argv[1:])
+    except Exception:
+        # Not with 1, as Python would: that is the word for a difference.
+        traceback.print_exc()
+        sys.exit(_COULD_NOT_RUN)
+
+
+def _run_and_tell(arguments: list[str]) -> None:
+    try:
+        _run(arguments)
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in _EXTRAS:
             raise
         extra = _EXTRAS[package]
         # Who trains needs more than a command line: name it all at once.
-        extra = _TRAIN if extra == _CLI and sys.argv[1:2] and sys.argv[1] in _TRAINING else extra
-        sys.exit(f"altgrad: {package} is not installed; this command needs the extra altgrad[{extra}]")
+        extra = _TRAIN if extra == _CLI and arguments[:1] and arguments[0] in _TRAINING else extra
+        _refuse(f"{package} is not installed; this command needs the extra altgrad[{extra}]")
     except BrokenPipeError:
         # Whoever read has seen enough, as ``head`` has; nothing is left to be written when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(_UNREAD)
     except (InputError, OSError) as error:
-        sys.exit(f"altgrad: {error}")
+        _refuse(str(error))
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"altgrad: {message}", file=sys.stderr)
+    sys.exit(_COULD_NOT_RUN)
 
 
 def _run(arguments: list[str]) -> None:
     name, *rest = arguments or [""]
     if name in ("", "-h", "--help"):
         print(_overview())
-        sys.exit(_USAGE if name == "" else 0)
+        sys.exit(_COULD_NOT_RUN if name == "" else 0)
     if name not in _COMMANDS:
         near = difflib.get_close_matches(name, _COMMANDS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""

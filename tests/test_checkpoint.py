@@ -160,7 +160,7 @@ def test_damage_is_told_on_one_line_and_nothing_else_is(tmp_path, undisturbed):
     done = subprocess.run(
         _arguments(out, "--resume"), env=_ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     (told,) = done.stderr.splitlines()
     assert told.startswith(f"altgrad: the checkpoint {newest} is damaged: its arrays/array_metadatas/process_0 is not")
 

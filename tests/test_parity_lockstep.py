@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -216,3 +217,18 @@ def test_the_environment_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert here.settings["XLA_FLAGS"] == "--xla_cpu_max_isa=AVX2"
     assert here.settings["jax_enable_x64"] == "False"
     json.dumps(here.as_dict())
+
+
+def test_a_misspelt_tolerance_is_told_once_a_side_has_run() -> None:
+    started: list[str] = []
+
+    def side(label: str) -> Any:
+        def make() -> Any:
+            started.append(label)
+            return np.float32(0), lambda state, k: (state, {"weights": state})
+
+        return make
+
+    with pytest.raises(InputError, match="'wieghts', which matches no tensor; the nearest is 'weights'"):
+        lockstep(side("a"), side("b"), steps=3, tolerance_ulps={"wieghts": 1})
+    assert started == ["a", "a"]

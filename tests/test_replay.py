@@ -103,7 +103,7 @@ def _rewrite(path: Path, change: Callable[[list[dict[str, Any]]], object]) -> No
 
 
 def _command(monkeypatch, capsys, *arguments: str) -> tuple[object, str]:
-    """Exit code (or the message that stands for 1) and what was printed."""
+    """Exit code and what was printed, to stderr where it could not run."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "argv", ["altgrad", "replay", *arguments])
@@ -112,7 +112,8 @@ def _command(monkeypatch, capsys, *arguments: str) -> tuple[object, str]:
         code: object = 0
     except SystemExit as stopped:
         code = stopped.code
-    return code, capsys.readouterr().out
+    said = capsys.readouterr()
+    return code, said.err if code == 2 else said.out
 
 
 def test_every_decision_follows_from_the_log(finished, monkeypatch, capsys):
@@ -251,10 +252,11 @@ def test_a_folder_that_is_no_run(copied, monkeypatch, capsys, break_it, expected
     break_it(copied)
     with pytest.raises(ReplayError, match=expected):
         replay_run(copied)
-    code, _ = _command(monkeypatch, capsys, str(copied))
-    assert str(code).startswith("altgrad: ")
-    assert expected in str(code)
-    assert str(copied) in str(code)
+    code, told = _command(monkeypatch, capsys, str(copied))
+    assert code == 2
+    assert told.startswith("altgrad: ")
+    assert expected in told
+    assert str(copied) in told
 
 
 def test_help_needs_no_framework(monkeypatch, capsys):
