@@ -90,7 +90,9 @@ def largest_of(magnitudes: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     backend turns into vector code, which of its reduction to a maximum it does not. Axes are split, never merged, so
     what is sharded stays so; and what crosses devices is a plain maximum, the only one that collectives know.
     """
-    for axis in reversed(axes if magnitudes.size > _WORTH_FOLDING else ()):
+    size = magnitudes.size
+    # Of exported functions sizes may be symbols, which cannot be compared.
+    for axis in reversed(axes if isinstance(size, int) and size > _WORTH_FOLDING else ()):
         length = magnitudes.shape[axis]
         row = _largest_divisor(length, _ROW)
         folds = _largest_divisor(row, _FOLDS)

@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from altgrad_jax import (
     power_of_two_scale,
     push_amax,
     quantize,
+    quantize_blocks,
     ratio_scale,
     spread,
 )
@@ -346,3 +348,12 @@ def test_one_device_or_eight() -> None:
 def test_the_amax_is_that_of_floats(dtype: jnp.dtype) -> None:
     with pytest.raises(TypeError, match=r"amax takes floating-point arrays; got .*expected float32"):
         amax(jnp.ones(2).astype(dtype))
+
+
+def test_scales_are_exported_for_any_size() -> None:
+    (batch,) = jax.export.symbolic_shape("batch")
+    x = jax.ShapeDtypeStruct((batch, 64), jnp.float32)
+    given = jnp.linspace(-3, 5, 3 * 64).reshape(3, 64)
+    for function in (amax, lambda x: amaxes(x, "channel"), lambda x: quantize_blocks(x, "E4M3")):
+        exported = jax.export.export(jax.jit(function))(x)
+        np.testing.assert_array_equal(exported.call(given), function(given))
