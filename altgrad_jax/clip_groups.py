@@ -19,7 +19,7 @@ from altgrad_core.stability import CLIP_EPSILON, REFERENCE_MAX
 from altgrad_jax.axes import AxisName, by_axes, largest_over, varying_as
 from altgrad_jax.casting import to_float32
 from altgrad_jax.nonfinite import Culprit, find_culprit, without_nonfinite
-from altgrad_jax.norms import Norm, as_norm, euclidean_norm
+from altgrad_jax.norms import Norm, as_norm, norm_of, quotient
 from altgrad_jax.params import FormatParams
 from altgrad_jax.scaling import amax, delayed_scale, empty_history, push_amax
 from altgrad_jax.statistics import observe, overflow_rate_of
@@ -143,10 +143,10 @@ class ClipGroup:
         """The norm where it is known or needed whether or not the gate opens."""
         if given is not None:
             return as_norm(given)
-        return euclidean_norm(leaves, self.axis_name) if self.rule == "quantile" else None
+        return norm_of(leaves, axis_name=self.axis_name) if self.rule == "quantile" else None
 
     def _clip(self, leaves: list[jax.Array], threshold: jax.Array) -> tuple[list[jax.Array], _Seen]:
-        norm = euclidean_norm(leaves, self.axis_name)
+        norm = norm_of(leaves, axis_name=self.axis_name)
         seen = _Seen.of(norm, leaves, self.axis_name)
         return scaled_to(leaves, _after(seen, threshold), norm), seen
 
@@ -167,12 +167,28 @@ class ClipGroup:
         if self.rule == "max" or self.rule == "binades":
             return format_threshold(state.format, self.base_clip, self.rule)
         with jax.enable_x64(True):
-            base = lax.convert_element_type(jnp.asarray(self.base_clip, jnp.float32), jnp.float64)
             if state.norm_history is None:
                 measure = lax.convert_element_type(state.format.max_value, jnp.float64) * _largest_scale(state)
             else:
                 measure = _quantile(state.norm_history, self.quantile)
-            return lax.convert_element_type(base * measure, jnp.float32)
+            return _measured_threshold(jnp.asarray(self.base_clip, jnp.float32), measure)
+
+
+@jax.custom_jvp
+def _measured_threshold(base: jax.Array, measure: jax.Array) -> jax.Array:
+    """Of a quantile the derivative goes on to the norms of the steps before; a scale, a power of two, is constant."""
+    with jax.enable_x64(True):
+        return lax.convert_element_type(lax.convert_element_type(base, jnp.float64) * measure, jnp.float32)
+
+
+@_measured_threshold.defjvp
+def _measured_threshold_tangent(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (base, measure), (base_move, measure_move) = primals, tangents
+    # While there is too little to measure it is inf: times the zero of a step that clips nothing it would be NaN.
+    slope = jnp.where(jnp.isfinite(measure), measure, jnp.zeros_like(measure)).astype(jnp.float32)
+    return _measured_threshold(base, measure), base_move * slope + base * measure_move.astype(jnp.float32)
 
 
 def _known(name: str, length: int | None) -> int:
@@ -224,11 +240,25 @@ def scaled_to(
 
     On any backend: XLA's CPU one flushes what is below, rounded to 24 bits; a GPU would round some of it up to 2^-126.
     An infinite ``max_norm`` leaves every bit as it is, as in torch.
+
+    Derivatives are those of the rule without its roundings, with respect to leaves, norm, ``max_norm`` and ``eps``.
+    Where the limit just reaches the norm it counts as clipping, as in optax; where leaves are not finite they are NaN.
     """
+    return _scaled_to(list(leaves), _in_two_dtypes(max_norm), norm, _in_two_dtypes(eps))
+
+
+def _in_two_dtypes(number: float | jax.Array) -> Norm:
+    """A number as it is, in float64, with a float32 to hold its derivative."""
     with jax.enable_x64(True):
-        limit = lax.convert_element_type(max_norm, jnp.float64)
+        return Norm(lax.convert_element_type(number, jnp.float32), lax.convert_element_type(number, jnp.float64))
+
+
+@jax.custom_jvp
+def _scaled_to(leaves: list[jax.Array], max_norm: Norm, norm: Norm, eps: Norm) -> list[jax.Array]:
+    with jax.enable_x64(True):
+        limit = max_norm.double
         is_unlimited = jnp.isinf(limit)
-        divisor = norm.double + lax.convert_element_type(eps, jnp.float64)
+        divisor = norm.double + eps.double
         coefficient = jnp.minimum(limit / jnp.where(divisor == 0, 1.0, divisor), 1.0)
         coefficient = jnp.where(is_unlimited | (divisor == 0), 1.0, coefficient)
         coefficient_or_zero = jnp.where(coefficient < ROUNDS_TO_NORMAL, 0.0, coefficient)
@@ -246,6 +276,33 @@ def scaled_to(
         return jnp.where(is_unlimited, leaf, limited)
 
     return [scaled(leaf) for leaf in leaves]
+
+
+@_scaled_to.defjvp
+def _scaled_to_tangent(
+    primals: tuple[list[jax.Array], Norm, Norm, Norm], tangents: tuple[list[jax.Array], Norm, Norm, Norm]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    leaves, max_norm, norm, eps = primals
+    moves, max_norm_move, norm_move, eps_move = tangents
+    with jax.enable_x64(True):
+        divisor = Norm(norm.single + eps.single, norm.double + eps.double)
+        # Not "limit <= divisor": a norm that is NaN must show.
+        passes = (max_norm.double > divisor.double) | jnp.isinf(max_norm.double) | (divisor.double == 0)
+    # A limit that is inf must not reach a product that transposing would make with zero.
+    limit = jnp.where(passes, jnp.zeros_like(max_norm.single), max_norm.single)
+    ratio = quotient(limit, divisor)
+    coefficient = jnp.where(passes, jnp.ones_like(ratio), ratio)
+    move = max_norm_move.single - ratio * (norm_move.single + eps_move.single)
+    # Where leaves pass, that of a norm which is not finite must not show.
+    scaled_move = jnp.where(passes, jnp.zeros_like(move), move)
+
+    def moved(leaf: jax.Array, leaf_move: jax.Array) -> jax.Array:
+        # The coefficient's own move is this one by the divisor, which may overflow. The leaf by it is 1 at most.
+        unit = quotient(leaf, divisor)
+        by_leaf = coefficient.astype(unit.dtype) * leaf_move.astype(unit.dtype)
+        return (by_leaf + unit * scaled_move.astype(unit.dtype)).astype(leaf.dtype)
+
+    return _scaled_to(leaves, max_norm, norm, eps), list(map(moved, leaves, moves))
 
 
 def _float32_at_least(value: jax.Array) -> jax.Array:

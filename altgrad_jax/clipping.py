@@ -77,6 +77,9 @@ def clip_by_global_norm(
     zero. The norm can be read with ``optax.tree.get(state, "total_norm")``. (``optax.clip_by_global_norm`` has no
     ``eps``; its float32 norm overflows beyond 1.8e19.) A tree without leaves passes, and nothing is measured.
 
+    Derivatives are those of the rule without its roundings, by updates, ``max_norm`` and ``eps``; of second ones
+    through a scan see :func:`altgrad_jax.global_norm`.
+
     ``optax.inject_hyperparams`` works on it: ``max_norm`` and ``eps`` are data, which are checked unless they are
     traced; a ``norm_type`` that is given has to be named in ``static_args``.
 

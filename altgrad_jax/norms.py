@@ -34,7 +34,7 @@ class Norm(NamedTuple):
     """A norm rounded to float32, in two dtypes.
 
     Attributes:
-        single: float32.
+        single: float32. Its derivative is that of both: one in float64 could not be transposed outside of float64.
         double: float64, the same value: a subnormal float32, which XLA's CPU backend reads as zero, keeps its value.
     """
 
@@ -52,6 +52,11 @@ def global_norm(tree: optax.Updates, *, axis_name: AxisName | None = None) -> ja
 
     float64 leaves are the exception: with one of them the result may be off by one step next to a tie, and a norm
     beyond 2^511 overflows.
+
+    Its derivative is that of the true norm, ``sum(x * dx) / norm``, as a float32 sum, forward, in reverse and of any
+    order; where the norm is zero it is zero, which is a subgradient. JAX (0.10) forgets rules such as this one where it
+    differentiates a gradient that was taken in reverse through ``lax.scan``: such second derivatives leave the norm's
+    out. Forward first, as in ``jax.jacrev(jax.jacfwd(f))``, or without a scan they are right.
 
     Args:
         tree: pytree of floating-point arrays of any shapes and dtypes.
@@ -75,7 +80,7 @@ def global_norm(tree: optax.Updates, *, axis_name: AxisName | None = None) -> ja
 
 @partial(jax.jit, static_argnums=1, inline=True)  # one program also outside of jit
 def _single(leaves: list[jax.Array], axis_name: AxisName | None) -> jax.Array:
-    return euclidean_norm(leaves, axis_name).single
+    return norm_of(leaves, axis_name=axis_name).single
 
 
 def float_leaves(tree: optax.Updates) -> list[jax.Array]:
@@ -97,11 +102,19 @@ def float_leaves(tree: optax.Updates) -> list[jax.Array]:
 def norm_of(leaves: Sequence[jax.Array], norm_type: float = 2.0, axis_name: AxisName | None = None) -> Norm:
     """The norm of order p of all leaves together, ``(sum |x|^p)^(1/p)``; the largest magnitude for inf.
 
-    That of order 2 is :func:`euclidean_norm`, and that of order inf is exact. The others are float64 sums, rounded
-    once: right but next to a tie.
+    That of order 2 is the norm of :func:`global_norm`, and that of order inf is exact. The others are float64 sums,
+    rounded once: right but next to a tie.
+
+    Derivatives are those of the true norm. Where it has none they are a subgradient: zero where the norm is zero, zero
+    for elements that are zero, and of several largest magnitudes an equal share for each.
     """
+    return _norm_of(list(leaves), norm_type, axis_name)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _norm_of(leaves: list[jax.Array], norm_type: float, axis_name: AxisName | None) -> Norm:
     if norm_type == 2:
-        return euclidean_norm(leaves, axis_name)
+        return _euclidean_norm(leaves, axis_name)
     largest = _largest_magnitude(leaves, axis_name)
     with jax.enable_x64(True):
         if math.isinf(norm_type):
@@ -116,7 +129,91 @@ def norm_of(leaves: Sequence[jax.Array], norm_type: float = 2.0, axis_name: Axis
         return _of_bits(_rounded_bits(jnp.where(finite, unit * total ** (1 / norm_type), largest)))
 
 
-def euclidean_norm(leaves: Sequence[jax.Array], axis_name: AxisName | None = None) -> Norm:
+@_norm_of.defjvp
+def _norm_of_tangent(
+    norm_type: float,
+    axis_name: AxisName | None,
+    primals: tuple[list[jax.Array]],
+    tangents: tuple[list[jax.Array]],
+) -> tuple[Norm, Norm]:
+    ((leaves,), (moves,)) = primals, tangents
+    norm = _norm_of(leaves, norm_type, axis_name)
+    slopes = _slopes(leaves, norm, norm_type, axis_name)
+    tangent = _sum_of_singles(
+        [slope * move.astype(slope.dtype) for slope, move in zip(slopes, moves, strict=True)], axis_name
+    )
+    with jax.enable_x64(True):
+        return norm, Norm(tangent, jnp.zeros_like(norm.double))
+
+
+def _slopes(leaves: Sequence[jax.Array], norm: Norm, norm_type: float, axis_name: AxisName | None) -> list[jax.Array]:
+    """By how much the norm moves with each element: float32, or float64 of leaves of that dtype."""
+    if norm_type == 1:
+        return [_sign(leaf) for leaf in leaves]
+    if math.isinf(norm_type):
+        return _shares_of_largest(leaves, axis_name)
+    quotients = [quotient(leaf, norm) for leaf in leaves]
+    return quotients if norm_type == 2 else [_signed_power(each, norm_type - 1) for each in quotients]
+
+
+def _shares_of_largest(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> list[jax.Array]:
+    largest = _largest_magnitude(leaves, axis_name)
+    with jax.enable_x64(True):
+        at = [jnp.abs(widen_subnormals(leaf)) == largest for leaf in leaves]
+    count = _sum_of_singles([each.astype(jnp.float32) for each in at], axis_name)
+    return [
+        _sign(leaf) * where.astype(_of_derivatives(leaf)) / count.astype(_of_derivatives(leaf))
+        for where, leaf in zip(at, leaves, strict=True)
+    ]
+
+
+def _sign(leaf: jax.Array) -> jax.Array:
+    with jax.enable_x64(True):
+        return lax.convert_element_type(jnp.sign(widen_subnormals(leaf)), _of_derivatives(leaf))
+
+
+def _signed_power(x: jax.Array, exponent: float) -> jax.Array:
+    """``sign(x) |x|^exponent``, zero where x is, for negative exponents too."""
+    is_zero = x == 0
+    # Not 0 ** exponent, whose own derivative may be infinite.
+    magnitude = jnp.where(is_zero, jnp.ones_like(x), jnp.abs(x))
+    return jnp.where(is_zero, jnp.zeros_like(x), jnp.sign(x) * magnitude**exponent)
+
+
+def _sum_of_singles(terms: Sequence[jax.Array], axis_name: AxisName | None) -> jax.Array:
+    """float32: the sum over leaves and mapped axes of terms that vary over them as leaves do."""
+    total = jnp.float32(0)
+    for axes, group in by_axes(terms, axis_name).items():
+        parts = [jnp.sum(terms[k]).astype(jnp.float32) for k in group]
+        total = total + sum_over(sum(parts, jnp.float32(0)), axes)
+    return total
+
+
+@jax.custom_jvp
+def quotient(x: jax.Array, divisor: Norm) -> jax.Array:
+    """``x / divisor``, divided in float64 and rounded to float32 unless x is float64; zero where the divisor is zero.
+
+    For derivatives: its own are products of float32, or of x's float64, so that they can be transposed anywhere.
+    """
+    with jax.enable_x64(True):
+        is_zero = divisor.double == 0
+        ratio = widen_subnormals(x) / jnp.where(is_zero, 1.0, divisor.double)
+        return lax.convert_element_type(jnp.where(is_zero, 0.0, ratio), _of_derivatives(x))
+
+
+@quotient.defjvp
+def _quotient_tangent(primals: tuple[jax.Array, Norm], tangents: tuple[jax.Array, Norm]) -> tuple[jax.Array, jax.Array]:
+    (x, divisor), (x_move, divisor_move) = primals, tangents
+    ratio = quotient(x, divisor)
+    inverse = quotient(jnp.ones_like(divisor.single), divisor).astype(ratio.dtype)
+    return ratio, (x_move.astype(ratio.dtype) - ratio * divisor_move.single.astype(ratio.dtype)) * inverse
+
+
+def _of_derivatives(leaf: jax.Array) -> jnp.dtype:
+    return jnp.dtype(jnp.float64 if leaf.dtype == jnp.float64 else jnp.float32)
+
+
+def _euclidean_norm(leaves: Sequence[jax.Array], axis_name: AxisName | None) -> Norm:
     """:func:`global_norm` of leaves, in two dtypes."""
     with jax.enable_x64(True):
         total, in_a_row = sum_of(square, leaves, axis_name)
@@ -162,7 +259,8 @@ def _largest_magnitude(leaves: Sequence[jax.Array], axis_name: AxisName | None) 
 def as_norm(norm: jax.Array) -> Norm:
     """A norm that :func:`global_norm` has taken, in two dtypes."""
     with jax.enable_x64(True):
-        return _of_bits(lax.bitcast_convert_type(norm, jnp.int32))
+        # Not the float32 of the bits: it would have no derivative.
+        return _of_bits(lax.bitcast_convert_type(norm, jnp.int32))._replace(single=norm)
 
 
 def _rounded_bits(value: jax.Array) -> jax.Array:

@@ -312,9 +312,11 @@ def rollback(
 def reset_moments(tx: optax.GradientTransformation, opt_state: optax.OptState, params: optax.Params) -> optax.OptState:
     """An optimizer state whose moments start anew, as ``tx.init`` makes them, while all else goes on.
 
-    Moments are what the state holds for each parameter, told by paths that end as the parameter's does. A number right
-    beside them, such as Adam's count, which corrects their bias, starts anew with them: beside a count that went on,
-    new moments would make steps several times too large. Schedules, formats in force and what monitors saw go on.
+    Moments are what the state holds for each parameter, told by paths that end as the parameter's does; if the
+    parameters are one array, which has no path, by shapes that hang on its shape. A number right beside them, such as
+    Adam's count, which corrects their bias, starts anew with them: beside a count that went on, new moments would make
+    steps several times too large. So does what ``optax.MultiSteps`` has accumulated. Schedules, the steps that
+    ``MultiSteps`` and ``optax.contrib.schedule_free`` have one hang on, formats in force and what monitors saw go on.
 
     Args:
         tx: what made the state.
@@ -328,26 +330,62 @@ def reset_moments(tx: optax.GradientTransformation, opt_state: optax.OptState, p
     >>> moments.mu["w"].tolist(), int(moments.count), int(schedule.count)
     ([0.0, 0.0], 0, 1)
     """
-    shapes = {path: jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(params)}
+    tails = {path for path, _ in jax.tree.leaves_with_path(params)}
+    for_whole = _sized_by(tx, params) if () in tails else frozenset()
 
-    def holder_of(path: _Path, leaf: Any) -> _Path | None:
+    def holder_of(path: _Path) -> _Path | None:
         """The node of the state that has a leaf as one of its moments; None if it is none."""
-        for depth in range(len(path)):
-            tail = path[depth + 1 :]
-            # A parameter that is the whole tree has no path: only the shape tells.
-            if tail in shapes and (tail or jnp.shape(leaf) == shapes[tail]):
-                return path[:depth]
+        for depth in range(len(path) + 1):
+            if path[depth:] in tails and (path[depth:] or path in for_whole):
+                return path[: max(depth - 1, 0)]
         return None
 
     leaves = jax.tree.leaves_with_path(opt_state, is_leaf=_is_format)
-    holders = {holder_of(path, leaf) for path, leaf in leaves if not _is_format(leaf)}
+    holders = {holder_of(path) for path, leaf in leaves if not _is_format(leaf)}
 
     def chosen(path: _Path, now: Any, fresh: Any) -> Any:
         if _is_format(now):
             return now
-        return fresh if path[:-1] in holders or holder_of(path, now) is not None else now
+        return fresh if path[:-1] in holders or holder_of(path) is not None else now
 
-    return jax.tree.map_with_path(chosen, opt_state, tx.init(params), is_leaf=_is_format)
+    fresh = _at_the_step_of(opt_state, tx.init(params))
+    return jax.tree.map_with_path(chosen, opt_state, fresh, is_leaf=_is_format)
+
+
+def _sized_by(tx: optax.GradientTransformation, params: optax.Params) -> frozenset[_Path]:
+    """The paths of what a state holds in shapes that hang on that of the parameters, which are one array.
+
+    Its own shape does not tell: a count has that of a scalar, and a history may have any.
+    """
+    (array,) = jax.tree.leaves(params)
+
+    def shapes(shape: tuple[int, ...]) -> dict[_Path, tuple[int, ...]]:
+        state = jax.eval_shape(tx.init, jax.ShapeDtypeStruct(shape, jnp.result_type(array)))
+        return {path: jnp.shape(leaf) for path, leaf in jax.tree.leaves_with_path(state)}
+
+    shape = jnp.shape(array)
+    of_other = shapes(tuple(2 * length for length in shape) or (2,))
+    return frozenset(path for path, own in shapes(shape).items() if of_other.get(path) != own)
+
+
+_STEPS: dict[type, str] = {optax.MultiStepsState: "gradient_step", optax.contrib.ScheduleFreeState: "step_count"}
+"""Numbers right beside moments that are not of their age: schedules hang on them."""
+
+
+def _at_the_step_of(now: optax.OptState, fresh: optax.OptState) -> optax.OptState:
+    """The fresh state with the numbers that schedules hang on as they are now."""
+
+    def has_step(node: object) -> bool:
+        return type(node) in _STEPS
+
+    def carried(new: Any, old: Any) -> Any:
+        if not has_step(new):
+            return new
+        inside = (jax.tree.map(carried, *pair, is_leaf=has_step) for pair in zip(new, old, strict=True))
+        name = _STEPS[type(new)]
+        return type(new)(*inside)._replace(**{name: getattr(old, name)})
+
+    return jax.tree.map(carried, fresh, now, is_leaf=has_step)
 
 
 def _is_format(node: object) -> bool:

@@ -458,6 +458,116 @@ def test_zero_gradients_stay_zero() -> None:
     assert_same_bits(updates["w"], np.zeros(3, np.float32))
 
 
+# ---- derivatives
+
+
+DIFFERENTIABLE: dict[str, tuple[Callable[[Any], Any], dict[str, float]]] = {
+    "clip": (lambda limit: clip_by_global_norm(limit, 0.0), {}),
+    "clip, eps": (clip_by_global_norm, {}),
+    "relative": (lambda limit: partition_relative_clip("E5M2", limit), {"overflow_rate": 0.5}),
+    "groups": (lambda limit: partition_relative_clip({".*": "E5M2"}, limit), {"overflow_rate": 0.5}),
+}
+WEIGHTS = tree(7)
+
+
+def clipped_sum(tx: Any, updates: Any, **rate: float) -> jax.Array:
+    clipped, _ = tx.update(updates, tx.init(updates), **rate)
+    return sum(jax.tree.leaves(jax.tree.map(lambda w, u: jnp.sum(w * u), WEIGHTS, clipped)), jnp.float32(0))
+
+
+def by_optax(limit: jax.typing.ArrayLike, updates: Any) -> jax.Array:
+    return clipped_sum(optax.clip_by_global_norm(limit), updates)
+
+
+def second_order(f: Callable[..., jax.Array]) -> Callable[..., Any]:
+    return jax.grad(lambda limit, updates: jnp.sum(jax.grad(f, 1)(limit, updates)["w"] ** 2), argnums=(0, 1))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+def test_derivatives_are_those_of_optax(name: str, limit: float) -> None:
+    """With respect to updates and the limit, of first and second order."""
+    make, rate = DIFFERENTIABLE[name]
+
+    def ours(limit: Any, updates: Any) -> jax.Array:
+        return clipped_sum(make(limit), updates, **rate)
+
+    for derive in (lambda f: jax.grad(f, (0, 1)), second_order):
+        actual, expected = (jax.jit(derive(f))(jnp.float32(limit), tree(3)) for f in (ours, by_optax))
+        chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_derivatives_at_limits_of_zero_and_infinity() -> None:
+    of = jax.grad(lambda limit, updates: clipped_sum(clip_by_global_norm(limit, 0.0), updates), (0, 1))
+    chex.assert_trees_all_close(of(0.0, tree(3)), jax.grad(by_optax, (0, 1))(0.0, tree(3)), rtol=1e-5)
+    chex.assert_trees_all_equal(of(jnp.float32(math.inf), tree(3)), (jnp.float32(0), WEIGHTS))
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_what_is_clipped_does_not_move_with_the_scale(name: str) -> None:
+    make, rate = DIFFERENTIABLE[name]
+
+    def of(scale: jax.typing.ArrayLike) -> jax.Array:
+        return clipped_sum(make(0.5), jax.tree.map(lambda leaf: leaf * scale, tree(3)), **rate)
+
+    np.testing.assert_allclose(jax.grad(of)(2.0), 0, atol=2e-5)
+
+
+def test_a_shut_gate_passes_derivatives() -> None:
+    tx = partition_relative_clip("E5M2", 0.5)
+    of = jax.jit(jax.grad(lambda updates, rate: clipped_sum(tx, updates, overflow_rate=rate)))
+    chex.assert_trees_all_equal(of(tree(3), 0.0), WEIGHTS)
+    chex.assert_trees_all_close(of(tree(3), 0.5), jax.grad(by_optax, 1)(0.5, tree(3)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_that_is_given_has_a_derivative() -> None:
+    tx = partition_relative_clip("E5M2", 0.5)
+
+    def with_norm(updates: Any) -> jax.Array:
+        clipped, _ = tx.update(updates, tx.init(updates), overflow_rate=0.5, total_norm=global_norm(updates))
+        return jnp.sum((9 * clipped["w"]) ** 3)
+
+    def plain(updates: Any) -> jax.Array:
+        return jnp.sum((9 * optax.clip_by_global_norm(0.5).update(updates, optax.EmptyState())[0]["w"]) ** 3)
+
+    chex.assert_trees_all_close(jax.grad(with_norm)(tree(3)), jax.grad(plain)(tree(3)), rtol=1e-4, atol=1e-6)
+
+
+def test_derivatives_with_respect_to_eps() -> None:
+    def of(eps: jax.typing.ArrayLike) -> jax.Array:
+        tx = clip_by_global_norm(1.0, eps)
+        return jnp.sum(tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))[0])
+
+    np.testing.assert_allclose(jax.grad(of)(0.5), -7 / 5.5**2, 1e-6)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_zero_updates_have_finite_derivatives(eps: float) -> None:
+    tx, zeros = clip_by_global_norm(1.0, eps), jax.tree.map(jnp.zeros_like, WEIGHTS)
+    chex.assert_trees_all_equal(jax.grad(lambda updates: clipped_sum(tx, updates))(zeros), WEIGHTS)
+
+
+@pytest.mark.parametrize("rule", ["max", "binades", "scaled_max", "quantile"])
+def test_derivatives_through_steps(rule: Any) -> None:
+    """Of all steps together by base_clip and by the first gradient, thresholds that are still inf among them."""
+
+    def of(base: jax.typing.ArrayLike, scale: jax.typing.ArrayLike) -> jax.Array:
+        tx = partition_relative_clip("E5M2", base, rule=rule)
+
+        def step(state: Any, factor: jax.Array) -> tuple[Any, jax.Array]:
+            updates, state = tx.update(jnp.array([3.0, 4.0]) * factor * scale, state, overflow_rate=0.5)
+            return state, jnp.sum(updates**3)
+
+        return jnp.sum(jax.lax.scan(step, tx.init(jnp.zeros(2)), jnp.linspace(1.1, 1.9, 12))[1])
+
+    by_base, by_scale = jax.jit(jax.grad(of, (0, 1)))(0.25, 1.0)
+    for derivative, low, high in (
+        (by_base, of(0.249, 1.0), of(0.251, 1.0)),
+        (by_scale, of(0.25, 0.999), of(0.25, 1.001)),
+    ):
+        np.testing.assert_allclose(derivative, (high - low) / 0.002, 5e-3, 0.05)
+
+
 # ---- inside optax and JAX
 
 

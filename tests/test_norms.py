@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+import optax
 import pytest
 import torch
 from hypothesis import given
@@ -218,3 +220,122 @@ def test_over_a_mapped_axis() -> None:
             )
         )
         np.testing.assert_array_equal(by_shards(jnp.asarray(x)), whole)
+
+
+# ---- derivatives
+
+
+def formula(x: npt.NDArray[np.float64], order: float) -> npt.NDArray[np.float64]:
+    """The gradient of the norm of order p, in float64."""
+    if math.isinf(order):
+        return np.sign(x) * (np.abs(x) == np.abs(x).max())
+    norm = (np.abs(x) ** order).sum() ** (1 / order)
+    return np.sign(x) * (np.abs(x) / norm) ** (order - 1)
+
+
+def norm_of_order(order: float) -> Callable[[Any], jax.Array]:
+    return lambda tree: norm_of(jax.tree.leaves(tree), order).single
+
+
+@pytest.mark.parametrize("order", [2.0, 1.0, 1.5, 3.0, 0.5, math.inf])
+def test_gradients_are_those_of_the_formula(order: float) -> None:
+    x = np.random.default_rng(4).standard_normal(SIZE).astype(np.float32)
+    x[3] *= 9
+    expected, norm = formula(x.astype(np.float64), order), norm_of_order(order)
+    tree = {"a": jnp.asarray(x[:16].reshape(4, 4)), "b": jnp.asarray(x[16:]), "none": None}
+    in_reverse = jax.jit(jax.grad(norm))(tree)
+    np.testing.assert_allclose(np.concatenate([in_reverse["a"].ravel(), in_reverse["b"]]), expected, 2e-6)
+    _, forward = jax.jvp(norm, (jnp.asarray(x),), (jnp.cos(jnp.asarray(x)),))
+    np.testing.assert_allclose(forward, expected @ np.cos(x.astype(np.float64)), 2e-6)
+
+
+@pytest.mark.parametrize("order", [2.0, 1.0, 1.5, 0.5, math.inf])
+def test_where_there_is_no_derivative_it_is_a_finite_subgradient(order: float) -> None:
+    norm = norm_of_order(order)
+    np.testing.assert_array_equal(jax.grad(norm)(jnp.zeros(2)), [0, 0])
+    np.testing.assert_array_equal(jax.grad(norm)(jnp.array([0.0, -2.0])), [0, -1])
+    assert np.all(np.isfinite(jax.hessian(norm)(jnp.array([0.0, -2.0, 1.0]))))
+    np.testing.assert_array_equal(jax.hessian(norm)(jnp.zeros(2)), np.zeros((2, 2)))
+
+
+def test_equal_magnitudes_share_the_gradient_of_the_largest() -> None:
+    tree = [jnp.array([4.0, 1.0]), jnp.array([-4.0])]
+    np.testing.assert_array_equal(np.concatenate(jax.grad(norm_of_order(math.inf))(tree)), [0.5, 0, -0.5])
+
+
+@pytest.mark.parametrize("scale", [2.0**-146, 2.0**-126, 2.0**-100, 2.0**100, 2.0**125])
+def test_gradients_of_what_is_tiny_or_huge(scale: float) -> None:
+    x = jnp.asarray(np.array([3 * scale, 4 * scale], np.float32))
+    for wrap in (jax.grad, lambda f: jax.jit(jax.grad(f))):
+        np.testing.assert_allclose(wrap(global_norm)(x), [0.6, 0.8], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gradients_of_half_precision(dtype: str) -> None:
+    gradient = jax.grad(global_norm)(jnp.array([3.0, 4.0], dtype))
+    np.testing.assert_array_equal(gradient, jnp.array([0.6, 0.8], dtype))
+
+
+def test_gradients_of_norms_that_are_not_finite() -> None:
+    for bad in (np.inf, np.nan):
+        x = jnp.array([1.0, bad])
+        np.testing.assert_array_equal(jax.grad(global_norm)(x), jax.grad(optax.tree.norm)(x))
+
+
+def test_a_gradient_penalty() -> None:
+    """A norm of gradients, differentiated."""
+
+    def penalty(x: dict[str, jax.Array], norm: Callable[[Any], jax.Array]) -> jax.Array:
+        return (norm(jax.grad(lambda y: jnp.sum(y["w"] ** 3))(x)) - 1) ** 2
+
+    x = {"w": jnp.array([3.0, 4.0])}
+    expected = jax.grad(penalty)(x, optax.tree.norm)["w"]
+    np.testing.assert_allclose(jax.grad(penalty)(x, global_norm)["w"], expected, 1e-6)
+
+
+ORDERS_OF_AUTODIFF: dict[str, Callable[[Any], Any]] = {
+    "vmap of grad": lambda f: jax.vmap(jax.grad(f)),
+    "grad of vmap": lambda f: jax.grad(lambda x: jnp.sum(jax.vmap(f)(x))),
+    "remat": lambda f: jax.grad(jax.checkpoint(f)),
+    "scan": lambda f: jax.grad(lambda x: jax.lax.scan(lambda total, row: (total + f(row), None), jnp.float32(0), x)[0]),
+    "forward over reverse": lambda f: jax.vmap(jax.jacfwd(jax.jacrev(f))),
+    "reverse over forward": lambda f: jax.vmap(jax.jacrev(jax.jacfwd(f))),
+    "reverse over reverse": lambda f: jax.vmap(jax.jacrev(jax.jacrev(f))),
+    "third": lambda f: jax.vmap(jax.jacfwd(jax.hessian(f))),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS_OF_AUTODIFF)
+def test_derivatives_are_those_of_optax(name: str) -> None:
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((3, 4)), jnp.float32)
+    derive = ORDERS_OF_AUTODIFF[name]
+    np.testing.assert_allclose(jax.jit(derive(global_norm))(x), derive(optax.tree.norm)(x), 1e-5, 1e-6)
+
+
+def test_gradients_of_float64_leaves() -> None:
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(6).standard_normal(5))
+        for derive in (jax.grad, jax.hessian):
+            actual = derive(global_norm)(x)
+            assert actual.dtype == jnp.float64
+            np.testing.assert_allclose(actual, derive(optax.tree.norm)(x), 1e-6)
+
+
+def test_gradients_over_a_mapped_axis() -> None:
+    """As JAX has them of a sum over the axis: over all places."""
+    x = jnp.asarray(np.random.default_rng(7).standard_normal((4, 3)), jnp.float32)
+
+    def plain(part: jax.Array) -> jax.Array:
+        return jnp.sqrt(jax.lax.psum(jnp.sum(part**2), "parts"))
+
+    def ours(part: jax.Array) -> jax.Array:
+        return global_norm(part, axis_name="parts")
+
+    for of in (
+        lambda f: jax.grad(lambda x: jnp.sum(jax.vmap(f, axis_name="parts")(x)))(x),
+        lambda f: jax.vmap(jax.grad(f), axis_name="parts")(x),
+    ):
+        np.testing.assert_allclose(of(ours), of(plain), 1e-6)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("parts",))
+    by_shards = jax.shard_map(ours, mesh=mesh, in_specs=PartitionSpec("parts"), out_specs=PartitionSpec())
+    np.testing.assert_allclose(jax.jit(jax.grad(by_shards))(x), jax.grad(optax.tree.norm)(x), 1e-6)

@@ -453,7 +453,7 @@ OTHERS = {
     "parts": (optax.multi_transform({"a": optax.adam(0.1), "s": optax.sgd(0.1, 0.9)}, {"w": "a", "b": "s"}), PARAMS, 0),
     "one array": (optax.adam(0.1), jnp.ones(3), 0),
     "list": (optax.chain(optax.clip(1.0), optax.adam(0.1)), [jnp.ones(3), jnp.ones((2, 2))], 0),
-    "accumulated": (optax.MultiSteps(optax.adam(0.1), 2), PARAMS, 0),
+    "accumulated": (optax.apply_every(2), PARAMS, 0),
     "injected": (optax.inject_hyperparams(optax.sgd)(lambda count: 0.1 / (1 + count), momentum=0.9), PARAMS, 3),
 }
 
@@ -480,3 +480,57 @@ def test_state_without_moments_is_left_alone() -> None:
     tx = optax.chain(optax.scale_by_schedule(lambda count: 0.1 / (1 + count)), partition_relative_clip("E5M2"))
     worn = after_steps(tx, PARAMS)
     chex.assert_trees_all_equal(reset_moments(tx, worn, PARAMS), worn)
+
+
+def test_accumulation_starts_anew_at_the_step_that_its_schedule_is_at() -> None:
+    tx = optax.MultiSteps(optax.adam(0.1), every_k_schedule=lambda step: jnp.where(step < 2, 1, 4))
+    worn = after_steps(tx, PARAMS, 7)
+    assert (int(worn.gradient_step), int(worn.mini_step)) == (3, 1)
+    state = jax.jit(lambda state: reset_moments(tx, state, PARAMS))(worn)
+    chex.assert_trees_all_equal(state, tx.init(PARAMS)._replace(gradient_step=worn.gradient_step))
+
+
+def test_steps_are_kept_in_an_accumulation_of_an_accumulation() -> None:
+    tx = optax.chain(optax.MultiSteps(optax.MultiSteps(optax.adam(0.1), 2), 2).gradient_transformation())
+    worn = after_steps(tx, PARAMS, 7)
+    (state,) = reset_moments(tx, worn, PARAMS)
+    assert (int(state.gradient_step), int(state.inner_opt_state.gradient_step)) == (3, 1)
+    assert (int(state.mini_step), int(state.inner_opt_state.mini_step)) == (0, 0)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves((state.acc_grads, state.inner_opt_state.acc_grads)))
+
+
+def test_the_step_of_a_schedule_beside_averages_goes_on() -> None:
+    tx = optax.contrib.schedule_free(optax.sgd(0.1), lambda count: 0.1 / (1 + count))
+    worn = after_steps(tx, PARAMS)
+    state = reset_moments(tx, worn, PARAMS)
+    chex.assert_trees_all_equal(state, tx.init(PARAMS)._replace(step_count=worn.step_count))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (16,), (16, 1)])
+def test_one_array_has_its_moments_told_from_whatever_has_its_shape(shape: tuple[int, ...]) -> None:
+    params = jnp.ones(shape)
+    clip = partition_relative_clip("E5M2", rule="quantile", norm_window=16)
+    tx = optax.chain(clip, optax.adam(lambda count: 0.1 / (1 + count)))
+    worn = after_steps(tx, params, 7)
+    clipper, (moments, schedule) = jax.jit(lambda state: reset_moments(tx, state, params))(worn)
+    chex.assert_trees_all_equal((clipper, schedule), (worn[0], worn[1][1]))
+    assert int(schedule.count) == 7
+    chex.assert_trees_all_equal(moments, optax.scale_by_adam().init(params))
+
+
+def test_a_rate_that_was_set_stays_beside_a_scalar_parameter() -> None:
+    tx, params = optax.inject_hyperparams(optax.adam)(0.1), jnp.float32(1)
+    worn = optax.tree.set(after_steps(tx, params), learning_rate=jnp.float32(0.25))
+    state = reset_moments(tx, worn, params)
+    assert float(state.hyperparams["learning_rate"]) == 0.25
+    assert int(state.count) == 3
+    assert not np.any(state.inner_state[0].mu)
+
+
+@pytest.mark.parametrize("params", [PARAMS, jnp.ones(3), jnp.float32(1)], ids=["tree", "array", "scalar"])
+def test_moments_that_are_the_whole_state(params: Any) -> None:
+    tx = optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda updates, state, params=None: (updates, jax.tree.map(jnp.add, updates, state)),
+    )
+    chex.assert_trees_all_equal(reset_moments(tx, after_steps(tx, params), params), tx.init(params))
