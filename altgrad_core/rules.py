@@ -118,8 +118,8 @@ class Rule:
     The four options before the last take an :class:`Each`, too, with a value for each operand.
 
     Raises:
-        InputError: for a pattern that is none, an unknown format, granularity or mode, and for float32, which casts
-            nothing.
+        InputError: for a pattern that is none, an unknown format, granularity or mode, for float32, which casts
+            nothing, and for a format without a sign.
 
     >>> rule = Rule("attn/.*", weights="E4M3", gradients="E5M2")
     >>> [str(getattr(rule.spec, operand).format) for operand in OPERANDS]
@@ -170,6 +170,11 @@ class Rule:
             return None
         if format.cast_path == "identity":
             raise InputError(f"the rule {self.layers!r}: {format} casts nothing; expected None in its place")
+        if not format.is_signed:
+            raise InputError(
+                f"the rule {self.layers!r}: {format} has no sign and no zero; expected a signed format for the "
+                "operands of a layer"
+            )
         rounding, overflow = option(self.rounding, operand), option(self.overflow, operand)
         check_choice("rounding", rounding, ROUNDINGS)
         check_choice("overflow policy", overflow, OVERFLOWS)
@@ -255,13 +260,15 @@ def choose_formats(
         By path and operand, for those that are to have another format: what was given, still to be parsed.
 
     Raises:
-        InputError: for a pattern that matches no layer, or only such as an earlier one matches, and for a format of an
-            operand that its layer does not cast.
+        InputError: for what is no mapping, a pattern that matches no layer, or only such as an earlier one matches, and
+            for a format of an operand that its layer does not cast.
 
     >>> casts = {"blocks/0/up": ("weights", "gradients"), "logits": ("weights",)}
     >>> choose_formats(casts, {"blocks/.*": Each(None, None, "E5M2"), "logits": "E3M4"})
     {('blocks/0/up', 'gradients'): 'E5M2', ('logits', 'weights'): 'E3M4'}
     """
+    if not isinstance(formats, Mapping):
+        raise InputError(f"the formats are {formats!r}; expected a mapping from layers, such as {{'.*': 'E5M2'}}")
     patterns = {pattern: compiled_pattern(pattern) for pattern in formats}
     firsts = {path: next((name for name, each in patterns.items() if _matches(each, path)), None) for path in layers}
     for pattern in patterns:

@@ -155,11 +155,22 @@ def multiply_(tensors: Sequence[Tensor], factor: np.float32) -> None:
     >>> values.tolist()
     [1.5, -0.0]
     """
-    arrays = [piece.numpy() for each in tensors for piece in _in_order(each.detach()).view(-1).split(_PIECE)]
+    arrays = [shared_array(piece) for each in tensors for piece in _in_order(each.detach()).view(-1).split(_PIECE)]
     size = 0 if _overlap(tensors) else _size_of(tensors)
     _shared_out(lambda array: np.multiply(array, factor, out=array), arrays, size, flushing=True)
     # What NumPy writes to torch's memory, autograd does not see.
     torch.autograd.graph.increment_version(list(tensors))
+
+
+def shared_array(tensor: Tensor) -> npt.NDArray[Any]:
+    """A tensor's memory as an array. Not by ``numpy()``, after which FSDP could never free that memory again.
+
+    >>> tensor = torch.zeros(2)
+    >>> shared_array(tensor)[0] = 1.0
+    >>> tensor.tolist(), tensor.untyped_storage().resizable()
+    ([1.0, 0.0], True)
+    """
+    return np.from_dlpack(tensor)
 
 
 def _in_order(tensor: Tensor) -> Tensor:
@@ -234,7 +245,7 @@ def _count_magnitudes(piece: Tensor, large: np.uint32, small: np.uint32) -> Magn
 def _chunks_of_bits(piece: Tensor) -> Iterator[npt.NDArray[np.uint32]]:
     """The elements as bits of float32: where they lie, if they are that and lie side by side, and else copied."""
     if piece.dtype == torch.float32 and piece.is_contiguous() and not piece.is_neg():
-        bits = piece.numpy().reshape(-1).view(np.uint32)
+        bits = shared_array(piece).reshape(-1).view(np.uint32)
         yield from (bits[start : start + _COUNTED] for start in range(0, bits.size, _COUNTED))
         return
     scratch = torch.empty(min(CHUNK, piece.numel()), dtype=torch.float32, device="cpu")
@@ -247,7 +258,7 @@ def _as_array(piece: Tensor) -> npt.NDArray[Any]:
     """The elements, in memory that is shared if NumPy has the type and else as float32."""
     piece = piece.resolve_neg()
     if piece.dtype in (torch.float32, torch.float64):
-        return piece.numpy()
+        return shared_array(piece)
     wide = torch.empty(piece.shape, dtype=torch.float32, device="cpu")
     for into, values in zip(wide.split(CHUNK), piece.split(CHUNK), strict=True):
         into.copy_(values)

@@ -550,6 +550,15 @@ class TestModels:
             ),
             (lambda: quantized_dot_general("E4M3", scaling=ONE, granularity="block2"), "cannot serve blocks of 2"),
             (lambda: quantized_dot_general("E4M3", scaling=ONE, granularity="channel"), "would have no effect"),
+            (lambda: quantized_dot_general("float8_e8m0fnu"), "has no sign and no zero"),
+            (lambda: quantized_dot_general("E4M3", "float32"), "is float32, which casts nothing"),
+            (lambda: quantized_dot_general("E4M3", scaling=2.0), "scaling is 2.0; expected Static or Current"),
+            (lambda: quantized_dot_general("E4M3", scaling=Delayed(4)), "needs a state"),
+            (lambda: quantized_dot_general("E4M3", rounding="stochastic"), "expected another, or quantize_model"),
+            (
+                lambda: set_formats(quantize_model(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [Rule(".*", "E4M3")]), "E5M2"),
+                "the formats are 'E5M2'; expected a mapping",
+            ),
             (
                 lambda: quantize_model(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [Rule(".*", "E4M3", scaling="delayed")]),
                 "scaling is 'delayed'; expected a Static, Current or Delayed",

@@ -48,6 +48,7 @@ def test_options_stand_for_all_operands_or_each_has_its_own():
         (lambda: Rule("x", "E4M3", rounding="nearest"), "unknown rounding 'nearest'; did you mean 'nearest_even'"),
         (lambda: Rule("x", "E4M3", overflow="clip"), "unknown overflow policy 'clip'"),
         (lambda: Rule("x", "E4M3", granularity="row"), "unknown granularity 'row'"),
+        (lambda: Rule("x", "float8_e8m0fnu"), "the rule 'x': float8_e8m0fnu has no sign and no zero"),
         (lambda: Rule("x", "E4M3", gradients="float32"), "the rule 'x': float32 casts nothing; expected None"),
         (lambda: Rule("x", "E4M3", accumulate="exactly"), "did you mean 'exact'"),
         (

@@ -254,3 +254,15 @@ def test_an_overflow_rate_of_nothing() -> None:
         ag.overflow_rate([], "E5M2")
     with pytest.raises(TypeError, match="int32"):
         ag.overflow_rate([torch.zeros(2, dtype=torch.int32)], "E5M2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_memory_that_was_counted_or_clipped_can_be_freed(dtype: torch.dtype) -> None:
+    """As FSDP2 does with parameters and gradients between steps."""
+    x = torch.nn.Parameter(torch.ones(64, 64, dtype=dtype))
+    x.grad = torch.ones_like(x)
+    ag.cast_counts(x, "E4M3")
+    ag.overflow_rate([x, x.grad], "E4M3")
+    ag.clip_grad_norm_([x], 0.5)
+    assert x.untyped_storage().resizable()
+    assert x.grad.untyped_storage().resizable()

@@ -12,7 +12,7 @@ from altgrad.parity.elements import compare_arrays
 from altgrad.parity.leaves import Leaf, named_tensors
 from altgrad.parity.records import Comparison, Kind, TensorRecord, first_difference
 from altgrad.parity.tolerances import Tolerance, Tolerances
-from altgrad_core.errors import check_choice
+from altgrad_core.errors import InputError, check_choice
 
 
 def compare(
@@ -64,6 +64,8 @@ def check_ignored(kinds: Collection[Kind]) -> None:
     Raises:
         InputError: naming the nearest one.
     """
+    if isinstance(kinds, str):
+        raise InputError(f"ignore is {kinds!r}; expected kinds of differences in a tuple, such as ('nan payload',)")
     for kind in kinds:
         check_choice("kind of difference", kind, get_args(Kind))
 

@@ -13,15 +13,15 @@ import numpy as np
 from jax import lax
 
 from altgrad_core.errors import InputError
-from altgrad_core.formats import CastPath, Format
+from altgrad_core.formats import ROUNDINGS, CastPath
 from altgrad_core.rules import DEFAULT_WINDOW, CastSpec, Operand, check_serves
 from altgrad_core.scaling import Granularity, PerBlock, PerTensor
-from altgrad_jax.casting import refuse_missing_random_bits
 from altgrad_jax.granularity import amaxes
 from altgrad_jax.nn.record import Shape
 from altgrad_jax.params import WORDS, Edges, FormatHolder, FormatParams, edges, from_words, to_words
 from altgrad_jax.scaling import Current, Delayed, Scaling, Static, push_amax
 
+_STOCHASTIC = ROUNDINGS.index("stochastic")
 _PLACE, _STEP, _GRID = WORDS, WORDS + 2, WORDS + 3
 """Where the place in a stack, the seed, the step and the grid are, behind the params; the history is what follows."""
 _GRID_WORDS = 5
@@ -79,9 +79,8 @@ class CastState(FormatHolder):
             amax_shape: shape of what shares no scale, such as ``()`` or ``(features,)``.
 
         Raises:
-            InputError: for scaling that is none, or that cannot serve the granularity; for a format without a sign.
+            InputError: for scaling that is none, or that cannot serve the granularity.
         """
-        _check_signed(spec.format)
         params = FormatParams.from_format(spec.format, rounding=spec.rounding, overflow=spec.overflow)
         return cls._before_steps(params, scaling_of(spec), operand, granularity, amax_shape)
 
@@ -92,14 +91,19 @@ class CastState(FormatHolder):
         """The state of a cast that nothing is carried for from step to step.
 
         Raises:
-            InputError: for delayed scales and stochastic rounding, which need a history and a step, and for scales that
-                do not suit the granularity.
-            ValueError: for params that round stochastically.
+            InputError: for delayed scales and stochastic rounding, which need a history and a step, for scales that do
+                not suit the granularity, and for a format without a sign or that casts nothing.
         """
-        if not isinstance(scaling, Static | Current):
+        if isinstance(scaling, Delayed):
             raise InputError(f"scaling={scaling!r} needs a state; expected Static or Current, or quantize_model")
+        if not isinstance(scaling, Static | Current):
+            raise InputError(f"scaling is {scaling!r}; expected Static or Current of altgrad_jax")
         _check_serves(scaling, granularity)
-        refuse_missing_random_bits(params)
+        if params.path in ("unsigned", "identity"):
+            what = "has no sign and no zero" if params.path == "unsigned" else "is float32, which casts nothing"
+            raise InputError(f"the format {what}; expected a signed one of at most 16 bits")
+        if not isinstance(params.rounding, jax.core.Tracer) and np.any(np.asarray(params.rounding) == _STOCHASTIC):
+            raise InputError("rounding='stochastic' needs a step to draw by; expected another, or quantize_model")
         return cls._before_steps(params, scaling, operand, granularity, ())
 
     @classmethod
@@ -305,11 +309,6 @@ def scaling_of(spec: CastSpec) -> Scaling:
 def _check_serves(scaling: Scaling, granularity: object) -> None:
     static = np.shape(scaling.value) if isinstance(scaling, Static) else None
     check_serves(scaling, granularity, isinstance(scaling, Current), static)
-
-
-def _check_signed(format: Format) -> None:
-    if not format.is_signed:
-        raise InputError(f"{format} has no sign and no zero; expected a signed format for the operands of a layer")
 
 
 def begun_anew(state: CastState, x: jax.Array) -> CastState:

@@ -142,13 +142,20 @@ def dequantize_model(model: Model) -> Model:
         The model itself.
 
     Raises:
-        InputError: if the model is being recorded, and for what is no module.
+        InputError: if the model is being recorded, if a layer's class was changed since (parametrizations and FSDP2 do
+            so), and for what is no module.
 
     >>> model = quantize_model(nn.Linear(4, 8), [Rule(".*", "E4M3")])
     >>> type(dequantize_model(model)), list(model.state_dict())
     (<class 'torch.nn.modules.linear.Linear'>, ['weight', 'bias'])
     """
     _check_module(model)
+    for path, layer in model.named_modules():
+        if isinstance(layer, QuantizedLayer) and type(layer) not in _KINDS:
+            raise InputError(
+                f"{path or 'the model'} became a {type(layer).__name__} after it was quantised; expected that undone "
+                "first, as by torch.nn.utils.parametrize.remove_parametrizations"
+            )
     if any(isinstance(module, Site) and module.tally is not None for module in model.modules()):
         raise InputError("the model is being recorded; expected dequantize_model after the recording")
     for encoder in _encoders_with_casts(model):
