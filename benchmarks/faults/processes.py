@@ -149,7 +149,7 @@ def _torn(runs: _Runs, out: Path) -> tuple[str, str]:
     for path in (out / "checkpoints" / str(newest)).rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    said = runs.finish(runs.start(out, "--resume"), 1)
+    said = runs.finish(runs.start(out, "--resume"), 2)
     if "is damaged" not in said:
         raise RuntimeError(f"a torn checkpoint was not told:\n{said[-3000:]}")
     shutil.rmtree(out / "checkpoints" / str(newest))
