@@ -225,6 +225,26 @@ def match_rules(paths: Sequence[str], rules: Sequence[Rule]) -> Matches:
     return Matches(chosen, tuple(rule for rule in rules if id(rule) not in used))
 
 
+def check_alike(places: Sequence[str], rules: Sequence[Rule]) -> None:
+    """Refuse a layer in several places about which different rules decide.
+
+    Args:
+        places: the paths of one layer.
+        rules: of the model.
+
+    Raises:
+        InputError: naming two of the places.
+
+    >>> check_alike(["enc/emb", "dec/emb"], [Rule("enc/.*", None), Rule(".*", "E4M3")])
+    Traceback (most recent call last):
+    altgrad_core.errors.InputError: enc/emb and dec/emb are one layer, but by the rules they would compute differently
+    """
+    found = match_rules(places, rules)
+    other = next((path for path in places if found.spec(path) != found.spec(places[0])), None)
+    if other is not None:
+        raise InputError(f"{places[0]} and {other} are one layer, but by the rules they would compute differently")
+
+
 def describe_unused(matches: Matches, others: Mapping[str, str]) -> list[str]:
     """For each rule that decides about no layer, why: what a report or a warning says of it.
 

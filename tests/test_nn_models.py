@@ -739,3 +739,21 @@ class TestPacked:
         refused(tensors, "down/kernel is packed as E3M4; expected E4M3")
         set_formats(model, {"down": Each("E4M3", "E3M4", "E3M4")})
         refused(tensors, "down/casts/activations/grid is packed in another format, .* expected E4M3")
+
+
+class _Half(nnx.Module):
+    def __init__(self, embed: nnx.Embed, rngs: nnx.Rngs) -> None:
+        self.embed, self.layers = embed, nnx.List([nnx.Linear(4, 4, rngs=rngs)])
+
+
+class _Halves(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        embed = nnx.Embed(10, 4, rngs=rngs)
+        self.decoder, self.encoder = _Half(embed, rngs), _Half(embed, rngs)
+
+
+def test_a_layer_in_two_places_is_under_one_rule() -> None:
+    with pytest.raises(InputError, match="decoder/embed and encoder/embed are one layer, but by the rules"):
+        quantize_model(_Halves(nnx.Rngs(0)), [Rule("encoder/.*", None), Rule(".*", "E4M3")])
+    cast = quantize_model(_Halves(nnx.Rngs(0)), [Rule("encoder/layers/.*", None), Rule(".*", "E4M3")])
+    assert [row.path for row in summary(cast).rows if row.formats[1]] == ["decoder/embed", "decoder/layers/0"]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import jax
 from flax import nnx
 
 from altgrad_core.errors import InputError
@@ -16,6 +17,7 @@ from altgrad_core.rules import (
     Formats,
     Rule,
     UnusedRuleWarning,
+    check_alike,
     choose_formats,
     describe_unused,
     match_rules,
@@ -41,6 +43,8 @@ def quantize_nnx(model: Model, rules: Sequence[Rule], *, seed: int | None = None
                 f"{layer.path}, a {layer.kind}, is cast already; expected a plain model, see dequantize_model"
             )
     matches = match_rules(list(layers), rules)
+    for places in _places_of_layers(model):
+        check_alike(places, rules)
     for reason in describe_unused(matches, _others(model, layers)):
         warnings.warn(reason, UnusedRuleWarning, stacklevel=3)
     chosen = [
@@ -101,6 +105,27 @@ def layers_of(model: nnx.Module) -> dict[str, Layer]:
     """The layers that can be cast by path, a shared one once."""
     found = [layer_at(_path(path), module) for path, module in nnx.iter_graph(model) if isinstance(module, nnx.Module)]
     return {layer.path: layer for layer in found if layer is not None}
+
+
+def _places_of_layers(model: nnx.Module) -> list[list[str]]:
+    """All paths of each layer that can be cast: of a shared one several, of which ``iter_graph`` tells the first."""
+    places: dict[int, list[str]] = {}
+
+    def walk(node: object, path: tuple[str, ...], above: frozenset[int]) -> None:
+        if isinstance(node, nnx.Module) and layer_at("/".join(path), node) is not None:
+            places.setdefault(id(node), []).append("/".join(path))
+        children, _ = jax.tree.flatten_with_path(node, is_leaf=lambda each: each is not node)
+        for keys, child in children:
+            # Arrays are their own and only child; a cycle ends where it began.
+            if keys and not isinstance(child, nnx.Variable) and id(child) not in above:
+                walk(child, (*path, *map(_name_of, keys)), above | {id(node)})
+
+    walk(model, (), frozenset())
+    return list(places.values())
+
+
+def _name_of(key: jax.tree_util.KeyEntry) -> str:
+    return jax.tree_util.keystr((key,), simple=True)
 
 
 def variables_of(model: nnx.Module) -> dict[str, CastVariable]:

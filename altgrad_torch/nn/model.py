@@ -13,9 +13,9 @@ from altgrad_core.hashing import check_word
 from altgrad_core.rules import (
     OPERANDS,
     Formats,
-    Matches,
     Rule,
     UnusedRuleWarning,
+    check_alike,
     choose_formats,
     describe_unused,
     match_rules,
@@ -256,10 +256,7 @@ def _check_shared(model: nn.Module, rules: Sequence[Rule]) -> None:
         if isinstance(module, (*_QUANTIZED, *_CANNOT)):
             paths.setdefault(module, []).append(path)
     for places in paths.values():
-        found: Matches = match_rules(places, rules)
-        other = next((path for path in places if found.spec(path) != found.spec(places[0])), None)
-        if other is not None:
-            raise InputError(f"{places[0]} and {other} are one layer, but by the rules they would compute differently")
+        check_alike(places, rules)
 
 
 def _quantize_layer(layer: nn.Module, path: str, rule: Rule, seed: int) -> None:
