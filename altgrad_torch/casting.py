@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,36 +100,28 @@ def quantize(
     check_modes(rounding, overflow)
     _check_random_bits(random_bits, x, rounding, stochastic_bits)
     unit = None if scale is None else checked_scale(scale, x)
-    if is_sharded(x):
-
-        def of_shard(x: Tensor, scale: Tensor | None, random_bits: Tensor | None) -> Tensor:
-            return quantize(
-                x,
-                grid,
-                scale=scale,
-                rounding=rounding,
-                overflow=overflow,
-                random_bits=random_bits,
-                stochastic_bits=stochastic_bits,
-                saturation_mask=saturation_mask,
-            )
-
-        return on_shards(of_shard, x, unit, random_bits)
     if is_float32(grid):
         _refuse_without_effect(rounding, saturation_mask)
         if x.dtype != torch.float64:
             return x
         unit = None
     how = _How(grid, rounding, beyond_max(grid, overflow), stochastic_bits)
+    if is_sharded(x):
+        return on_shards(partial(_quantized, how=how, saturation_mask=saturation_mask), x, unit, random_bits)
+    return _quantized(x, unit, random_bits, how, saturation_mask)
+
+
+def _quantized(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How, saturation_mask: bool) -> Tensor:
+    """:func:`quantize` of a tensor that is whole, and checked."""
     if torch.compiler.is_compiling():
-        on_grid = _StraightThrough.apply(x, unit, random_bits, how)
+        on_grid = _StraightThrough.apply(x, scale, random_bits, how)
     elif under_transforms():
-        on_grid = _StraightThroughForwards.apply(x, unit, random_bits, how)
+        on_grid = _StraightThroughForwards.apply(x, scale, random_bits, how)
     else:
-        on_grid = _StraightThroughEagerly.apply(x, unit, random_bits, how)
+        on_grid = _StraightThroughEagerly.apply(x, scale, random_bits, how)
     if not saturation_mask:
         return on_grid
-    return torch.where(_overflows(x.detach(), unit, random_bits, how), on_grid.detach(), on_grid)
+    return torch.where(_overflows(x.detach(), scale, random_bits, how), on_grid.detach(), on_grid)
 
 
 def _refuse_stacked(params: FormatParams, x: Tensor) -> None:

@@ -73,13 +73,13 @@ def on_shards(function: Callable[..., Tensor], x: Tensor, *beside: Tensor | None
 
     whole: Any = summed(x)
     mesh, placements = whole.device_mesh, whole.placements
-    parts = [_beside(each, whole) for each in beside]
+    parts = [local_beside(each, whole) for each in beside]
     result = function(whole.to_local(), *parts)
     return DTensor.from_local(result, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
 
 
-def _beside(other: Tensor | None, whole: Any) -> Tensor | None:
-    """This process's part of what broadcasts against a DTensor."""
+def local_beside(other: Tensor | None, whole: Any) -> Tensor | None:
+    """This process's part of what broadcasts against a DTensor, however that is placed itself."""
     if other is None or (other.numel() == 1 and not is_sharded(other)):
         return other
     from torch.distributed.tensor import distribute_tensor

@@ -39,7 +39,7 @@ from altgrad_torch.conversions import is_read_within
 from altgrad_torch.cpu import CHUNK_OF_ONE_THREAD, count_magnitudes, is_plain
 from altgrad_torch.params import Edges, FormatParams, edges
 from altgrad_torch.scaling import amax, power_of_two_scale
-from altgrad_torch.shards import is_sharded, local, over_shards, summed
+from altgrad_torch.shards import is_sharded, local, local_beside, over_shards, summed
 
 _MAGNITUDE = 0x7FFFFFFF
 _INF = 0x7F800000
@@ -443,9 +443,11 @@ def stall_counts(
         raise ValueError(f"weight has shape {tuple(weight.shape)} but update {tuple(update.shape)}; expected the same")
     if is_sharded(weight):
         _check_one_scale(scale)
-        own = None if gradient is None else local(gradient)
-        counts = stall_counts(local(weight), local(update), format, scale=scale, gradient=own)
-        return StallCounts(over_shards([counts.totals], [weight], "sum")[0])
+        whole = summed(weight)
+        moved, slope = local_beside(update, whole), local_beside(gradient, whole)
+        assert moved is not None
+        counts = stall_counts(local(whole), moved, format, scale=scale, gradient=slope)
+        return StallCounts(over_shards([counts.totals], [whole], "sum")[0])
     grid = as_grid(format)
     unit = checked_scale(1.0 if scale is None else scale, weight)
     return StallCounts(_sum(_stalls(grid, *part) for part in _in_cache(weight, update, unit, gradient)))
@@ -538,7 +540,7 @@ class BitStallDetector:
             self.counts = StallCounts(torch.stack([totals.to(counted[0].device) for totals in counted])).pooled()
 
     def _count(self, parameter: Tensor, before: Tensor, gradient: Tensor | None) -> StallCounts:
-        own, slope = local(before), None if gradient is None else local(gradient)
+        own, slope = local(before), local_beside(gradient, before) if is_sharded(before) else gradient
         largests = (part.abs().amax() for (part,) in _in_cache(own) if part.numel())
         largest = reduce(torch.maximum, largests, own.new_zeros(())).to(torch.float32)
         largest = over_shards([largest], [before], "max")[0]

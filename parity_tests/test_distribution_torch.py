@@ -185,6 +185,17 @@ def casts(wrap: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
     return found
 
 
+def placed_otherwise(mesh: Any) -> list[dict[str, int]]:
+    """Stalls of updates that are split over another axis, plain, or yet to be added up over the two processes."""
+    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+
+    whole = torch.arange(-14.0, 14.0).reshape(7, 4)
+    weight, update = distribute_tensor(whole, mesh, [Shard(0)]), whole * 2.0**-6
+    halves = DTensor.from_local(update / 2, mesh, [Partial()], run_check=False)
+    updates = (distribute_tensor(update, mesh, [Shard(1)]), update, halves)
+    return [stall_counts(weight, each, "E3M4", gradient=whole).as_integers() for each in updates]
+
+
 def refused(x: Tensor) -> list[str]:
     """What those say that look at neighbours."""
     takers = (quantize_blocks, encode_blocks, pack_tensor, lambda x, _: exact_matmul(x, torch.ones(5, 1)))
@@ -329,6 +340,7 @@ def main(rank: int, count: int, port: int, file: str) -> None:
     found = {
         "clipped": clipped(placed),
         "casts": casts(placed),
+        "placed otherwise": placed_otherwise(mesh),
         "refused": refused(placed("uneven", torch.ones(SHAPES["uneven"]))),
         "ddp": steps(torch.nn.parallel.DistributedDataParallel, rank, count, shards=False),
         "fsdp": steps(sharded, rank, count),
@@ -353,6 +365,11 @@ def found() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def of_one_process() -> dict[str, Any]:
     return json.loads(json.dumps(clipped(lambda _, tensor: tensor)))
+
+
+@pytest.fixture(scope="module")
+def casts_of_one_process() -> dict[str, Any]:
+    return json.loads(json.dumps(casts(lambda _, tensor: tensor.clone())))
 
 
 @pytest.fixture(scope="module")
@@ -391,10 +408,16 @@ def test_clipped_as_on_one_process_and_as_in_jax(
 
 
 @pytest.mark.parametrize("name", [*SHAPES, *(f"{name}: stalls" for name in SHAPES), "detector", "committed"])
-def test_cast_as_on_one_process(found: list[dict[str, Any]], name: str) -> None:
-    of_one = json.loads(json.dumps(casts(lambda _, tensor: tensor.clone())))[name]
+def test_cast_as_on_one_process(found: list[dict[str, Any]], casts_of_one_process: dict[str, Any], name: str) -> None:
     for process in found:
-        assert process["casts"][name] == of_one
+        assert process["casts"][name] == casts_of_one_process[name]
+
+
+def test_stalls_of_updates_that_are_placed_otherwise(found: list[dict[str, Any]]) -> None:
+    whole = torch.arange(-14.0, 14.0).reshape(7, 4)
+    expected = stall_counts(whole, whole * 2.0**-6, "E3M4", gradient=whole).as_integers()
+    for process in found:
+        assert process["placed otherwise"] == [expected] * 3
 
 
 def test_what_looks_at_neighbours_refuses_shards(found: list[dict[str, Any]]) -> None:
