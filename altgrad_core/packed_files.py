@@ -26,6 +26,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from altgrad_core.cast_options import granularity_options
 from altgrad_core.errors import InputError, naming
 from altgrad_core.formats import Format, parse
 from altgrad_core.packing import SCALE_KINDS, STORED_AS, PackedLayout, numpy_dtype
@@ -214,17 +215,8 @@ def _entry_json(entry: TensorEntry) -> dict[str, object]:
         return said
     known = entry.layout.format
     named = {"name": str(known)} | {field: getattr(known, field) for field in _FORMAT_FIELDS}
-    scale = {"kind": entry.layout.scale_kind} | _granularity_json(entry.layout.granularity)
+    scale = {"kind": entry.layout.scale_kind} | granularity_options(entry.layout.granularity)
     return said | {"packed": {"format": named, "scale": scale}}
-
-
-def _granularity_json(granularity: Granularity) -> dict[str, object]:
-    if isinstance(granularity, PerTensor):
-        return {"granularity": "tensor"}
-    if isinstance(granularity, PerBlock):
-        return {"granularity": "block", "size": granularity.size, "axis": granularity.axis}
-    axes = granularity.axes
-    return {"granularity": "channel", "axes": axes if isinstance(axes, int) else list(axes)}
 
 
 def _parsed(said: str) -> object:

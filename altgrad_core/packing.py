@@ -20,7 +20,9 @@ from altgrad_core.scaling import (
     MX_BLOCK,
     Granularity,
     PerBlock,
+    PerChannel,
     PerTensor,
+    checked_axes,
     checked_axis,
     parse_granularity,
     reduced_axes,
@@ -284,6 +286,46 @@ def check_contents(
         raise InputError("a scale is the E8M0 code 0, worth 2^-127; expected codes from 1 on, normal float32")
     if layout.scale_kind not in BLOCK_RULES and np.any(scales == E8M0_NAN):
         raise InputError(f"a scale is NaN, the E8M0 code {E8M0_NAN}; expected that with scale='mx' or 'fit' only")
+
+
+def check_cast_alike(
+    layout: PackedLayout, ndim: int, format: Format, granularity: Granularity, *, power_of_two: bool
+) -> None:
+    """Refuse packed weights that the cast of a layer would round once more.
+
+    Scales of blocks by another rule (``mx``, ``fit``) are taken: what they scaled is on the grid of the layer's, too.
+
+    Args:
+        layout: of what was packed.
+        ndim: how many axes it has.
+        format: the one that the layer casts to.
+        granularity: the one that it scales by.
+        power_of_two: whether its scales are powers of two.
+
+    Raises:
+        InputError: naming what was found and what was expected.
+
+    >>> layout = PackedLayout(parse("E3M4"), PerBlock(32, 1), "mx", "float32")
+    >>> check_cast_alike(layout, 2, parse("E3M4"), PerBlock(32, -1), power_of_two=True)
+    >>> check_cast_alike(layout, 2, parse("E3M4"), PerTensor(), power_of_two=True)
+    Traceback (most recent call last):
+    altgrad_core.errors.InputError: its scales are of PerBlock(size=32, axis=1); expected PerTensor(), ...
+    """
+    if layout.format != format:
+        raise InputError(f"it is packed as {layout.format}; expected {format}, as its layer casts")
+    if _from_the_front(layout.granularity, ndim) != _from_the_front(granularity, ndim):
+        raise InputError(f"its scales are of {layout.granularity}; expected {granularity}, as its layer casts")
+    if power_of_two and layout.scale_kind == "ratio":
+        raise InputError("its scales are ratios; expected powers of two, as its layer casts")
+
+
+def _from_the_front(granularity: Granularity, ndim: int) -> Granularity:
+    match granularity:
+        case PerChannel(axes):
+            return PerChannel(checked_axes(axes, ndim))
+        case PerBlock(size, axis):
+            return PerBlock(size, checked_axis(axis, ndim))
+    return granularity
 
 
 def check_same_names(held: Iterable[str], given: Iterable[str]) -> None:

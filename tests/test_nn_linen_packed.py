@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import chex
@@ -137,6 +138,15 @@ def test_each_kind_of_layer_is_packed_as_in_nnx(attends, tmp_path):
     layers = ["conv", "mix", "back"]
     layers += [f"attention/{name}" for name in ("query", "key", "value", "out") if attends]
     assert packed == {f"{layer}/kernel" for layer in layers}
+
+
+@pytest.mark.parametrize("change", [{"scaling": Delayed(16, power_of_two=False)}, {"granularity": "channel"}])
+def test_another_scale_rule_is_refused(change, tmp_path):
+    rules = [Rule(".*", "E4M3", activations=None)]
+    layer, other = (quantize_model(nn.Dense(4), made) for made in (rules, [replace(rules[0], **change)]))
+    variables, others = (model.init(jax.random.key(0), jnp.ones((1, 4))) for model in (layer, other))
+    with pytest.raises(InputError, match=r"casts/weights/options: the checkpoint is of .*; expected .* rule says"):
+        unpack(others, pack(layer, variables, jnp.ones((1, 4))))
 
 
 def test_variables_from_a_file_compute_the_same(trained, tensors, tmp_path):
@@ -297,7 +307,7 @@ def test_what_does_not_fit_is_refused(trained, tensors):
         (lambda: unpack(variables, lacking), "tensors lack up/kernel"),
         (lambda: unpack(variables, {**tensors, "more": jnp.ones(1)}), "the model has no more; expected the same names"),
         (lambda: unpack(variables, {**tensors, "up/bias": jnp.ones(4)}), r"up/bias has shape \(4,\) in float32"),
-        (lambda: unpack(downs, tensors), "down/kernel is packed as E3M4; expected E4M3"),
+        (lambda: unpack(downs, tensors), "down/kernel: it is packed as E3M4; expected E4M3"),
         (lambda: unpack(ups, tensors), "up/casts/activations/grid is packed in another format, .* expected E4M3"),
         (lambda: unpack(model, tensors), "expected its variables"),
         (lambda: unpack(Twin, tensors), "expected an nnx.Module or a linen.Module"),

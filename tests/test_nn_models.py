@@ -1,6 +1,7 @@
 """Models of Flax NNX, quantized by rules: against products made by hand, and under JAX's transformations."""
 
 import warnings
+from dataclasses import replace
 from functools import partial, partialmethod
 
 import chex
@@ -725,6 +726,41 @@ class TestPacked:
         with pytest.raises(InputError, match="kernel: 1 of 16 elements are infinite, for which E3M4 has no code"):
             pack(model)
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"scaling": Delayed(16, power_of_two=False)}, "is of power_of_two=True; expected power_of_two=False"),
+            ({"scaling": Delayed(16, "most_recent")}, "is of reduce='max'; expected reduce='most_recent'"),
+            ({"scaling": Delayed(8)}, "is of window=16; expected window=8"),
+            ({"scaling": Current()}, "is of scaling='delayed', reduce='max', window=16; expected scaling='current'"),
+            ({"granularity": "channel"}, "is of granularity='tensor'; expected granularity='channel'"),
+            ({"granularity": "block2"}, "expected scaling='current', granularity='block', size=2"),
+        ],
+    )
+    def test_another_scale_rule_is_refused(self, change, message):
+        rule = Rule(".*", "E4M3", activations=None)
+        tensors = pack(quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [rule]))
+        other = quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [replace(rule, **change)])
+        with pytest.raises(InputError, match=f"casts/weights/options: the checkpoint {message}|{message}"):
+            unpack(other, tensors)
+
+    @pytest.mark.parametrize("options", [b"", b"{}", b"[1]", b"\xff", b'{"version": 2}'])
+    def test_what_says_nothing_of_its_scales_is_refused(self, options, tensors):
+        model = quantize_model(Normed(nnx.Rngs(0)), RULES)
+        with pytest.raises(InputError, match=r"options: the checkpoint says b.*; expected JSON of version 1"):
+            unpack(model, {**tensors, "down/casts/weights/options": jnp.array(list(options), jnp.uint8)})
+
+    def test_weights_of_scales_that_would_round_them_once_more_are_refused(self):
+        def linear(**options):
+            return quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [Rule(".*", "E4M3", None, **options)])
+
+        by_channel = without_casts(pack(linear(granularity="channel")))
+        with pytest.raises(InputError, match=r"kernel: its scales are of PerChannel.*; expected PerTensor"):
+            unpack(linear(), by_channel)
+        ratios = without_casts(pack(linear(scaling=Current(power_of_two=False))))
+        with pytest.raises(InputError, match="kernel: its scales are ratios; expected powers of two"):
+            unpack(linear(), ratios)
+
     def test_what_does_not_fit_is_refused(self, tensors):
         model = quantize_model(Normed(nnx.Rngs(0)), RULES)
 
@@ -736,7 +772,7 @@ class TestPacked:
         refused({**tensors, "more": jnp.ones(1)}, "the model has no more; expected the same names")
         refused({**tensors, "up/bias": jnp.ones(4)}, r"up/bias has shape \(4,\) in float32; expected \(16,\)")
         set_formats(model, {"down": Each("E3M4", "E4M3", "E3M4")})
-        refused(tensors, "down/kernel is packed as E3M4; expected E4M3")
+        refused(tensors, "down/kernel: it is packed as E3M4; expected E4M3")
         set_formats(model, {"down": Each("E4M3", "E3M4", "E3M4")})
         refused(tensors, "down/casts/activations/grid is packed in another format, .* expected E4M3")
 

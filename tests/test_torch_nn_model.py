@@ -6,6 +6,7 @@ import io
 import pickle
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 
@@ -429,6 +430,37 @@ def test_a_checkpoint_of_other_casts_is_refused(model):
     wide = quantize_model(Model(), [Rule(".*", "bf16")])
     with pytest.raises(RuntimeError, match=r"casts\.activations\.grid: .*cannot cast to bf16"):
         model.load_state_dict(wide.state_dict())
+
+
+OTHER_WAYS = [
+    ({"scaling": Delayed(16, power_of_two=False)}, "power_of_two=True; expected power_of_two=False"),
+    ({"scaling": Delayed(16, "most_recent")}, "reduce='max'; expected reduce='most_recent'"),
+    ({"scaling": Current()}, "scaling='delayed', reduce='max', window=16; expected scaling='current'"),
+    ({"scaling": Static(2.0)}, "scaling='delayed', reduce='max', window=16; expected scaling='static'"),
+    ({"granularity": "block2"}, "granularity='tensor'; expected scaling='current', granularity='block', size=2"),
+    ({"rounding": "toward_zero"}, "rounding='nearest_even'; expected rounding='toward_zero'"),
+    ({"overflow": "native"}, "overflow='saturate_finite'; expected overflow='native'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OTHER_WAYS)
+def test_a_checkpoint_of_casts_that_scale_in_another_way_is_refused(change, message):
+    rule = Rule(".*", "E4M3", activations=None)
+    stored = quantize_model(nn.Linear(4, 4), [rule]).state_dict()
+    other = quantize_model(nn.Linear(4, 4), [replace(rule, **change)])
+    casts = {name: each.clone() for name, each in other.state_dict().items() if "casts" in name}
+    with pytest.raises(RuntimeError, match=r"casts\.weights\._extra_state: the checkpoint is of ") as raised:
+        other.load_state_dict(stored, strict=False)
+    assert all(part in str(raised.value) for part in message.split("; "))
+    assert all(torch.equal(each, casts[name]) for name, each in other.state_dict().items() if "casts" in name)
+
+
+def test_static_scales_are_data_of_a_checkpoint():
+    stored = quantize_model(nn.Linear(4, 4), [Rule(".*", "E4M3", scaling=Static(0.25))]).state_dict()
+    model = quantize_model(nn.Linear(4, 4), [Rule(".*", "E4M3", scaling=Static(0.5))])
+    model.load_state_dict(stored)
+    set_formats(model, {".*": "E5M2"})
+    assert float(model.casts["weights"].scale) == 0.25
 
 
 def test_functional_calls_and_averages(model):

@@ -8,6 +8,7 @@ from torch import nn  # noqa: E402
 
 from altgrad_core.errors import InputError  # noqa: E402
 from altgrad_core.formats import EIGHT  # noqa: E402
+from altgrad_core.scaling import PerChannel  # noqa: E402
 from altgrad_torch import (  # noqa: E402
     Current,
     Delayed,
@@ -186,15 +187,34 @@ class TestUnpack:
         refused({name: x for name, x in tensors.items() if name != "0.bias"}, r"the tensors lack 0\.bias")
         refused({**tensors, "0.bias": torch.ones(5)}, r"0\.bias has shape \(5,\) in float32; expected \(4,\)")
         refused({**tensors, "0.bias": torch.ones(4, dtype=torch.float64)}, r"in float64; expected \(4,\) in float32")
-        refused(tensors, r"0\.casts\.activations\.history has shape \(16,\)", fresh(scaling=Delayed(4)))
-        refused(tensors, "the tensors lack", fresh(rounding="stochastic"))
+        refused(tensors, r"_extra_state: the checkpoint is of window=16; expected window=4", fresh(scaling=Delayed(4)))
+        refused({**tensors, "0.casts.weights.history": torch.ones(4)}, r"weights\.history has shape \(4,\) in float32")
+        refused(tensors, "expected rounding='stochastic', as the model", fresh(rounding="stochastic"))
         set_formats(model, {".*": Each(None, "E4M3", None)})
-        refused(tensors, r"0\.weight is packed as E3M4; expected E4M3, as its layer casts")
-        refused(without_casts(tensors), r"0\.weight is packed as E3M4; expected E4M3")
+        refused(tensors, r"0\.weight: it is packed as E3M4; expected E4M3, as its layer casts")
+        refused(without_casts(tensors), r"0\.weight: it is packed as E3M4; expected E4M3")
         set_formats(model, {".*": Each("E4M3", "E3M4", None)})
         refused(tensors, r"0\.casts\.activations\.grid is packed as E3M4; expected E4M3")
         set_formats(model, {".*": "E3M4"})
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    @pytest.mark.parametrize("options", [torch.ones(3), torch.ones((), dtype=torch.uint8), torch.tensor([255]).byte()])
+    def test_what_says_nothing_of_its_scales_is_refused(self, options):
+        model = quantize_model(nn.Linear(4, 4), [Rule(".*", "E4M3")])
+        with pytest.raises(InputError, match=r"casts\.weights\._extra_state: .*; expected JSON of version 1"):
+            unpack(model, {**pack(model), "casts.weights._extra_state": options})
+
+    def test_weights_of_scales_that_would_round_them_once_more_are_refused(self):
+        def linear(**options):
+            return quantize_model(nn.Linear(4, 4), [Rule(".*", "E4M3", None, **options)])
+
+        by_channel = without_casts(pack(linear(granularity="channel")))
+        unpack(linear(granularity=PerChannel(0)), by_channel)
+        with pytest.raises(InputError, match=r"weight: its scales are of PerChannel.*; expected PerTensor"):
+            unpack(linear(), by_channel)
+        ratios = without_casts(pack(linear(scaling=Current(power_of_two=False))))
+        with pytest.raises(InputError, match="weight: its scales are ratios; expected powers of two"):
+            unpack(linear(), ratios)
 
     def test_one_parameter_has_one_value(self):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

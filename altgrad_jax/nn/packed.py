@@ -38,8 +38,8 @@ def pack(model: nnx.Module | linen.Module, *inputs: Any, **options: Any) -> dict
         layers share stands under its first path, packed if all of them cast it to the same values; behind a mask it is
         as it is. Of Linen a parameter is packed only in layers of Flax's own classes and outside of
         ``nn.map_variables``, as of ``nn.WeightNorm``. Of each cast ``blocks/0/up/casts/weights/grid``: its
-        :class:`~altgrad_jax.params.FormatParams`, as their bits in int32, its ``step`` and, where it has one, its
-        ``history`` or static ``scale``.
+        :class:`~altgrad_jax.params.FormatParams`, as their bits in int32, its ``options`` (where its scales come
+        from, as text in uint8), its ``step`` and, where it has one, its ``history`` or static ``scale``.
 
     Raises:
         InputError: if layers that are stacked in one parameter have different formats, for weights with NaN or
@@ -50,7 +50,7 @@ def pack(model: nnx.Module | linen.Module, *inputs: Any, **options: Any) -> dict
     >>> rules = [Rule(".*", "E4M3", activations=None)]
     >>> packed = pack(quantize_model(nnx.Linear(8, 4, rngs=nnx.Rngs(0)), rules))
     >>> str(packed["kernel"].codes.dtype), str(packed["bias"].dtype), sorted(packed)[1:4]
-    ('uint8', 'float32', ['casts/weights/grid', 'casts/weights/history', 'casts/weights/step'])
+    ('uint8', 'float32', ['casts/weights/grid', 'casts/weights/history', 'casts/weights/options'])
     >>> x, model = jax.numpy.ones((1, 8)), quantize_model(linen.Dense(4), rules)
     >>> sorted(pack(model, model.init(jax.random.key(0), x), x)) == sorted(packed)
     True
@@ -87,8 +87,8 @@ def unpack(model: nnx.Module | Variables, tensors: Tensors) -> nnx.Module | dict
         A copy of the model, its parameters those of ``tensors``, unpacked; of Linen the variables with them.
 
     Raises:
-        InputError: for names that are missing or that the model does not have, another shape or dtype, and formats that
-            are not those that the model's layers cast to.
+        InputError: for names that are missing or that the model does not have, another shape or dtype, and formats and
+            ways to scale, round or overflow that are not those of the model's layers.
     """
     if isinstance(model, Mapping):
         return unpack_linen(model, tensors)

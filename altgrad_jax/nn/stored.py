@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from altgrad_core.cast_options import check_options
 from altgrad_core.errors import InputError, naming
 from altgrad_core.formats import Format
-from altgrad_core.packing import check_same_names
+from altgrad_core.packing import PackedLayout, check_cast_alike, check_same_names
 from altgrad_core.scaling import Granularity, PerBlock, PerChannel, PerTensor, checked_axes, checked_axis
 from altgrad_jax.granularity import amaxes
-from altgrad_jax.nn.cast_arrays import arrays_of, grid_of, is_of_a_cast, loaded
+from altgrad_jax.nn.cast_arrays import arrays_of, grid_of, is_of_a_cast, loaded, options_of
 from altgrad_jax.nn.cast_state import CastState, begun_anew, scale_of
 from altgrad_jax.nn.casts import cast_operand
 from altgrad_jax.nn.describe import format_names, formats_of
@@ -52,6 +53,11 @@ class CastWeights:
             raise InputError(f"{self.name} is cast to {names}; expected one format of at most 16 bits")
         return formats[0]
 
+    @property
+    def granularity(self) -> Granularity:
+        """Which elements share a scale, with the axes of a stack of layers before their own."""
+        return _over_stack(self.state.granularity, len(self.state.stack), self.values.ndim)
+
     def packed(self, dtype: jax.typing.DTypeLike) -> PackedTensor:
         """The codes and scales that the layer computes with.
 
@@ -69,9 +75,18 @@ class CastWeights:
                 cast(computed, self.state).astype(weights.dtype),
                 packed_as,
                 scale=scale(computed, self.state),
-                granularity=_over_stack(self.state.granularity, stack, weights.ndim),
+                granularity=self.granularity,
                 overflow="saturate_finite",
             )
+
+    def check_packed(self, layout: PackedLayout) -> None:
+        """Refuse what the cast would round once more.
+
+        Raises:
+            InputError: see :func:`altgrad_core.packing.check_cast_alike`.
+        """
+        ndim, is_even = self.values.ndim, self.state.scaling.power_of_two
+        check_cast_alike(layout, ndim, self.format, self.granularity, power_of_two=is_even)
 
     def begun_anew(self, weights: jax.Array) -> CastState:
         """The state whose history begins with other weights."""
@@ -114,6 +129,7 @@ class Stored:
         elif not any(is_of_a_cast(name) for name in given):
             arrays = {}
         held = {**self.arrays, **arrays}
+        self._check_options(given)  # before the names, which it explains: no history, since scales are current
         check_same_names(held, given)
         _check_kinds(held, given)
         self._check_formats(given)
@@ -126,12 +142,21 @@ class Stored:
     def _arrays_of_casts(self) -> dict[str, jax.Array]:
         return {name: array for cast, state in self.casts.items() for name, array in arrays_of(cast, state)}
 
+    def _check_options(self, tensors: Tensors) -> None:
+        """Refuse casts that scale in another way than the model's."""
+        for name, state in self.casts.items():
+            options = tensors.get(f"{name}/options")
+            if isinstance(options, jax.Array):
+                with naming(f"{name}/options"):
+                    check_options(np.asarray(options).tobytes(), options_of(state))
+
     def _check_formats(self, tensors: Tensors) -> None:
-        """Refuse weights and casts in other formats than the model's."""
+        """Refuse weights and casts in other formats, or weights under other scales, than the model's."""
         for weights in self.weights:
-            name, tensor, expected = weights.name, tensors[weights.name], weights.format
-            if isinstance(tensor, PackedTensor) and tensor.layout.format != expected:
-                raise InputError(f"{name} is packed as {tensor.layout.format}; expected {expected}, as its layer casts")
+            tensor = tensors[weights.name]
+            if isinstance(tensor, PackedTensor):
+                with naming(weights.name):
+                    weights.check_packed(tensor.layout)
         for name, state in self.casts.items():
             grid = tensors.get(f"{name}/grid")
             if isinstance(grid, jax.Array) and not np.array_equal(grid, grid_of(state)):

@@ -76,7 +76,8 @@ def quantize_model(model: Model, rules: Sequence[Rule], *, seed: int | None = No
 
     The checkpoint of the plain model loads, with ``strict=True`` too: casts stay as they are, but those of the weights
     begin anew with the weights loaded. A quantised model's checkpoint has casts as well, and a plain model refuses it
-    unless ``strict=False``.
+    unless ``strict=False``. It names formats and ways to scale, round and overflow; ``load_state_dict`` refuses other
+    ways than the model's, and takes formats and the numbers of static scales as it finds them.
 
     Args:
         model: with layers in float32, bfloat16 or float16: Linear, Bilinear, Embedding, Conv1d to 3d, ConvTranspose1d

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from altgrad_core.errors import InputError, naming
-from altgrad_core.formats import Format
-from altgrad_core.packing import check_same_names
+from altgrad_core.packing import check_cast_alike, check_same_names
 from altgrad_torch.nn.layers import QuantizedLayer
 from altgrad_torch.nn.model import quantized_layers
-from altgrad_torch.nn.sites import Site, format_of
+from altgrad_torch.nn.sites import OPTIONS_KEY, Site, format_of
 from altgrad_torch.packing import PackedTensor, unpack_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_OF_A_CAST = re.compile(r"(?:.*\.)?casts\.\w+\.(grid|scale|history|step)")
+_OF_A_CAST = re.compile(r"(?:.*\.)?casts\.\w+\.(grid|scale|history|step|_extra_state)")
 """The names of a cast's state."""
 
 
@@ -46,8 +45,8 @@ def pack(model: nn.Module) -> dict[str, PackedTensor | Tensor]:
     >>> from altgrad_core.rules import Rule
     >>> from altgrad_torch.nn.model import quantize_model
     >>> packed = pack(quantize_model(nn.Linear(8, 4), [Rule(".*", "E4M3", activations=None)]))
-    >>> packed["weight"].codes.dtype, packed["bias"].dtype, list(packed)[2:]
-    (torch.uint8, torch.float32, ['casts.weights.grid', 'casts.weights.history', 'casts.weights.scale'])
+    >>> packed["weight"].codes.dtype, packed["bias"].dtype, list(packed)[2:4]
+    (torch.uint8, torch.float32, ['casts.weights.grid', 'casts.weights.history'])
     """
     packed = _packed_weights(model)
     return {name: packed.get(x, x.detach()) for name, x in model.state_dict(keep_vars=True).items()}
@@ -71,8 +70,8 @@ def unpack(model: Model, tensors: Mapping[str, PackedTensor | Tensor]) -> Model:
         The model itself, its parameters the same objects.
 
     Raises:
-        InputError: for names that are missing or that the model does not have, another shape or dtype, and formats that
-            are not those that the model's layers cast to. The model is then as it was.
+        InputError: for names that are missing or that the model does not have, another shape or dtype, and formats and
+            ways to scale, round or overflow that are not those of the model's layers. The model is then as it was.
 
     >>> from altgrad_core.rules import Rule
     >>> from altgrad_torch.nn.model import quantize_model
@@ -88,6 +87,7 @@ def unpack(model: Model, tensors: Mapping[str, PackedTensor | Tensor]) -> Model:
         given = {name: tensor for name, tensor in given.items() if not _OF_A_CAST.fullmatch(name)}
     elif not any(_OF_A_CAST.fullmatch(name) for name in given):
         state = {name: tensor for name, tensor in state.items() if not _OF_A_CAST.fullmatch(name)}
+    _check_options(model, given)  # before the names, which it explains: no history, since scales are current
     check_same_names(state, given)
     _check_kinds(state, given)
     _check_formats(layers.values(), state, given)
@@ -140,25 +140,34 @@ def _check_kinds(state: Mapping[str, Tensor], tensors: Mapping[str, PackedTensor
             raise InputError(f"{other} and {name} differ, and are one in the model; expected them to be the same")
 
 
+def _check_options(model: nn.Module, tensors: Mapping[str, PackedTensor | Tensor]) -> None:
+    """Refuse casts that scale, round or overflow in another way than the model's."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        name = f"{path}.{OPTIONS_KEY}"
+        options = tensors.get(name) if isinstance(module, Site) else None
+        if isinstance(module, Site) and isinstance(options, Tensor):
+            with naming(name):
+                module.set_extra_state(options)
+
+
 def _check_formats(
     layers: Iterable[QuantizedLayer], state: Mapping[str, Tensor], tensors: Mapping[str, PackedTensor | Tensor]
 ) -> None:
-    """Refuse weights and casts in other formats than the model's."""
-    expected: dict[Tensor, list[Format]] = {}
+    """Refuse weights and casts in other formats, or weights under other scales, than the model's."""
+    sites: dict[Tensor, list[Site]] = {}
     for layer in layers:
         for _, weight, site in _weights(layer):
-            expected.setdefault(weight, []).append(site.format)
+            sites.setdefault(weight, []).append(site)
     for name, held in state.items():
         tensor = tensors[name]
         if isinstance(tensor, PackedTensor):
-            found, wanted = tensor.layout.format, expected.get(held, [])
+            for site in sites.get(held, []):
+                share, is_even = site.placement.granularity, site.scaling.power_of_two
+                with naming(name):
+                    check_cast_alike(tensor.layout, held.ndim, site.format, share, power_of_two=is_even)
         elif _OF_A_CAST.fullmatch(name) and name.endswith(".grid") and not held.equal(tensor.to(held.device)):
-            found, wanted = format_of(tensor), [format_of(held)]
-        else:
-            continue
-        other = next((each for each in wanted if each != found), None)
-        if other is not None:
-            raise InputError(f"{name} is packed as {found}; expected {other}, as its layer casts")
+            found, wanted = format_of(tensor), format_of(held)
+            raise InputError(f"{name} is packed as {found}; expected {wanted}, as its layer casts")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from altgrad_core.cast_options import check_options, granularity_options, scaling_options, write_options
 from altgrad_core.errors import InputError
 from altgrad_core.formats import FORMAT_REGISTRY, Format, parse
 from altgrad_core.rules import DEFAULT_WINDOW, CastSpec, Operand, check_serves
@@ -29,7 +30,8 @@ from altgrad_torch.params import FormatParams
 from altgrad_torch.scaling import Current, Delayed, Scaling, Static
 from altgrad_torch.statistics import CastCounts, observe
 
-_IMPLICIT_ONE = 1 << 23
+OPTIONS_KEY = "_extra_state"
+"""What ``state_dict()`` calls the options of a cast, as torch names whatever is no tensor of a module."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,8 @@ class Site(nn.Module):
         self.register_buffer("step", steps)
         self.tally: Tally | None = None
         self._was_recorded = False
+        if isinstance(self.scaling, Static):
+            self.scale.copy_(torch.as_tensor(self.scaling.value, dtype=torch.float32))
         self._rescale()
         # A hook anywhere in a TransformerEncoderLayer keeps it from calling one fused kernel in place of its layers.
         self.register_forward_pre_hook(_keeps_layers_from_being_bypassed)
@@ -244,12 +248,9 @@ class Site(nn.Module):
         self._intact = grid, version
 
     def _rescale(self) -> None:
-        # The grid's own maximum, since a format is data, maybe on a device that is not to be waited for.
-        maximum = self._params().max_value
         if isinstance(self.scaling, Delayed):
-            self.scale.copy_(self.scaling.scale(self.scale, maximum, self.history))
-        elif isinstance(self.scaling, Static):
-            self.scale.copy_(self.scaling.scale(self.scale, maximum))
+            # The grid's own maximum, since a format is data, maybe on a device that is not to be waited for.
+            self.scale.copy_(self.scaling.scale(self.scale, self._params().max_value, self.history))
 
     def _tally_of_pass(self) -> Tally | None:
         """Where this pass counts: a forward pass that a backward one repeats, for a checkpoint, counted before."""
@@ -332,6 +333,13 @@ class Site(nn.Module):
         """Load what there is; of a site of which there is nothing at all its layer knows what to say."""
         if not any(key.startswith(prefix) for key in state_dict):
             return
+        options = state_dict.get(prefix + OPTIONS_KEY)
+        if options is not None:
+            try:
+                self.set_extra_state(options)
+            except InputError as error:
+                error_msgs.append(f"{prefix}{OPTIONS_KEY}: {error}")
+                return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -339,6 +347,26 @@ class Site(nn.Module):
             FormatParams.from_format(self.format, path=self.path)
         except InputError as error:
             error_msgs.append(f"{prefix}grid: {error}")
+
+    def get_extra_state(self) -> Tensor:
+        """What a checkpoint says of the cast beside its buffers: uint8, text.
+
+        Not a buffer, since nothing of it is read in a step, and processes would send it to each other in each.
+        """
+        return torch.tensor(list(write_options(self._options())), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse a checkpoint of a cast that scales, rounds or overflows in another way.
+
+        Raises:
+            InputError: naming what differs.
+        """
+        is_text = isinstance(state, Tensor) and state.dtype == torch.uint8 and state.ndim == 1
+        check_options(bytes(state.tolist()) if is_text else b"", self._options())
+
+    def _options(self) -> dict[str, object]:
+        how = {"rounding": self.rounding, "overflow": self.overflow}
+        return {**scaling_options(self.scaling), **granularity_options(self.placement.granularity), **how}
 
     def extra_repr(self) -> str:
         """Format, scaling and granularity."""
