@@ -57,8 +57,10 @@ def quantize(
     below 2^-126 is zero. With a scale that is a power of two the scaling is exact, but for a quotient below 2^-126,
     which counts as zero. A format without a sign has neither zero nor subnormals: zero and negative values are NaN
     there, what is below its smallest value becomes that, 2^-127 included, and of a scale only the exponent counts.
-    To float32 only float64 is rounded, without regard to a scale; all else is returned as it is, infinities included,
-    whatever the overflow policy.
+
+    float64 is scaled in float64, where every quotient counts at its value, and so does what a scale makes of a result.
+    To float32 it is rounded as to any format, but keeps subnormals and takes no notice of a scale; all that is no wider
+    than float32 is returned as it is, infinities included, whatever the overflow policy.
 
     Args:
         x: float32, bfloat16, float16 or float64, any shape; its dtype is kept. float64 is rounded once, from its own
@@ -180,25 +182,37 @@ def _straight_through(
     params: FormatParams,
     random_bits: jax.Array | None,
 ) -> jax.Array:
+    scale, params = _scaling_of(x, scale, params)
     on_grid = _on_grid(x, scale, params, random_bits)
-    if scale is None or params.path == "unsigned":
-        return _to_dtype(on_grid, x.dtype)
-    return scaled_up(on_grid, scale, x.dtype)
+    return _to_dtype(on_grid, x.dtype) if scale is None else scaled_up(on_grid, scale, x.dtype)
+
+
+def _scaling_of(x: jax.Array, scale: jax.Array | None, params: FormatParams) -> tuple[jax.Array | None, FormatParams]:
+    """By what ``x`` is divided, and to what it is then rounded.
+
+    To unsigned formats the grid is moved instead, for all but float64: float32 may not hold the quotients.
+    """
+    if scale is None or params.path != "unsigned":
+        return scale, params
+    if x.dtype == jnp.float64:
+        return _power_of_two_below(scale), params
+    return None, params.scaled(scale)
+
+
+def _power_of_two_below(scale: jax.Array) -> jax.Array:
+    """The scale, or the next power of two below; in integers, because it may be subnormal."""
+    magnitude = _bits(scale) & _MAGNITUDE
+    highest_bit = lax.shift_right_logical(jnp.full_like(magnitude, _SIGN), lax.clz(magnitude))
+    return _float(jnp.where(magnitude < _IMPLICIT_ONE, highest_bit, magnitude & _INF))
 
 
 def _on_grid(x: jax.Array, scale: jax.Array | None, params: FormatParams, random_bits: jax.Array | None) -> jax.Array:
-    """``x / scale`` rounded to float32; to an unsigned format ``x``, for there the grid is moved instead."""
+    """``x / scale`` rounded, as float32."""
     if params.path == "identity":
         return to_float32_grid(x, params)
-    if params.path == "unsigned" and scale is not None:
-        params, scale = params.scaled(scale), None
-    if x.dtype != jnp.float64:
-        return cast(widened(x) if scale is None else scaled_down(x, scale), params, random_bits)
-    reduced = x if scale is None else scaled_down(x, scale)
-    on_grid = cast(float64_to_odd(reduced), params, random_bits)
-    # What float32 cannot hold has become an infinity, which this policy would keep.
-    is_kept = (params.overflow == _SATURATE_FINITE) & jnp.isinf(on_grid) & jnp.isfinite(reduced)
-    return jnp.where(is_kept, jnp.copysign(params.max_value, on_grid), on_grid)
+    if x.dtype == jnp.float64:
+        return cast_float64(x if scale is None else scaled_down(x, scale), params, random_bits)
+    return cast(widened(x) if scale is None else scaled_down(x, scale), params, random_bits)
 
 
 def scaled_down(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -264,6 +278,7 @@ def _overflows(x: jax.Array, scale: jax.Array | None, params: FormatParams, rand
     """Whether each element rounds beyond max, by whatever rounding: where a cast that makes inf of that makes one."""
     inf = jnp.full_like(params.native_overflow, _INF)
     marking = replace(params, overflow=jnp.full_like(params.overflow, _NATIVE), native_overflow=inf)
+    scale, marking = _scaling_of(x, scale, marking)
     # Before the scale is multiplied in, which may make an infinity of what the format holds.
     return jnp.isinf(_on_grid(x, scale, marking, random_bits))
 
@@ -402,13 +417,18 @@ def _cast_integer(x: jax.Array, params: FormatParams, random_bits: jax.Array | N
     quantum = exponent - ((params.mantissa_bits + 127 - beyond) << 23)
     scaled = _bits(steps.astype(jnp.float32)) + quantum
     rounded = jnp.where(scaled > jnp.maximum(quantum, _IMPLICIT_ONE - 1), scaled, 0)
+    return _without_random_bits_nan(_finish_integer(rounded, _bits(x), params), params, random_bits)
+
+
+def _finish_integer(rounded: jax.Array, bits: jax.Array, params: FormatParams) -> jax.Array:
+    """As :func:`_finish`, of magnitudes that were rounded without a bound. ``bits`` are of float32 of the same kind."""
+    magnitude = bits & _MAGNITUDE
     rounded = jnp.where(rounded > _bits(params.max_value), _bits(beyond_max(params)), rounded)
     result = jnp.where(magnitude >= _INF, _bits(_of_nonfinite(magnitude, params)), rounded)
     # Told by a difference's sign: the masks of _signs are cheap where a loop is split by them, for which this one is
     # too long.
-    signs = _bits(x) & ~(result - jnp.where(params.negative_zero, 0, 1)) & _SIGN
-    signed = _float(result | signs)
-    return _without_random_bits_nan(signed, params, random_bits)
+    signs = bits & ~(result - jnp.where(params.negative_zero, 0, 1)) & _SIGN
+    return _float(result | signs)
 
 
 def _cast_unsigned(x: jax.Array, params: FormatParams, random_bits: jax.Array | None) -> jax.Array:
@@ -425,14 +445,66 @@ def _cast_unsigned(x: jax.Array, params: FormatParams, random_bits: jax.Array | 
     dropped = jnp.full_like(exponent, 23)
     # A code is its binade's number here, where signed formats have one more, for zero: the significand is worth one.
     steps = _round_steps(significand, dropped, exponent - params.min_exponent + 1, params, random_bits)
-    exponent = exponent + steps - 1
+    return _without_random_bits_nan(_finish_unsigned(exponent + steps - 1, bits, params), params, random_bits)
+
+
+def _finish_unsigned(exponent: jax.Array, bits: jax.Array, params: FormatParams) -> jax.Array:
+    """As :func:`_finish_integer`, of powers of two by their exponents; zero and negative values are NaN."""
+    magnitude = bits & _MAGNITUDE
     below = lax.shift_left(jnp.ones_like(exponent), jnp.clip(exponent + 149, 0, 31))
     rounded = jnp.where(exponent < -126, below, (exponent + 127) << 23)
     maximum = (_bits(params.max_value) >> 23) - 127
     rounded = jnp.where(exponent > maximum, _bits(beyond_max(params)), rounded)
     rounded = jnp.where(magnitude >= _INF, _bits(_of_nonfinite(magnitude, params)), rounded)
-    rounded = jnp.where(bits <= 0, _NAN, rounded)
-    return _without_random_bits_nan(_float(rounded), params, random_bits)
+    return _float(jnp.where(bits <= 0, _NAN, rounded))
+
+
+def cast_float64(x: jax.Array, params: FormatParams, random_bits: jax.Array | None = None) -> jax.Array:
+    """The bare cast of float64 to float32, to any grid but float32 itself; see :func:`cast`.
+
+    From its own bits: of float32, even if it is rounded to odd, too few are left where a quantum is within two of
+    float32's, and where fractions have 24 bits that a random number may tip.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.int64)
+    magnitude = bits & np.int64(2**63 - 1)
+    steps, exponent = _float64_steps(magnitude, params, random_bits)
+    # To all that follows a value is zero, finite, infinite or NaN, and has a sign: said in the bits of a float32.
+    finite = jnp.minimum(magnitude, np.int64(1))
+    kind = jnp.where(magnitude < _FLOAT64_INF, finite, np.int64(_INF) + (magnitude > _FLOAT64_INF).astype(jnp.int64))
+    kind = (kind | (bits >> 63 << 31)).astype(jnp.int32)
+    if params.path == "unsigned":
+        return _without_random_bits_nan(_finish_unsigned(exponent + steps - 1, kind, params), params, random_bits)
+    # steps has at most 24 bits, so it is exact in float32; its exponent field then takes up the quantum's.
+    quantum, whole = exponent - params.mantissa_bits, _bits(steps.astype(jnp.float32))
+    field = (whole >> 23) + quantum
+    rounded = jnp.where(field > 254, _INF, jnp.where((field < 1) | (steps == 0), 0, whole + (quantum << 23)))
+    return _without_random_bits_nan(_finish_integer(rounded, kind, params), params, random_bits)
+
+
+def _float64_steps(
+    magnitude: jax.Array, params: FormatParams, random_bits: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The quanta that magnitudes, as bits of float64, round to, and the exponents of their binades: int32."""
+    stored = jnp.maximum(magnitude >> 52, np.int64(1))
+    significand = magnitude - ((stored - 1) << 52)
+    unbiased = (stored - 1023).astype(jnp.int32)
+    exponent = jnp.maximum(unbiased, params.min_exponent)
+    codes_below = exponent - params.min_exponent
+    if params.path == "unsigned":
+        # Without a code for zero every code is one less. What is below the smallest value becomes that.
+        significand = jnp.where(unbiased < exponent, np.int64(1 << 52), significand)
+        dropped, parity = jnp.full_like(exponent, 52), codes_below + 1
+    else:
+        dropped = exponent - unbiased + (52 - params.mantissa_bits)
+        parity = jnp.where(params.mantissa_bits == 0, codes_below, 0)
+    # In 2^-30 of a quantum and rounded to odd: enough for ties, and for all that can be drawn.
+    unseen = jnp.minimum(dropped - _ADDEND_BITS, 62).astype(jnp.int64)
+    kept = significand >> unseen
+    kept = kept | ((kept << unseen) != significand).astype(jnp.int64)
+    # int32 has room for the fraction and for the last of the whole quanta, by which ties are broken.
+    whole, low = (kept >> _ADDEND_BITS).astype(jnp.int32), (kept & np.int64(2**31 - 1)).astype(jnp.int32)
+    rounded = _round_steps(low, jnp.full_like(low, _ADDEND_BITS), parity, params, random_bits)
+    return (whole & -2) + rounded, exponent
 
 
 def _without_random_bits_nan(result: jax.Array, params: FormatParams, random_bits: jax.Array | None) -> jax.Array:

@@ -14,7 +14,7 @@ from jax import lax
 from altgrad_core.codes import SpecialCodes, parse_codable
 from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding
-from altgrad_jax.casting import cast, float64_to_odd, floating, widened, within_float32
+from altgrad_jax.casting import cast, cast_float64, float64_to_odd, floating, widened, within_float32
 from altgrad_jax.params import FormatParams, replaced_from
 
 _SIGN = np.int32(-(2**31))
@@ -120,7 +120,7 @@ def _encoded(x: jax.Array, code: CodeParams) -> jax.Array:
     params, bits = code.params, _bits(value)
     if params.path == "fast":
         return _encoded_by_addition(bits, code)
-    on_grid = _bits(cast(value, params)) & _MAGNITUDE
+    on_grid = _bits(cast(value, params) if x.dtype != jnp.float64 else cast_float64(x, params)) & _MAGNITUDE
     of_grid = _codes_of_powers if params.path == "unsigned" else _codes_of_grid
     codes = _with_specials(of_grid(on_grid, params), on_grid, _INF, code.inf_code, code)
     return codes.astype(code.dtype) if params.path == "unsigned" else _with_signs(codes, bits, code)

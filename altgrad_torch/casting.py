@@ -323,16 +323,38 @@ def _overflows(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how:
     marking = how._replace(beyond=_MARKING)
 
     def part(x: Tensor, scale: Tensor | None, random_bits: Tensor | None) -> Tensor:
-        return _cast(x, scale, random_bits, marking).isinf()
+        scale, how = _scaling_of(x, scale, marking)
+        return _cast(x, scale, random_bits, how).isinf()
 
     return in_chunks(part, how.grid, torch.bool, x, scale, random_bits)
 
 
 def _scaled_cast(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
+    scale, how = _scaling_of(x, scale, how)
     on_grid = _cast(x, scale, random_bits, how)
-    if scale is None or _is_unsigned(how.grid):
-        return _to_dtype(on_grid, x.dtype)
-    return scaled_up(on_grid, scale, x.dtype)
+    return _to_dtype(on_grid, x.dtype) if scale is None else scaled_up(on_grid, scale, x.dtype)
+
+
+def _scaling_of(x: Tensor, scale: Tensor | None, how: _How) -> tuple[Tensor | None, _How]:
+    """By what ``x`` is divided, and how it is then rounded.
+
+    To unsigned formats the grid is moved instead, for all but float64: float32 may not hold the quotients.
+    """
+    grid = how.grid
+    if scale is None or not _is_unsigned(grid):
+        return scale, how
+    if x.dtype == torch.float64:
+        return _power_of_two_below(scale), how
+    params = grid if isinstance(grid, FormatParams) else FormatParams.from_format(grid, device=x.device)
+    return None, how._replace(grid=_moved(params, scale))
+
+
+def _power_of_two_below(scale: Tensor) -> Tensor:
+    """The scale, or the next power of two below; in integers, because a processor may flush a subnormal one."""
+    magnitude = scale.view(torch.int32) & _MAGNITUDE
+    # Of a subnormal the bits are a number that float32 holds, and whose exponent tells the highest of them.
+    highest_bit = (magnitude.to(torch.float32).view(torch.int32) & _INF).view(torch.float32).to(torch.int32)
+    return torch.where(magnitude < _IMPLICIT_ONE, highest_bit, magnitude & _INF).view(torch.float32)
 
 
 def scaled_down(x: Tensor, scale: Tensor) -> Tensor:
@@ -349,17 +371,14 @@ def scaled_up(on_grid: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _cast(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how: _How) -> Tensor:
-    """Round ``x / scale`` to float32; to an unsigned format round ``x``, for there the grid is moved instead."""
-    grid, is_float64 = how.grid, x.dtype == torch.float64
-    if scale is None:
-        x = x if is_float64 else widened(x)
-    elif _is_unsigned(grid):
-        params = grid if isinstance(grid, FormatParams) else FormatParams.from_format(grid, device=x.device)
-        x, grid = x if is_float64 else widened(x), _moved(params, scale)
-    else:
+    """``x / scale`` rounded, as float32."""
+    is_float64 = x.dtype == torch.float64
+    if scale is not None:
         x = scaled_down(x, scale)
+    elif not is_float64:
+        x = widened(x)
     draw = None if random_bits is None else Draw(random_bits, how.stochastic_bits)
-    return (round_float64_to_grid if is_float64 else round_to_grid)(x, grid, how.rounding, how.beyond, draw)
+    return (round_float64_to_grid if is_float64 else round_to_grid)(x, how.grid, how.rounding, how.beyond, draw)
 
 
 def _is_unsigned(grid: Format | FormatParams) -> bool:

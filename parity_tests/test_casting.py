@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 
 import gfloat
@@ -24,7 +25,7 @@ import altgrad_torch.blocks as blocks_in_torch
 import altgrad_torch.casting as in_torch
 import altgrad_torch.codes as codes_in_torch
 from altgrad_core.errors import InputError
-from altgrad_core.formats import OVERFLOWS, Format, Overflow, Rounding, parse
+from altgrad_core.formats import OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import round_to_format
 from altgrad_jax.params import FormatParams
 from parity_tests.support import (
@@ -411,6 +412,93 @@ def test_float64_is_rounded_once(format: Format) -> None:
         actual = jax_quantize(jnp.asarray(x), FormatParams.from_format(format))
     assert_same_bits(actual, expected, x, "jax")
     assert_same_bits(in_torch.quantize(to_torch(x), format), expected, x, "torch")
+
+
+FINEST = Format("E7M22", 7, 22, 63)
+"""One of its quanta has two of float32's: none of them is left to tell what is beside a tie from the tie."""
+
+
+@formats("E7M0", "float8_e8m0fnu", "E8M0b148fnu")
+@pytest.mark.parametrize("stochastic_bits", [1, 23, 24])
+def test_float64_is_rounded_by_all_random_bits(format: Format, stochastic_bits: int) -> None:
+    """A binade has 2^23 float32, and 24 random bits tell apart twice as many."""
+    fractions = (np.arange(8) + 0.25 * np.arange(8)[:, None]).ravel() * 2.0**-24
+    fractions = np.concatenate([fractions, 0.5 + fractions, 1 - 2.0**-24 + fractions[:4] / 8])
+    least = np.ceil((1 - fractions) * 2.0**stochastic_bits).astype(np.int64)
+    x = np.concatenate([1 + fractions] * 4)
+    drawn = np.concatenate([least + each for each in range(-2, 2)]) % 2**stochastic_bits
+    modes = {"rounding": "stochastic", "stochastic_bits": stochastic_bits}
+    expected = np.array(
+        [round_to_format(each, format, random_bits=bits, **modes) for each, bits in zip(x, drawn.tolist(), strict=True)]
+    )
+    with jax.enable_x64(True):
+        actual = in_jax.quantize(jnp.asarray(x), format, random_bits=jnp.asarray(drawn), **modes)
+        assert_same_bits(actual, expected, x, "jax")
+    theirs = in_torch.quantize(to_torch(x), format, random_bits=to_torch(drawn), **modes)
+    assert_same_bits(theirs, expected, x, "torch")
+
+
+@pytest.mark.parametrize("rounding", ["nearest_even", "nearest_away", "toward_zero"])
+def test_float64_is_rounded_once_to_the_finest_quanta(rounding: Rounding) -> None:
+    quanta = (2.0**22 + np.arange(9)[:, None] + np.array([0, 2.0**-20, 0.25, 0.5, 0.5 + 2.0**-29, 0.75])).ravel()
+    x = np.concatenate([quanta * 2.0**-22, quanta * -(2.0**-84), (FINEST.max_representable_value, 1.3 * 2.0**-70)])
+    expected = np.array([round_to_format(each, FINEST, rounding=rounding) for each in x])
+    with jax.enable_x64(True):
+        assert_same_bits(in_jax.quantize(jnp.asarray(x), FINEST, rounding=rounding), expected, x, "jax")
+    assert_same_bits(in_torch.quantize(to_torch(x), FINEST, rounding=rounding), expected, x, "torch")
+
+
+SCALES = 2.0 ** np.array([-149, -148, -140, -127, -126, -125, -100, -26, -25, -24, -23, -22, -21, -1, 0, 1, 10, 127])
+"""Of some the grid of E8M0 goes on where float32 has quanta too wide for it, or ends; 1.5 of each are no power of two.
+"""
+
+
+def around_the_grid(format: Format, unit: float) -> list[float]:
+    """Powers of two where the grid times ``unit`` ends, and where float32 does; what is beside and between them."""
+    ends = format.smallest_subnormal or 2.0**format.min_exponent, format.max_representable_value
+    powers = [end * unit * 2.0**k for end in ends for k in range(-2, 3)]
+    powers += [2.0**k for k in (-160, -151, -150, -149, -148, -147, -128, -127, -126, -125, 0, 127, 128, 130)]
+    between = np.multiply.outer(powers, [1, 1.25, 1.5, 1.75]).ravel()
+    beside = [np.nextafter(between, 0), between, np.nextafter(between, np.inf)]
+    return [*np.concatenate(beside).tolist(), 0.0, -1.0, 5e-324, 1e308, math.inf, -math.inf, math.nan]
+
+
+@formats("float8_e8m0fnu", "E5M0fnu", "E8M0b148fnu")
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("overflow", OVERFLOWS)
+def test_float64_to_a_scaled_format_without_a_sign(format: Format, rounding: Rounding, overflow: Overflow) -> None:
+    """``Q(x / s) * s`` in every bit, with s the power of two in the scale, wherever the scaled grid may lie."""
+    units = np.concatenate([SCALES, SCALES[1::5]])
+    scales = np.concatenate([SCALES, SCALES[1::5] * 1.5]).astype(np.float32)
+    x = np.array([around_the_grid(format, unit) for unit in units.tolist()])
+    drawn = np.random.default_rng(5).integers(0, 2**24, x.shape).astype(np.int32) if rounding == "stochastic" else None
+    expected = np.empty_like(x)
+    for (row, column), value in np.ndenumerate(x):
+        unit = Fraction(units[row])
+        quotient = Fraction(value) / unit if value and math.isfinite(value) else float(value)
+        bits = None if drawn is None else int(drawn[row, column])
+        on_grid = round_to_format(quotient, format, rounding=rounding, overflow=overflow, random_bits=bits)
+        expected[row, column] = float(Fraction(on_grid) * unit) if math.isfinite(on_grid) else on_grid
+    with jax.enable_x64(True):
+        actual = in_jax.quantize(
+            jnp.asarray(x),
+            FormatParams.from_format(format, rounding=rounding, overflow=overflow),
+            scale=jnp.asarray(scales[:, None]),
+            random_bits=None if drawn is None else jnp.asarray(drawn),
+        )
+    assert_same_bits(actual, expected, x, "jax")
+    modes = {"rounding": rounding, "overflow": overflow, "random_bits": None if drawn is None else to_torch(drawn)}
+    assert_same_bits(in_torch.quantize(to_torch(x), format, scale=to_torch(scales[:, None]), **modes), expected, x)
+
+
+@formats("E8M0b148fnu")
+def test_codes_of_float64_without_a_sign(format: Format) -> None:
+    """2^-148 is one of its values: beside the tie with the next one float32 has none."""
+    x = np.array([1, 1.25, 1.5 - 2.0**-40, 1.5, 1.5 + 2.0**-40, 1.75, 3 - 2.0**-40, 3, 3 + 2.0**-40]) * 2.0**-148
+    expected = [format.to_bits(each) for each in x.tolist()]
+    with jax.enable_x64(True):
+        assert codes_in_jax.encode(jnp.asarray(x), format).tolist() == expected
+    assert codes_in_torch.encode(to_torch(x), format).tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
