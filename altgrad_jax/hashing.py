@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from altgrad_core.hashing import MULTIPLIERS, SEED_OFFSET, STREAM_OFFSET, check_one_word, check_shape, check_word
 
@@ -22,7 +23,8 @@ def hash_bits(shape: tuple[int, ...], seed: int | jax.Array, step: int | jax.Arr
     Fused into the cast that uses them they cost a few operations for each element, and no memory.
 
     Args:
-        shape: of the result; up to 2^32 elements.
+        shape: of the result; up to 2^32 elements. Sizes may be symbolic, in what is exported: indices beyond then begin
+            anew at 0.
         seed: an integer from 0 to 2^32 - 1, or an array of shape ``()`` of any integer dtype, which may be traced, of
             which the lowest 32 bits count (of a narrower one that is negative, those of the same number).
         step: likewise; another step gives other bits.
@@ -38,7 +40,8 @@ def hash_bits(shape: tuple[int, ...], seed: int | jax.Array, step: int | jax.Arr
     >>> hash_bits((2,), seed=1).tolist() == hash_bits((2,), seed=1, step=0).tolist()
     True
     """
-    check_shape(shape)
+    if not isinstance(shape, tuple) or not _is_symbolic(shape):
+        check_shape(shape)
     return _hashed(tuple(shape), _word("seed", seed), _word("step", step))
 
 
@@ -54,12 +57,23 @@ def _hashed(shape: tuple[int, ...], seed: jax.Array, step: jax.Array) -> jax.Arr
 
 def _indices(shape: tuple[int, ...]) -> jax.Array:
     """Each element's place in the order of memory, from the counters of the loops that a fused program runs anyway."""
-    if len(shape) < 2:
+    if len(shape) < 2 and not _is_symbolic(shape):
         return _indices_in_two_parts(math.prod(shape)).reshape(shape)
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    longer = [axis for axis, size in enumerate(shape) if size > 1] or [0]
-    counters = [lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(strides[axis]) for axis in longer]
+    strides = [_stride(shape[axis + 1 :]) for axis in range(len(shape))]
+    longer = [axis for axis, size in enumerate(shape) if is_symbolic_dim(size) or size > 1] or [0]
+    counters = [lax.broadcasted_iota(jnp.uint32, shape, axis) * strides[axis] for axis in longer]
     return reduce(lax.add, counters)
+
+
+def _is_symbolic(shape: tuple[int, ...]) -> bool:
+    """Whether a size is known only when what is exported is called."""
+    return any(map(is_symbolic_dim, shape))
+
+
+def _stride(inner: tuple[int, ...]) -> np.uint32 | jax.Array:
+    """How far apart the elements of an axis are; a traced number where sizes within it are symbolic."""
+    stride = math.prod(inner)
+    return jnp.asarray(stride).astype(jnp.uint32) if is_symbolic_dim(stride) else np.uint32(stride)
 
 
 def _indices_in_two_parts(count: int) -> jax.Array:

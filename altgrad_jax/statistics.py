@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding
 from altgrad_core.scaling import check_given_scale
@@ -219,8 +220,8 @@ def _observed(x: jax.Array, params: FormatParams, scale: jax.Array | None) -> tu
 
 
 def _parts(x: jax.Array, scale: jax.Array | None) -> Iterator[tuple[jax.Array, jax.Array | None]]:
-    """Flat parts of up to 2^30 elements, with their scales; all as it is where it may be sharded."""
-    if not is_whole(x):
+    """Flat parts of up to 2^30 elements, with their scales; all as it is where it may be sharded, or of any size."""
+    if not is_whole(x) or _is_of_any_size(x):
         yield x, scale
         return
     flat = x.reshape(-1)
@@ -228,6 +229,16 @@ def _parts(x: jax.Array, scale: jax.Array | None) -> Iterator[tuple[jax.Array, j
         scale = jnp.broadcast_to(scale, x.shape).reshape(-1)
     for start in range(0, flat.size, _MOST_AT_ONCE):
         yield _part(flat, start), scale if scale is None or scale.ndim == 0 else _part(scale, start)
+
+
+def _is_of_any_size(x: jax.Array) -> bool:
+    """Whether a size is symbolic: in what is exported, and then called with arrays of any."""
+    return any(map(is_symbolic_dim, x.shape))
+
+
+def _size_in_int64(x: jax.Array) -> jax.Array:
+    """How many elements there are, where sizes are symbolic: XLA would multiply those in int32."""
+    return functools.reduce(lax.mul, [lax.convert_element_type(jnp.asarray(size), jnp.int64) for size in x.shape])
 
 
 def _magnitudes(x: jax.Array, scale: jax.Array | None, params: FormatParams) -> tuple[jax.Array, jax.Array]:
@@ -248,17 +259,20 @@ def _magnitudes(x: jax.Array, scale: jax.Array | None, params: FormatParams) -> 
 
 def _counted(magnitude: jax.Array, scaled: jax.Array, limits: Edges) -> tuple[CastCounts, jax.Array]:
     """Counts of magnitudes, and the largest."""
-    if magnitude.size <= _MOST_AT_ONCE:
+    is_of_any_size = _is_of_any_size(magnitude)
+    if not is_of_any_size and magnitude.size <= _MOST_AT_ONCE:
         seen = _tally(magnitude, scaled, limits).together(magnitude.size)
         return CastCounts.of_tallies(seen), seen[-1]
     # More than int32 counts, but rows of which it does: of what may be sharded, and is not cut for that.
-    longest = int(np.argmax(magnitude.shape))
+    shape = [is_symbolic_dim(size) for size in magnitude.shape] if is_of_any_size else magnitude.shape
+    longest = int(np.argmax(shape))
     others = tuple(axis for axis in range(magnitude.ndim) if axis != longest)
     *rows, largest = _counts_and_max(_marked(magnitude, scaled, limits), others)
     with jax.enable_x64(True):
         sums = [jnp.sum(lax.convert_element_type(row, jnp.int64)) for row in rows]
         parts = TallyParts._make([*sums, jnp.zeros_like(sums[0])])
-        counts = CastCounts(_limbs(parts.together(magnitude.size)[:-1]).astype(jnp.int32))
+        size = _size_in_int64(magnitude) if is_of_any_size else magnitude.size
+        counts = CastCounts(_limbs(parts.together(size)[:-1]).astype(jnp.int32))
     return counts, lax.reduce(largest, np.int32(0), lax.max, (0,))
 
 
@@ -354,7 +368,7 @@ class TallyParts(NamedTuple):
     vanishing: jax.Array
     amax: jax.Array
 
-    def together(self, size: int) -> jax.Array:
+    def together(self, size: int | jax.Array) -> jax.Array:
         """The tally of so many elements; see :func:`tally`."""
         overflow, nonzero = self.overflow_or_nan - self.nan, size - self.zero - self.nan
         underflow = self.vanishing - self.zero

@@ -208,6 +208,16 @@ def test_hash_bits_are_the_definition(seed: int, step: int) -> None:
     assert hash_bits((3, 0), seed).shape == (3, 0)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "shapes"), [("n", [(1,), (4096,)]), ("n, 8", [(1, 8), (5, 8)]), ("3, n, m", [(3, 1, 7), (3, 5, 1)])]
+)
+def test_hash_bits_are_exported_for_any_size(sizes: str, shapes: list[tuple[int, ...]]) -> None:
+    given = jax.ShapeDtypeStruct(jax.export.symbolic_shape(sizes), jnp.float32)
+    exported = jax.export.export(jax.jit(lambda x: hash_bits(x.shape, 7, 3)))(given)
+    for shape in shapes:
+        np.testing.assert_array_equal(exported.call(jnp.zeros(shape)), hash_bits(shape, 7, 3))
+
+
 def test_stochastic_rounding_by_hash_is_one_program_for_all_steps() -> None:
     @jax.jit
     @chex.assert_max_traces(1)

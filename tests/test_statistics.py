@@ -21,6 +21,7 @@ from altgrad_jax import (
     StallCounts,
     cast_counts,
     observe,
+    quantize_with_counts,
     set_format,
     stall_counts,
     stall_monitor,
@@ -407,3 +408,30 @@ def test_one_scale_for_all_counts_like_one_for_each(name: str, scale: float) -> 
     together = cast_counts(x, name, scale=scale).as_integers()
     assert together == cast_counts(x, name, scale=each).as_integers()
     assert together["overflow"] > 0
+
+
+@pytest.mark.parametrize("sizes", ["n, 64", "n, m", "3, n"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("scale", [None, 0.5, "rows"])
+def test_counts_are_exported_for_any_size(sizes: str, dtype: Any, scale: Any) -> None:
+    def counted(x: jax.Array) -> tuple[CastCounts, tuple[jax.Array, CastCounts]]:
+        scales = jnp.full((x.shape[0], 1), 2.0) if scale == "rows" else scale
+        return cast_counts(x, "E4M3", scale=scales), quantize_with_counts(x, "E4M3", scale=scales)
+
+    shape = jax.export.symbolic_shape(sizes)
+    exported = jax.export.export(jax.jit(counted))(jax.ShapeDtypeStruct(shape, dtype))
+    given = jnp.geomspace(1e-6, 1e6, 3 * 64).at[7].set(jnp.nan).reshape(3, 64).astype(dtype)
+    for wanted, got in zip(jax.tree.leaves(counted(given)), jax.tree.leaves(exported.call(given)), strict=True):
+        np.testing.assert_array_equal(got.astype(jnp.float32), wanted.astype(jnp.float32))
+
+
+def test_exported_counts_do_not_wrap() -> None:
+    """More than 2^32 elements, of which none is stored."""
+
+    def counted(x: jax.Array) -> CastCounts:
+        return cast_counts(jnp.broadcast_to(x, (x.shape[0], 2**20)), "E4M3")
+
+    exported = jax.export.export(jax.jit(counted))(jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, 1"), jnp.float32))
+    count = 4097 * 2**20
+    wanted = {"elements": count, "overflow": count, "nonzero": count, "underflow": 0, "nan": 0}
+    assert exported.call(jnp.full((4097, 1), 1e6)).as_integers() == wanted
