@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 
 from altgrad.libraries import Answer, Caster, gfloat_answer, ml_dtypes_answer, torch_answer
-from altgrad.numbers import Number, read_number
+from altgrad.numbers import Number, Real, as_number
 from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, STOCHASTIC_BITS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import check_modes, check_stochastic_bits, round_to_format
@@ -63,7 +63,7 @@ class Explanation:
     """What a cast makes of a number, and why.
 
     Attributes:
-        number: what was typed and the float32 of it, which is what is cast.
+        number: what was typed, or given, and the float32 of it, which is what is cast.
         format: what it is cast to.
         rounding: how it is rounded.
         overflow: what becomes of it beyond max.
@@ -124,7 +124,7 @@ class Explanation:
 
 
 def explain(
-    number: str | Number,
+    number: str | Real | Number,
     format: str | Format,
     *,
     rounding: Rounding = "nearest_even",
@@ -136,7 +136,8 @@ def explain(
     """Explain the cast of one number.
 
     Args:
-        number: as :func:`altgrad.numbers.read_number` takes it.
+        number: typed, as :func:`altgrad.numbers.read_number` takes it, or a number of Python's or NumPy's, which counts
+            at its exact value.
         format: a name or a :class:`~altgrad_core.formats.Format`.
         rounding: see :data:`altgrad_core.formats.Rounding`.
         overflow: see :data:`altgrad_core.formats.Overflow`.
@@ -146,14 +147,17 @@ def explain(
 
     Raises:
         ValueError: for what cannot be read, unknown formats and modes, and options without effect.
+        TypeError: for a number that is neither a string nor a real number.
 
     >>> told = explain("1.5", "E7M0", others=())
     >>> told.is_tie, told.result.value, [candidate.value for candidate in told.candidates]
     (True, 2.0, [1.0, 2.0])
     >>> told.reason
     '1.5 lies exactly half way between 1 and 2. A tie goes to the even code, the one that ends in 0: 0 1000000.'
+    >>> explain(1.5, "E7M0", others=()).result == told.result
+    True
     """
-    number = read_number(number) if isinstance(number, str) else number
+    number = as_number(number)
     resolved = parse(format)
     check_modes(rounding, overflow)
     count, random_bits = _checked_draw(rounding, random_bits, stochastic_bits)

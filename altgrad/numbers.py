@@ -15,9 +15,13 @@ import numpy as np
 from altgrad_core.errors import InputError
 from altgrad_core.formats import FORMAT_REGISTRY, Format
 from altgrad_core.reference import round_to_format
+from altgrad_core.scalars import is_integer
 from altgrad_core.vectors import float32_bits
 
-Kind = Literal["decimal number", "hex float", "power of two", "float32 bit pattern", "special value"]
+Kind = Literal["decimal number", "hex float", "power of two", "float32 bit pattern", "special value", "number"]
+
+Real = float | Fraction | np.floating | np.integer
+"""A number as Python or NumPy has it."""
 
 _FLOAT32 = FORMAT_REGISTRY["float32"]
 _EXPECTED = (
@@ -35,12 +39,12 @@ _FAR_BEYOND_FLOAT32 = 100
 
 @dataclass(frozen=True)
 class Number:
-    """A number that somebody typed, and the float32 that casts see of it.
+    """A number that somebody typed, or gave as one, and the float32 that casts see of it.
 
     Attributes:
         text: as typed.
-        kind: how it was read.
-        exact: what was typed; None for NaN and infinities.
+        kind: how it was read; ``number`` where nothing was typed.
+        exact: what was typed, or given; None for NaN and infinities.
         bits: of the float32 nearest to it.
     """
 
@@ -59,6 +63,33 @@ class Number:
     def is_rounded(self) -> bool:
         """Whether float32 does not hold what was typed."""
         return self.exact is not None and (math.isinf(self.value) or Fraction(self.value) != self.exact)
+
+
+def as_number(value: str | Real | Number) -> Number:
+    """A number as it was typed (see :func:`read_number`), or as Python or NumPy has it: at its exact value.
+
+    Raises:
+        ValueError: for a string that cannot be read.
+        TypeError: for what is neither a string nor a real number of Python's or NumPy's.
+
+    >>> as_number("0.1").exact, as_number(0.1).exact == Fraction(0.1), as_number(-0.0).value
+    (Fraction(1, 10), True, -0.0)
+    """
+    if isinstance(value, Number):
+        return value
+    if isinstance(value, str):
+        return read_number(value)
+    if is_integer(value):
+        return _rounded(str(int(value)), "number", abs(Fraction(int(value))))
+    if isinstance(value, Fraction):
+        return _rounded(str(value), "number", abs(value))
+    if not isinstance(value, (float, np.floating)):
+        expected = "expected a string, such as '1.5', or a real number, such as a float"
+        raise TypeError(f"the number is {value!r} ({type(value).__name__}); {expected}")
+    if np.isfinite(value):
+        return _rounded(str(value), "number", abs(Fraction(*value.as_integer_ratio())))
+    sign, magnitude = bool(np.signbit(value)), abs(float(value))
+    return Number(f"{'-' * sign}{magnitude}", "number", None, float32_bits(magnitude) | sign << 31)
 
 
 def read_number(text: str) -> Number:

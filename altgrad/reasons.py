@@ -38,7 +38,7 @@ def name_of(number: Number) -> str:
     >>> name_of(read_number("0x3fc00000")), name_of(read_number("0.1"))
     ('1.5', '0.1')
     """
-    if number.kind == "decimal number" and not number.is_rounded:
+    if number.kind in ("decimal number", "number") and not number.is_rounded:
         return number.text
     exact = write_number(number.value)
     return exact if len(exact) <= 9 else str(np.uint32(number.bits).view(np.float32))

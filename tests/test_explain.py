@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 import altgrad.conventions as conventions
 from altgrad.explain import explain
 from altgrad.libraries import gfloat_answer, ml_dtypes_answer, torch_answer
-from altgrad.numbers import read_number, write_decimal, write_number
+from altgrad.numbers import Real, as_number, read_number, write_decimal, write_number
 from altgrad_core.formats import FORMAT_REGISTRY, OVERFLOWS, ROUNDINGS, Overflow, Rounding, parse
 from altgrad_core.reference import round_to_format
 from altgrad_core.vector_inputs import input_bits
@@ -71,6 +72,40 @@ def test_numbers_refused(text: str, expected: str) -> None:
     with pytest.raises(ValueError, match="cannot read the number") as refused:
         read_number(text)
     assert expected in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "bits"),
+    [
+        *((1.5, 0x3FC00000), (-3, 0xC0400000), (Fraction(3, 2), 0x3FC00000), (-0.0, 0x80000000), (0, 0)),
+        *((np.float16(-1.5), 0xBFC00000), (np.float32(0.1), 0x3DCCCCCD), (np.float64(0.1), 0x3DCCCCCD)),
+        *((np.int8(-128), 0xC3000000), (2**24 + 1, 0x4B800000), (2**24 + 3, 0x4B800002), (10**400, 0x7F800000)),
+        *((math.inf, 0x7F800000), (-math.inf, 0xFF800000), (math.nan, 0x7FC00000), (-math.nan, 0xFFC00000)),
+        *((np.float32("-inf"), 0xFF800000), (1e-320, 0), (1 + 2.0**-24 + 2.0**-52, 0x3F800001)),
+    ],
+    ids=repr,
+)
+def test_numbers_given(value: Real, bits: int) -> None:
+    """At the value that they have, not at that which they are shown as."""
+    number = as_number(value)
+    assert (number.kind, number.bits) == ("number", bits)
+    plain = value.item() if isinstance(value, np.generic) else value
+    assert number.exact == (Fraction(plain) if plain == plain and abs(plain) != math.inf else None)
+
+
+def test_explanations_of_numbers_given() -> None:
+    for given in (1.5, np.float32(1.5), Fraction(3, 2)):
+        told = explain(given, "E7M0", others=())
+        assert told.result == explain("1.5", "E7M0", others=()).result
+    assert "half way between 2 and 4" in explain(3, "E7M0", others=()).reason
+    assert "As float32 it is 0.1" not in explain(np.float32(0.1), "E5M2", others=()).reason
+    assert explain("0.1", "E5M2", others=()).result == explain(0.1, "E5M2", others=()).result
+
+
+@pytest.mark.parametrize("given", [None, True, np.True_, 1j, [1.5], np.array(1.5), b"1.5"], ids=repr)
+def test_what_is_no_number_is_refused(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"the number is .*; expected a string, such as '1.5', or a real number"):
+        explain(given, "E5M2", others=())
 
 
 def test_a_decimal_is_rounded_once() -> None:
