@@ -305,8 +305,8 @@ def read_vectors(path: str | os.PathLike[str]) -> Vectors:
     """Read a file of vectors, its columns in any order.
 
     Raises:
-        ValueError: for a file of another layout or with other columns, one that was cut off or contradicts itself, and
-            lines that cannot be read.
+        ValueError: for a file of another layout or with other columns, one that was cut off or contradicts itself, such
+            as by codes that are not those of their outputs, and lines that cannot be read.
         OSError: if it cannot be opened.
     """
     lines: list[str] = []
@@ -342,6 +342,7 @@ def _from_lines(header: dict[str, Any], lines: list[str]) -> Vectors:
     table = _table(lines, len(columns))
     _check_widths(table[:, columns.index("code")], resolved)
     inputs, outputs, codes, *drawn = (np.ascontiguousarray(table[:, columns.index(name)]) for name in expected)
+    _check_codes(outputs, codes, resolved)
     return Vectors(
         resolved,
         ROUNDINGS[ROUNDINGS.index(rounding)],
@@ -397,6 +398,33 @@ def _check_widths(codes: Words, format: Format) -> None:
             f"line {wide[0] + 2} has the code {codes[wide[0]]:x}; expected one of the {format.bits} bits of {format}, "
             f"0 to {last:x}"
         )
+
+
+def _check_codes(outputs: Words, codes: Words, format: Format) -> None:
+    """Refuse codes that are not those of their outputs. Of NaN any code will do, and 0 in a format without NaN."""
+    known, places = np.unique(codes, return_inverse=True)
+    decoded = np.array([format.to_real(code) for code in known.tolist()], np.float64)[places]
+    values = np.array(_values(outputs), np.float64)
+    is_right = decoded.view(np.int64) == values.view(np.int64)  # in bits, since -0 equals 0
+    is_right |= np.isnan(values) & (np.isnan(decoded) if format.has_nan else codes == 0)
+    if not format.has_inf:
+        is_right |= np.isinf(values) & (decoded == np.copysign(format.max_representable_value, values))
+    wrong = np.flatnonzero(~is_right)
+    if wrong.size:
+        k = int(wrong[0])
+        output, code = _shown(int(outputs[k])), _shown_code(int(codes[k]), format)
+        raise ValueError(f"line {k + 2} has the output {output} and {code}; {_right_code(float(values[k]), format)}")
+
+
+def _right_code(output: float, format: Format) -> str:
+    """What the code of an output should be, in words."""
+    code = format.to_bits(output, overflow="saturate_finite")
+    value = format.to_real(code)
+    is_one = value == output and math.copysign(1, value) == math.copysign(1, output)
+    is_infinity_as_max = math.isinf(output) and not math.isnan(value)
+    if is_one or is_infinity_as_max or math.isnan(output):
+        return f"expected {_shown_code(code, format)}"
+    return f"expected the output to be a value of {format}"
 
 
 def check_vectors(

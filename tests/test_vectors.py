@@ -383,6 +383,63 @@ def test_files_that_cannot_be_read(tmp_path: Path, edit, expected) -> None:
     assert str(path) in str(refused.value)
 
 
+def with_row(path: Path, name: str, output: str, code: str) -> Path:
+    """A file whose line 4, of three rows, has this output and this code."""
+    header, *rows = vector_lines(golden_vectors(name, overflow="saturate_finite", random_inputs=0))
+    header = re.sub(r'"count": \d+', '"count": 3', header)
+    path.write_text("".join([header, *rows[:2], json.dumps(["3f800000", output, code])]), encoding="ascii")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "code", "expected"),
+    [
+        ("E4M3", "3f800000", "39", "1.0 (0x3f800000) and code 0x39 (1.125); expected code 0x38 (1.0)"),
+        ("E4M3", "3f800000", "b8", "1.0 (0x3f800000) and code 0xb8 (-1.0); expected code 0x38 (1.0)"),
+        ("E4M3", "3f800000", "7f", "1.0 (0x3f800000) and code 0x7f (nan); expected code 0x38 (1.0)"),
+        ("E4M3", "00000000", "80", "0.0 (0x00000000) and code 0x80 (-0.0); expected code 0x0 (0.0)"),
+        ("E4M3", "80000000", "00", "-0.0 (0x80000000) and code 0x0 (0.0); expected code 0x80 (-0.0)"),
+        ("E4M3", "7fc00000", "7e", "nan (0x7fc00000) and code 0x7e (448.0); expected code 0x7f (nan)"),
+        ("E4M3", "7f800000", "7f", "inf (0x7f800000) and code 0x7f (nan); expected code 0x7e (448.0)"),
+        ("E4M3", "ff800000", "7e", "-inf (0xff800000) and code 0x7e (448.0); expected code 0xfe (-448.0)"),
+        ("E4M3", "3f8ccccd", "39", "1.100000023841858 (0x3f8ccccd) and code 0x39 (1.125); expected the output to be a"),
+        ("E5M2", "7f800000", "7b", "inf (0x7f800000) and code 0x7b (57344.0); expected code 0x7c (inf)"),
+        ("E5M2", "7fc00000", "7c", "nan (0x7fc00000) and code 0x7c (inf); expected code 0x7e (nan)"),
+        ("E3M4", "7fc00000", "80", "nan (0x7fc00000) and code 0x80 (-0.0); expected code 0x0 (0.0)"),
+        ("float8_e4m3fnuz", "80000000", "00", "-0.0 (0x80000000) and code 0x0 (0.0); expected the output to be"),
+        ("float8_e4m3fnuz", "00000000", "80", "0.0 (0x00000000) and code 0x80 (nan); expected code 0x0 (0.0)"),
+        ("float8_e8m0fnu", "bf800000", "7f", "-1.0 (0xbf800000) and code 0x7f (1.0); expected the output to be a"),
+        ("float8_e8m0fnu", "ff800000", "fe", "-inf (0xff800000) and code 0xfe (1.7014118346046923e+38); expected the"),
+        ("bf16", "00000000", "0001", "0.0 (0x00000000) and code 0x1 (9.183549615799121e-41); expected code 0x0 (0.0)"),
+    ],
+)
+def test_codes_that_are_not_of_their_outputs(tmp_path: Path, name: str, output: str, code: str, expected: str) -> None:
+    path = with_row(tmp_path / "v.jsonl", name, output, code)
+    for read in (read_vectors, lambda path: check_vectors(path, lambda x: x)):
+        with pytest.raises(ValueError, match=re.escape(f"line 4 has the output {expected}")):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "output", "code"),
+    [
+        *(("E5M2", "7fc00000", code) for code in ("7d", "7e", "ff")),
+        *(("E4M3", output, code) for output in ("7fc00000", "ffc00000", "7f800001") for code in ("7f", "ff")),
+        *(("E3M4", "7fc00000", "00"), ("E3M4", "ff800000", "ff"), ("float8_e8m0fnu", "7f800000", "fe")),
+        *(("float8_e4m3fnuz", "7fc00000", "80"), ("E4M3", "80000000", "80"), ("E4M3", "ff800000", "fe")),
+    ],
+)
+def test_codes_that_are_of_their_outputs(tmp_path: Path, name: str, output: str, code: str) -> None:
+    assert len(read_vectors(with_row(tmp_path / "v.jsonl", name, output, code))) == 3
+
+
+@pytest.mark.parametrize("overflow", OVERFLOWS)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_written_is_read(tmp_path: Path, name: str, overflow: Overflow) -> None:
+    made = golden_vectors(name, overflow=overflow, random_inputs=50)
+    assert np.array_equal(read_vectors(write_vectors(tmp_path / "v.jsonl", made)).codes, made.codes)
+
+
 def test_a_name_of_the_writers_own_is_read(tmp_path: Path) -> None:
     path = write_vectors(tmp_path / "v.jsonl", golden_vectors("E2M1", random_inputs=0))
     path.write_text(path.read_text().replace('"E2M1"', '"our fp4"'))
