@@ -18,6 +18,7 @@ from altgrad_core.errors import InputError
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, Format, Overflow, Rounding
 from altgrad_core.reference import check_width
 from altgrad_core.scaling import check_given_scale
+from altgrad_core.shapes import broadcasts_within
 from altgrad_jax.arithmetic import product, quotient
 from altgrad_jax.params import Edges, FormatParams, as_params, beyond_max, edges, replaced_from
 
@@ -103,7 +104,7 @@ def quantize(
 def _refuse_stacked(params: FormatParams, x: jax.Array) -> None:
     """Refuse params of several formats that are not mapped over, and would enlarge ``x``."""
     shape = params.max_value.shape
-    if len(shape) > x.ndim or any(n not in (1, length) for n, length in zip(shape[::-1], x.shape[::-1], strict=False)):
+    if not broadcasts_within(shape, x.shape):
         raise InputError(
             f"params of shape {shape} for x of shape {x.shape}; expected those of one format, or jax.vmap over them"
         )
@@ -130,7 +131,7 @@ def checked_scale(scale: jax.typing.ArrayLike, x: jax.Array) -> jax.Array:
     """
     check_given_scale(scale)
     scale = jnp.asarray(scale, jnp.float32)
-    if scale.ndim > x.ndim or any(s not in (1, n) for s, n in zip(scale.shape[::-1], x.shape[::-1], strict=False)):
+    if not broadcasts_within(scale.shape, x.shape):
         raise InputError(f"the scale has shape {scale.shape}; expected one that broadcasts to that of x, {x.shape}")
     return scale
 

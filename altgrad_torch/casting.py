@@ -20,6 +20,7 @@ from altgrad_core.errors import InputError
 from altgrad_core.formats import STOCHASTIC_BITS, Format, Overflow, Rounding, parse
 from altgrad_core.reference import check_modes, check_stochastic_bits, check_width
 from altgrad_core.scaling import check_given_scale
+from altgrad_core.shapes import broadcasts_within
 from altgrad_torch.conversions import values_by_torch
 from altgrad_torch.cpu import under_transforms
 from altgrad_torch.kernels import Beyond, Draw, beyond_max, round_float64_to_grid, round_to_grid
@@ -127,7 +128,7 @@ def _quantized(x: Tensor, scale: Tensor | None, random_bits: Tensor | None, how:
 def _refuse_stacked(params: FormatParams, x: Tensor) -> None:
     """Refuse params of several formats that are not mapped over, and would enlarge ``x``."""
     shape = tuple(params.max_value.shape)
-    if len(shape) > x.ndim or any(n not in (1, length) for n, length in zip(shape[::-1], x.shape[::-1], strict=False)):
+    if not broadcasts_within(shape, x.shape):
         raise InputError(
             f"params of shape {shape} for x of shape {tuple(x.shape)}; expected those of one format, or torch.vmap "
             "over them"
@@ -178,7 +179,7 @@ def checked_scale(scale: Tensor | float, x: Tensor) -> Tensor:
     """
     check_given_scale(scale)
     unit = torch.as_tensor(scale, dtype=torch.float32, device=x.device).detach()
-    if unit.ndim > x.ndim or any(s != 1 and s != n for s, n in zip(unit.shape[::-1], x.shape[::-1], strict=False)):
+    if not broadcasts_within(unit.shape, x.shape):
         raise InputError(
             f"the scale has shape {tuple(unit.shape)}; expected one that broadcasts to that of x, {tuple(x.shape)}"
         )
