@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -119,7 +120,7 @@ class Rule:
 
     Raises:
         InputError: for a pattern that is none, an unknown format, granularity or mode, for float32, which casts
-            nothing, and for a format without a sign.
+            nothing, for a format without a sign, and for an option for an operand that is not cast.
 
     >>> rule = Rule("attn/.*", weights="E4M3", gradients="E5M2")
     >>> [str(getattr(rule.spec, operand).format) for operand in OPERANDS]
@@ -149,6 +150,8 @@ class Rule:
                     f"the rule {self.layers!r} casts nothing, so {changed[0]}={getattr(self, changed[0])!r} would have "
                     "no effect; expected a format, or none of the options"
                 )
+        else:
+            self._check_each(self.spec)
 
     @property
     def spec(self) -> LayerSpec | None:
@@ -164,6 +167,17 @@ class Rule:
             gradients=self._cast("gradients", gradients),
             accumulate=self.accumulate,
         )
+
+    def _check_each(self, spec: LayerSpec) -> None:
+        """Refuse an option for an operand that is not cast."""
+        for name, operand in itertools.product(_DEFAULTS, OPERANDS):
+            given, default = getattr(self, name), _DEFAULTS[name]
+            value = option(given, operand)
+            if isinstance(given, Each) and getattr(spec, operand) is None and not _is_nothing(value, default):
+                raise InputError(
+                    f"the rule {self.layers!r} does not cast {operand}, so {name}={value!r} for them would have no "
+                    f"effect; expected {default!r} in its place, or a format of {operand}"
+                )
 
     def _cast(self, operand: Operand, format: Format | None) -> CastSpec | None:
         if format is None:
@@ -181,6 +195,12 @@ class Rule:
         granularity = option(self.granularity, operand)
         resolved = "channel" if granularity == "channel" else parse_granularity(granularity)
         return CastSpec(format, option(self.scaling, operand), resolved, rounding, overflow)
+
+
+_DEFAULTS: dict[str, object] = {
+    each.name: each.default for each in fields(Rule) if each.name in ("scaling", "granularity", "rounding", "overflow")
+}
+"""The options that an :class:`Each` may stand for."""
 
 
 @dataclass(frozen=True)
@@ -243,6 +263,52 @@ def check_alike(places: Sequence[str], rules: Sequence[Rule]) -> None:
     other = next((path for path in places if found.spec(path) != found.spec(places[0])), None)
     if other is not None:
         raise InputError(f"{places[0]} and {other} are one layer, but by the rules they would compute differently")
+
+
+def check_honoured(matches: Matches, layers: Mapping[str, tuple[str, Collection[Operand]]]) -> None:
+    """Refuse a rule that gives a format to an operand that none of its layers has to cast.
+
+    Of a rule for many layers, such as ``.*``, each does what it can.
+
+    Args:
+        matches: from :func:`match_rules`.
+        layers: of the layers that rules decide about, by path, what they are and what they can cast.
+
+    Raises:
+        InputError: naming the rule, the layers, and what they can cast.
+
+    >>> found = match_rules(["emb"], [Rule("emb", "E4M3", activations="E5M2")])
+    >>> check_honoured(found, {"emb": ("Embedding", ("weights", "gradients"))})
+    Traceback (most recent call last):
+    altgrad_core.errors.InputError: the rule 'emb' says activations='E5M2', which would have no effect: it decides about
+    emb (Embedding), with weights and gradients to cast; expected None, or no format, in its place
+    """
+    decided: dict[int, tuple[Rule, list[str]]] = {}
+    for path, rule in matches.rules.items():
+        if rule is not None and rule.spec is not None and path in layers:
+            decided.setdefault(id(rule), (rule, []))[1].append(path)
+    for rule, paths in decided.values():
+        able = [each for each in OPERANDS if any(each in layers[path][1] for path in paths)]
+        operand = _asked_in_vain(rule, able)
+        if operand is not None:
+            told = [f"{path or 'the model'} ({layers[path][0]})" for path in paths]
+            raise InputError(
+                f"the rule {rule.layers!r} says {operand}={str(getattr(rule.spec, operand).format)!r}, which would "
+                f"have no effect: it decides about {_listed(told)}, with {' and '.join(able)} to cast; expected "
+                "None, or no format, in its place"
+            )
+
+
+def _asked_in_vain(rule: Rule, able: Collection[Operand]) -> Operand | None:
+    """An operand to which a rule gives a format, and which its layers do not have; None if there is none such.
+
+    A format that is another operand's as well does not count, unless nothing is cast; nor does that of weights, which
+    has to be given.
+    """
+    casts = [each for each in OPERANDS if getattr(rule.spec, each) is not None]
+    missing = [each for each in casts if each not in able]
+    given = [each for each in missing if each != "weights" and getattr(rule, each) is not SAME]
+    return next(iter(given or (missing if missing == casts else ())), None)
 
 
 def describe_unused(matches: Matches, others: Mapping[str, str]) -> list[str]:
@@ -330,6 +396,11 @@ def _decides(rule: Rule, path: str) -> bool:
 
 def _matches(pattern: re.Pattern[str], path: str) -> bool:
     return any(pattern.fullmatch(each) for each in (path, path.replace(".", "/")))
+
+
+def _is_nothing(value: object, default: object) -> bool:
+    """Whether an option for one operand asks for nothing; a scaling may hold an array, which has no truth value."""
+    return value is None or (isinstance(value, (str, PerTensor)) and value in (default, PerTensor()))
 
 
 def _listed(paths: Sequence[str]) -> str:

@@ -550,6 +550,11 @@ def test_a_subclass_is_cast_where_its_base_computes():
             _RULES[0],
             "no collection 'casts' reaches cell/i, a Dense; expected it to be lifted",
         ),
+        (
+            nn.MultiHeadDotProductAttention(2),
+            Rule("", "E4M3", activations=None),
+            r"the rule '' says weights='E4M3', .* about the model \(MultiHeadDotProductAttention\)",
+        ),
         (Stack(("params", "batch_stats")), _RULES[0], "no collection 'casts' reaches blocks/up"),
     ],
 )

@@ -549,6 +549,12 @@ class TestModels:
                 ),
                 r"the static scale has shape \(2,\); expected a number",
             ),
+            (
+                lambda: quantize_model(
+                    nnx.MultiHeadAttention(2, 4, decode=False, rngs=nnx.Rngs(0)), [Rule("", "E4M3", activations=None)]
+                ),
+                r"the rule '' says weights='E4M3', .* about the model \(MultiHeadAttention\), with activations",
+            ),
             (lambda: quantized_dot_general("E4M3", scaling=ONE, granularity="block2"), "cannot serve blocks of 2"),
             (lambda: quantized_dot_general("E4M3", scaling=ONE, granularity="channel"), "would have no effect"),
             (lambda: quantized_dot_general("float8_e8m0fnu"), "has no sign and no zero"),

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from altgrad_core.errors import InputError
 from altgrad_core.formats import UnknownFormatError
-from altgrad_core.rules import OPERANDS, Each, Rule, match_rules
+from altgrad_core.rules import OPERANDS, Each, Rule, check_honoured, match_rules
 from altgrad_core.scaling import PerBlock, PerTensor
 
 
@@ -55,12 +55,45 @@ def test_options_stand_for_all_operands_or_each_has_its_own():
             lambda: Rule("x", None, rounding="stochastic"),
             "so rounding='stochastic' would have no effect",
         ),
+        (
+            lambda: Rule("x", None, "E4M3", granularity=Each("tensor", "channel", "tensor")),
+            "so granularity='channel' for them would have no effect; expected 'tensor' in its place, or a format of",
+        ),
+        (
+            lambda: Rule("x", "E4M3", None, rounding=Each("stochastic", "toward_zero", "nearest_even")),
+            "does not cast activations, so rounding='stochastic' for them",
+        ),
         (lambda: match_rules(["x"], [("x", "E4M3")]), "is no rule; expected a Rule"),
     ],
 )
 def test_bad_rules_say_what_was_expected(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_an_operand_that_is_not_cast_may_be_passed_over_in_an_option_of_each():
+    for nothing in (None, "tensor", PerTensor()):
+        assert Rule("x", None, "E4M3", granularity=Each("channel", nothing, "tensor")).spec.weights is None
+
+
+@pytest.mark.parametrize(
+    ("rule", "takes", "said"),
+    [
+        (Rule("emb", "E4M3", activations="E5M2"), ("weights", "gradients"), "activations='E5M2'"),
+        (Rule("emb", None, activations="E5M2"), ("weights", "gradients"), "activations='E5M2'"),
+        (Rule("emb", "E4M3", gradients="E5M2"), ("weights", "activations"), "gradients='E5M2'"),
+        (Rule("emb", "E4M3", activations=None), ("activations", "gradients"), "weights='E4M3'"),
+    ],
+)
+def test_a_format_for_an_operand_that_no_layer_has_is_refused(rule, takes, said):
+    with pytest.raises(InputError, match=rf"the rule 'emb' says {said}, which would have no effect: .* emb \(Table\)"):
+        check_honoured(match_rules(["emb"], [rule]), {"emb": ("Table", takes)})
+
+
+def test_a_rule_for_many_layers_need_not_be_honoured_by_each():
+    layers = {"emb": ("Table", ("weights", "gradients")), "up": ("Linear", OPERANDS), "idle": ("Table", ())}
+    for rule in (Rule(".*", "E4M3", activations="E5M2"), Rule(".*", None, "E4M3", None), Rule("emb", "E4M3")):
+        check_honoured(match_rules(list(layers), [rule]), layers)
 
 
 def test_an_unknown_format_is_refused_when_the_rule_is_made():

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -531,6 +532,16 @@ def test_an_option_that_a_layer_cannot_honour_names_both(make, options, message)
     with pytest.raises(InputError, match=message):
         quantize_model(model, [Rule(".*", "E4M3", **options)])
     assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("rule", [Rule("0", "E4M3", activations="E5M2"), Rule("0", None, activations="E4M3")])
+def test_a_format_for_what_a_layer_does_not_have_names_rule_and_layer(rule):
+    model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2))
+    message = r"the rule '0' says activations='E.M.', .* about 0 \(Embedding\), with weights and gradients to cast"
+    with pytest.raises(InputError, match=message):
+        quantize_model(model, [rule, Rule(".*", "E4M3")])
+    assert type(model[0]) is nn.Embedding
+    quantize_model(model, [replace(rule, layers=".*")])  # of which the other layer has activations
 
 
 def test_second_derivatives_pass_through_the_casts():

@@ -22,6 +22,7 @@ from altgrad_core.rules import (
     Formats,
     Rule,
     UnusedRuleWarning,
+    check_honoured,
     choose_formats,
     describe_unused,
     match_rules,
@@ -159,7 +160,10 @@ class Quantized(linen.Module):
     def _with(self, variables: Variables, made: Mapping[str, Any], making: Making) -> dict[str, Any]:
         casts = made.get(CASTS, {})
         paths = {**making.layers, **_states_by_layer(casts)}  # the latter for an nn.jit that had been traced before
-        for reason in describe_unused(match_rules(list(paths), self.rules), making.others):
+        matches = match_rules(list(paths), self.rules)
+        if making.castable.keys() >= _states_by_layer(casts).keys():  # else of some layers it is not known
+            check_honoured(matches, making.castable)
+        for reason in describe_unused(matches, making.others):
             warnings.warn(reason, UnusedRuleWarning, stacklevel=3)
         return {**variables, CASTS: _numbered(casts, self.seed or 0)} if casts else {**variables}
 

@@ -12,10 +12,10 @@ from flax import linen
 from flax.core import Scope
 
 from altgrad_core.errors import InputError
-from altgrad_core.rules import OPERANDS, LayerSpec, Rule, match_rules
+from altgrad_core.rules import OPERANDS, LayerSpec, Operand, Rule, match_rules
 from altgrad_jax.nn.hooks import ProductCasts
 from altgrad_jax.nn.linen_layers import Call, kind_of
-from altgrad_jax.nn.sites import Numbers, Site
+from altgrad_jax.nn.sites import Numbers, Site, castable
 
 CASTS = "casts"
 """The collection that holds the states of casts."""
@@ -90,10 +90,15 @@ class Ruled(Interceptor):
 
 
 class Making(Ruled):
-    """Makes the states of casts, which are in no record yet. What is computed meanwhile is not cast."""
+    """Makes the states of casts, which are in no record yet. What is computed meanwhile is not cast.
+
+    Attributes:
+        castable: of each layer that a rule picks what it is, and what it can cast, by path.
+    """
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         super().__init__(rules)
+        self.castable: dict[str, tuple[str, set[Operand]]] = {}
         self._made: dict[tuple[str, str], tuple[str, tuple[int, ...] | None]] = {}
 
     def casts(self, call: Call, spec: LayerSpec, site: Site, product: str) -> ProductCasts:
@@ -110,6 +115,7 @@ class Making(Ruled):
                 f"{call.path} is the path of two layers, which cannot have casts of one name; expected Rule("
                 f"{call.path!r}, None)"
             )
+        self.castable.setdefault(call.path, (site.kind, set()))[1].update(castable([site]))
         made = site.casts(spec, Numbers(total=0, seed=0))
         values = {product: made} if product else _states(made)
         for name, value in values.items():

@@ -18,6 +18,7 @@ from altgrad_core.rules import (
     Rule,
     UnusedRuleWarning,
     check_alike,
+    check_honoured,
     choose_formats,
     describe_unused,
     match_rules,
@@ -28,7 +29,7 @@ from altgrad_jax.nn.describe import format_names, scaling_names
 from altgrad_jax.nn.nnx_layers import Layer, cast_name, layer_at
 from altgrad_jax.nn.nnx_products import CastVariable
 from altgrad_jax.nn.seen import Seen, record_casts
-from altgrad_jax.nn.sites import Numbers
+from altgrad_jax.nn.sites import Numbers, castable
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -45,6 +46,7 @@ def quantize_nnx(model: Model, rules: Sequence[Rule], *, seed: int | None = None
     matches = match_rules(list(layers), rules)
     for places in _places_of_layers(model):
         check_alike(places, rules)
+    check_honoured(matches, {path: (layer.kind, castable(layer.sites)) for path, layer in layers.items()})
     for reason in describe_unused(matches, _others(model, layers)):
         warnings.warn(reason, UnusedRuleWarning, stacklevel=3)
     chosen = [

@@ -140,6 +140,11 @@ class Site:
         return (features,)
 
 
+def castable(sites: Iterable[Site]) -> set[Operand]:
+    """What the products of a layer can cast."""
+    return {site.operand_at(place) for site in sites for place in site.takes}
+
+
 @dataclass
 class Numbers:
     """Numbers the casts of a model, and gives each a seed of its own.

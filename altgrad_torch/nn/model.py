@@ -13,9 +13,11 @@ from altgrad_core.hashing import check_word
 from altgrad_core.rules import (
     OPERANDS,
     Formats,
+    Operand,
     Rule,
     UnusedRuleWarning,
     check_alike,
+    check_honoured,
     choose_formats,
     describe_unused,
     match_rules,
@@ -90,7 +92,8 @@ def quantize_model(model: Model, rules: Sequence[Rule], *, seed: int | None = No
         The model itself.
 
     Raises:
-        InputError: for an option that a layer cannot honour, a layer that cannot be cast (a subclass with products of
+        InputError: for an option that a layer cannot honour, or that none does (activations of an Embedding have
+            nothing to cast), a layer that cannot be cast (a subclass with products of
             its own, an LSTM), a seed that is no uint32, or any if nothing rounds stochastically, and for what is no
             module or is quantised already. The model is then as it was.
 
@@ -116,6 +119,7 @@ def quantize_model(model: Model, rules: Sequence[Rule], *, seed: int | None = No
             rule = matches.rules[path]
             if rule is not None and rule.spec is not None:
                 _quantize_layer(layer, path, rule, int(seed or 0))
+        check_honoured(matches, {path: _castable(layer) for path, layer in quantized_layers(model)})
         for layer in layers.values():
             # Its forward pass would not call the output projection, which may be cast by another rule.
             if type(layer) is nn.MultiheadAttention and isinstance(layer.out_proj, QuantizedLayer):
@@ -277,6 +281,11 @@ def _quantize_layer(layer: nn.Module, path: str, rule: Rule, seed: int) -> None:
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     quantized.refill_weight_history()
+
+
+def _castable(layer: QuantizedLayer) -> tuple[str, set[Operand]]:
+    """What a layer is, and what it can cast."""
+    return layer.plain.__name__, {geometry.operand for geometry in layer.geometries().values()}
 
 
 _DTYPES = {"torch.float32", "torch.bfloat16", "torch.float16"}
