@@ -422,6 +422,30 @@ def test_a_plain_checkpoint_loads_and_the_scales_of_weights_follow(model):
         Model().load_state_dict(model.state_dict())
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scaling": Static(0.5)}, {"rounding": "stochastic"}, {"scaling": Delayed(2), "granularity": "channel"}],
+)
+def test_what_was_quantised_on_meta_begins_where_it_becomes_real(model, options, assign):
+    plain, rules = state(model), [Rule(".*", "E4M3", gradients="E5M2", **options)]
+    quantize_model(model, rules)
+    with torch.device("meta"):
+        deferred = Model()
+    quantize_model(deferred, rules)
+    assert formats(deferred) == formats(model)
+    assert "E4M3" in repr(deferred)
+    set_formats(deferred, {"blocks.0.attn": "E3M4"})
+    set_formats(model, {"blocks.0.attn": "E3M4"})
+    if not assign:
+        deferred.to_empty(device="cpu")
+        assert formats(deferred) == formats(model)
+    deferred.load_state_dict(plain, assign=assign)
+    assert same(state(deferred), state(model))
+    assert torch.equal(deferred(TOKENS), model(TOKENS))
+    assert formats(model.to("meta")) == formats(deferred)
+
+
 def test_a_checkpoint_of_other_casts_is_refused(model):
     quantize_model(model, ALL)
     some = quantize_model(Model(), [Rule(".*", "E4M3", gradients=None)])

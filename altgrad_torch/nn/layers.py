@@ -99,9 +99,17 @@ class QuantizedLayer(nn.Module):
         sites = [f"{prefix}casts.{name}." for name in self.casts]
         missing = [site for site in sites if not any(key.startswith(site) for key in state_dict)]
         if len(missing) == len(sites):
+            self._take_casts_from_meta()
             self.refill_weight_history()
         else:
             missing_keys += [f"{site}grid" for site in missing]
+
+    def _take_casts_from_meta(self) -> None:
+        """Let casts begin where the weights are now, which ``load_state_dict(..., assign=True)`` took from meta."""
+        device = self.weights()[0].device
+        for site in self.casts.values():
+            if isinstance(site, Site) and site.grid.is_meta and device.type != "meta":
+                site.to_empty(device=device)
 
 
 class QuantizedLinear(QuantizedLayer, nn.Linear):

@@ -81,6 +81,11 @@ def quantize_model(model: Model, rules: Sequence[Rule], *, seed: int | None = No
     unless ``strict=False``. It names formats and ways to scale, round and overflow; ``load_state_dict`` refuses other
     ways than the model's, and takes formats and the numbers of static scales as it finds them.
 
+    A model on the meta device is quantised there. ``to_empty`` then lets its casts begin as the rules say, and
+    ``load_state_dict`` brings the weights, which their scales follow; ``assign=True`` does without ``to_empty``. Of
+    weights that are initialised in their place the scales are 1 until a recording, as by
+    :func:`~altgrad_torch.nn.calibrate`.
+
     Args:
         model: with layers in float32, bfloat16 or float16: Linear, Bilinear, Embedding, Conv1d to 3d, ConvTranspose1d
             to 3d and MultiheadAttention. A layer that stands in several places is one layer, at the first of them.

@@ -96,6 +96,8 @@ class Site(nn.Module):
     step: Tensor | None
     _intact: tuple[Tensor, int] | None = None
     """The grid, and which version of it, that is known to be one of a format."""
+    _format_on_meta: Format
+    """The format while the grid is on the meta device, where it has no numbers."""
 
     def __init__(self, spec: CastSpec, placement: Placement, device: torch.device | None = None) -> None:
         super().__init__()
@@ -103,6 +105,7 @@ class Site(nn.Module):
         self.placement, self.rounding, self.overflow = placement, spec.rounding, spec.overflow
         params = FormatParams.from_format(spec.format)
         self._params_type, self.path = type(params), params.path
+        self._format_on_meta = spec.format
         self.register_buffer("grid", torch.tensor(_numbers_of(spec.format), dtype=torch.int32, device=device))
         history = self.scaling.init(placement.scales)
         self.register_buffer("history", None if history is None else history.to(device))
@@ -124,7 +127,7 @@ class Site(nn.Module):
         Raises:
             InputError: if the numbers of the grid are those of none.
         """
-        return format_of(self.grid)
+        return self._format_on_meta if self.grid.is_meta else format_of(self.grid)
 
     def set_format(self, format: str | Format) -> None:
         """Cast to another format from now on, at the scale that the amaxes seen so far give it.
@@ -134,6 +137,8 @@ class Site(nn.Module):
             InputError: for a format that code compiled for the present one cannot serve, such as bf16 after E4M3.
         """
         resolved = self.check_format(format)
+        if self.grid.is_meta:
+            self._format_on_meta = resolved
         self.grid.copy_(torch.tensor(_numbers_of(resolved), dtype=torch.int32))
         self._rescale()
 
@@ -311,14 +316,32 @@ class Site(nn.Module):
         return {**self.__dict__, "tally": None, "_was_recorded": False, "_intact": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Site:
-        """Move, but keep float32: a model may become bfloat16, its scales and amaxes may not."""
-        before = dict(self._buffers)
+        """Move, but keep float32: a model may become bfloat16, its scales and amaxes may not.
+
+        What comes from the meta device, by ``to_empty``, has a state that was never written: it begins anew.
+        """
+        before, grid = dict(self._buffers), self.grid
+        deferred = self.format if grid.is_meta else None
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
             old = before[name]
             if buffer is not None and old is not None and buffer.dtype != old.dtype:
                 self._buffers[name] = old.to(buffer.device)
+        if deferred is not None and not self.grid.is_meta:
+            self._begin(deferred)
+        elif deferred is None and self.grid.is_meta:
+            self._format_on_meta = format_of(grid)
         return self
+
+    @torch.no_grad()
+    def _begin(self, format: Format) -> None:
+        """The state before the first step, written into buffers that hold anything."""
+        for buffer in (self.history, self.step):
+            if buffer is not None:
+                buffer.zero_()
+        self.grid.copy_(torch.tensor(_numbers_of(format), dtype=torch.int32))
+        self.scale.fill_(1.0)
+        self._rescale()
 
     def _load_from_state_dict(
         self,
