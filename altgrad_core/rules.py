@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Final, Generic, Literal, TypeVar
 
-from altgrad_core.errors import InputError, check_choice
+from altgrad_core.errors import InputError, check_choice, naming
 from altgrad_core.formats import OVERFLOWS, ROUNDINGS, Format, Overflow, Rounding, parse
 from altgrad_core.patterns import compiled_pattern
 from altgrad_core.scaling import Granularity, PerBlock, PerChannel, PerTensor, parse_granularity
@@ -184,11 +184,8 @@ class Rule:
             return None
         if format.cast_path == "identity":
             raise InputError(f"the rule {self.layers!r}: {format} casts nothing; expected None in its place")
-        if not format.is_signed:
-            raise InputError(
-                f"the rule {self.layers!r}: {format} has no sign and no zero; expected a signed format for the "
-                "operands of a layer"
-            )
+        with naming(f"the rule {self.layers!r}"):
+            _check_signed(format)
         rounding, overflow = option(self.rounding, operand), option(self.overflow, operand)
         check_choice("rounding", rounding, ROUNDINGS)
         check_choice("overflow policy", overflow, OVERFLOWS)
@@ -346,8 +343,9 @@ def choose_formats(
         By path and operand, for those that are to have another format: what was given, still to be parsed.
 
     Raises:
-        InputError: for what is no mapping, a pattern that matches no layer, or only such as an earlier one matches, and
-            for a format of an operand that its layer does not cast.
+        UnknownFormatError: for an unknown name.
+        InputError: for what is no mapping, a pattern that matches no layer, or only such as an earlier one matches, for
+            a format of an operand that its layer does not cast, and one of no operand: float32, or without a sign.
 
     >>> casts = {"blocks/0/up": ("weights", "gradients"), "logits": ("weights",)}
     >>> choose_formats(casts, {"blocks/.*": Each(None, None, "E5M2"), "logits": "E3M4"})
@@ -377,7 +375,35 @@ def choose_formats(
                 raise InputError(f"the layer {path!r} does not cast its {operand}; expected None for them")
             if given is not None:
                 chosen[path, operand] = given
+    for (path, _), given in chosen.items():
+        if isinstance(given, (str, Format)):
+            with naming(f"the layer {path!r}"):
+                check_written(parse(given))
     return chosen
+
+
+def check_written(format: Format) -> None:
+    """Refuse to write a format into a layer that casts, if it is no format of an operand.
+
+    Raises:
+        InputError: for float32, which casts nothing, and for formats without a sign.
+
+    >>> check_written(parse("float32"))
+    Traceback (most recent call last):
+    altgrad_core.errors.InputError: float32 casts nothing, so it is no format of a layer; expected dequantize_model, and
+    quantize_model by rules with None in its place
+    """
+    if format.cast_path == "identity":
+        raise InputError(
+            f"{format} casts nothing, so it is no format of a layer; expected dequantize_model, and quantize_model by "
+            "rules with None in its place"
+        )
+    _check_signed(format)
+
+
+def _check_signed(format: Format) -> None:
+    if not format.is_signed:
+        raise InputError(f"{format} has no sign and no zero; expected a signed format for the operands of a layer")
 
 
 def _why_unused(rule: Rule, matches: Matches, others: Mapping[str, str]) -> str:

@@ -18,6 +18,7 @@ from altgrad_jax import Delayed, Static, delayed_scale, get_format, set_format
 from altgrad_jax.nn import (
     CastState,
     CastVariable,
+    Each,
     Rule,
     not_recording,
     quantize_model,
@@ -220,6 +221,19 @@ def test_rules_are_a_list(rules):
 def test_what_is_no_format_is_not_set(format):
     with pytest.raises(InputError, match="a format is named by a string or is a Format; got"):
         set_formats(quantized(), {".*": format})
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        ("float32", "the layer '': float32 casts nothing, .* dequantize_model, and quantize_model by rules with None"),
+        ("float8_e8m0fnu", "the layer '': float8_e8m0fnu has no sign and no zero; expected a signed format"),
+    ],
+)
+def test_what_is_no_format_of_a_layer_is_not_set(format, message):
+    for wanted in (format, Each(None, format, None)):
+        with pytest.raises(InputError, match=message):
+            set_formats(quantized(), {".*": wanted})
 
 
 @nnx.jit

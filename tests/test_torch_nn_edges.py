@@ -17,8 +17,17 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from altgrad_core.errors import InputError  # noqa: E402
 from altgrad_core.formats import UnknownFormatError  # noqa: E402
-from altgrad_torch import Static  # noqa: E402
-from altgrad_torch.nn import Rule, calibrate, dequantize_model, quantize_model, recording, set_formats, summary  # noqa: E402
+from altgrad_torch import Static, set_format  # noqa: E402
+from altgrad_torch.nn import (  # noqa: E402
+    Each,
+    Rule,
+    calibrate,
+    dequantize_model,
+    quantize_model,
+    recording,
+    set_formats,
+    summary,
+)
 
 TOO_LATE = "after its recording is over"
 
@@ -245,6 +254,21 @@ def test_rules_are_a_list(rules):
 def test_what_is_no_format_is_not_set(format):
     with pytest.raises(UnknownFormatError, match="a format is named by a string or is a Format; got"):
         set_formats(quantized(), {".*": format})
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        ("float32", "the layer '': float32 casts nothing, .* dequantize_model, and quantize_model by rules with None"),
+        ("float8_e8m0fnu", "the layer '': float8_e8m0fnu has no sign and no zero; expected a signed format"),
+    ],
+)
+def test_what_is_no_format_of_a_layer_is_not_set(format, message):
+    for wanted in (format, Each(None, format, None)):
+        with pytest.raises(InputError, match=message):
+            set_formats(quantized(), {".*": wanted})
+    with pytest.raises(InputError, match=message.removeprefix("the layer '': ")):
+        set_format([quantized()], format)
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def set_formats(model: nnx.Module | Variables, formats: Formats) -> dict[str, An
         Of Linen the variables with the formats in them.
 
     Raises:
-        InputError: for a pattern that matches no layer that is cast.
+        InputError: for a pattern that matches no layer that is cast, and for float32, which casts nothing.
         ValueError: for a format that needs another cast path than the layer's, which would have to compile.
 
     >>> model = quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [Rule(".*", "E4M3")])

@@ -191,7 +191,8 @@ def set_formats(model: nn.Module, formats: Formats) -> None:
     Raises:
         UnknownFormatError: for an unknown name.
         InputError: for a pattern that decides about no quantised layer, an operand that is not cast, a format that
-            compiled code cannot go over to, such as bf16 after E4M3, and for what is no module.
+            compiled code cannot go over to, such as bf16 after E4M3, float32, which casts nothing, and for what is no
+            module.
 
     >>> from altgrad_core.rules import Each
     >>> model = quantize_model(nn.Sequential(nn.Linear(4, 8)), [Rule(".*", "E4M3")])

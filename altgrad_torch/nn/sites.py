@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from altgrad_core.cast_options import check_options, granularity_options, scaling_options, write_options
 from altgrad_core.errors import InputError
 from altgrad_core.formats import FORMAT_REGISTRY, Format, parse
-from altgrad_core.rules import DEFAULT_WINDOW, CastSpec, Operand, check_serves
+from altgrad_core.rules import DEFAULT_WINDOW, CastSpec, Operand, check_serves, check_written
 from altgrad_core.scaling import Granularity, PerBlock, PerChannel, PerTensor
 from altgrad_torch.casting import cast, quantize
 from altgrad_torch.cpu import is_plain, under_transforms
@@ -134,7 +134,8 @@ class Site(nn.Module):
 
         Raises:
             UnknownFormatError: for an unknown name.
-            InputError: for a format that code compiled for the present one cannot serve, such as bf16 after E4M3.
+            InputError: for a format that code compiled for the present one cannot serve, such as bf16 after E4M3, and
+                for float32, which casts nothing.
         """
         resolved = self.check_format(format)
         if self.grid.is_meta:
@@ -150,6 +151,7 @@ class Site(nn.Module):
             InputError: see :meth:`set_format`.
         """
         resolved = parse(format)
+        check_written(resolved)
         try:
             FormatParams.from_format(resolved, path=self.path)
         except InputError:
