@@ -240,6 +240,23 @@ def test_different_dtypes() -> None:
     assert cause_of(np.ones(2, np.int32), np.ones(2, np.float32)).names == ("unknown",)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "dtypes", "cause"),
+    [
+        ([1, -2], [1, -2], ("int32", "int64"), "dtype promotion"),
+        ([1, 0], [1, 0], ("bool", "uint8"), "dtype promotion"),
+        ([1, -2], [1, -2], ("int4", "int32"), "dtype promotion"),
+        ([1, 2**63 - 1], [1, 2**63 - 1], ("int64", "uint64"), "dtype promotion"),
+        ([-1, -1], [2**64 - 1, 2**64 - 1], ("int64", "uint64"), "unknown"),
+        ([1, 2], [1, 3], ("int32", "int64"), "unknown"),
+    ],
+)
+def test_integers_of_different_dtypes(one: list[int], other: list[int], dtypes: tuple[str, str], cause: str) -> None:
+    a, b = (np.array(each).astype(name) for each, name in zip((one, other), dtypes, strict=True))
+    found = cause_of(a, b)
+    assert (found.names, found.sides) == ((cause,), (f"is {dtypes[0]}", f"is {dtypes[1]}"))
+
+
 def test_nan_payload_and_signed_zero() -> None:
     bits = np.full(16, 0x7FC00000, np.uint32)
     bits[:8] = np.arange(8) << 23

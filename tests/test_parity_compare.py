@@ -262,11 +262,26 @@ def test_bad_options_are_named(options: dict[str, object], expected: str) -> Non
         ({"w": np.array([None])}, "dtype object"),
         ({"a.b": 1.0, "a": {"b": 1.0}}, "two tensors have the path 'a.b'"),
         ({"w": object()}, "a object; expected"),
+        ({"w": torch.ones(2, device="meta")}, "w is on the meta device, where tensors have no values"),
+        (torch.ones(2, device="meta"), "the tensor is on the meta device"),
+        (
+            {"w": torch.eye(2).to_sparse()},
+            r"w is a sparse tensor \(torch.sparse_coo\); expected a dense one, as to_dense",
+        ),
+        ({"w": torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged)}, "w is a nested tensor; expected"),
     ],
 )
 def test_bad_trees_are_named(tree: object, expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         compare(tree, tree)
+
+
+@pytest.mark.parametrize("tree", [{}, [], {"w": None}, torch.nn.ReLU()])
+def test_nothing_to_compare_is_no_equality(tree: object) -> None:
+    for act in (compare, assert_identical):
+        with pytest.raises(InputError, match=r"nothing to compare: neither a, a \w+, nor b, a \w+, holds a tensor"):
+            act(tree, tree)
+    assert not compare(tree, {"w": 1.0}).passed
 
 
 def test_the_assertion_names_what_differs() -> None:

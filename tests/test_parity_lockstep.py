@@ -196,6 +196,7 @@ def test_a_tensor_that_one_side_lacks() -> None:
         (lambda: (0, 0), {}, "make of a returned"),
         (lambda: (0, lambda state, k: {}), {}, r"step 0 of a returned \{\}; expected \(state, tensors by name\)"),
         (lambda: (0, lambda state, k: (state, {})), {}, "at least one"),
+        (lambda: (0, lambda state, k: (state, {"w": None})), {}, "without a tensor; expected one"),
         (lambda: (0, lambda state, k: (state, {"w": "x"})), {}, "w holds 'x'"),
         (in_jax, {"steps": 0}, "steps is 0; expected a whole number of at least 1"),
         (in_jax, {"repeat_steps": -1}, "repeat_steps is -1"),

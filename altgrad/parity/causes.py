@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from altgrad.parity.arithmetic import cause_in_arithmetic
 from altgrad.parity.casts import cause_in_cast
@@ -16,6 +17,7 @@ from altgrad.parity.exact import Float64, rounded
 from altgrad.parity.floats import (
     Array,
     bits_of,
+    is_exact,
     is_float,
     is_infinite,
     is_nan,
@@ -132,14 +134,30 @@ def _at(inputs: Mapping[str, Array], shape: tuple[int, ...], places: np.ndarray)
 
 
 def _of_two_dtypes(a: Array, b: Array) -> Cause:
-    """The cause where the dtypes differ: promotion, if the wider rounds to the narrower."""
+    """The cause where the dtypes differ: promotion, if the wider rounds to the narrower, or integers are the same."""
     sides = f"is {a.dtype}", f"is {b.dtype}"
-    if not (is_float(a.dtype) and is_float(b.dtype)):
-        return Cause(("unknown",), sides)
     wide, narrow = (a, b) if a.dtype.itemsize >= b.dtype.itemsize else (b, a)
-    if same_values(rounded(widened(wide), narrow.dtype), narrow):
-        return Cause(("dtype promotion",), sides, a.size)
-    return Cause(("unknown",), sides)
+    if is_exact(a.dtype) and is_exact(b.dtype):
+        is_promotion = _same_integers(a, b)
+    elif is_float(a.dtype) and is_float(b.dtype):
+        is_promotion = same_values(rounded(widened(wide), narrow.dtype), narrow)
+    else:
+        is_promotion = False
+    return Cause(("dtype promotion",), sides, a.size) if is_promotion else Cause(("unknown",), sides)
+
+
+def _same_integers(a: Array, b: Array) -> bool:
+    """Whether integers of two dtypes are the same numbers: also of 64 bits with and without a sign."""
+    (negative_a, bits_a), (negative_b, bits_b) = (_sign_and_bits(x) for x in (a, b))
+    return bool(np.all((negative_a == negative_b) & (bits_a == bits_b)))
+
+
+def _sign_and_bits(x: Array) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint64]]:
+    """Where integers are negative, and each modulo 2^64."""
+    if x.dtype == np.uint64:
+        return np.zeros(x.shape, bool), x.astype(np.uint64)
+    wide = x.astype(np.int64)
+    return wide < 0, wide.astype(np.uint64)
 
 
 def _by_kinds(a: Array, b: Array) -> Cause | None:

@@ -40,8 +40,8 @@ def compare(
         difference, if it can be told: see :func:`altgrad.parity.made_by`.
 
     Raises:
-        InputError: for a leaf that is no tensor, a tolerance that is no whole number, is negative or whose pattern
-            matches nothing, and an unknown kind.
+        InputError: if neither tree holds a tensor, for a leaf that is no tensor or has no values, a tolerance that is
+            no whole number, is negative or whose pattern matches nothing, and an unknown kind.
 
     >>> import numpy as np
     >>> found = compare({"w": np.float32([1, 2])}, {"w": np.float32([1, 2 + 2**-22])})
@@ -53,6 +53,11 @@ def compare(
     check_ignored(ignore)
     tolerances = Tolerances(tolerance_ulps)
     a, b = named_tensors(tree_a), named_tensors(tree_b)
+    if not a and not b:
+        raise InputError(
+            f"there is nothing to compare: neither {labels[0]}, a {type(tree_a).__name__}, nor {labels[1]}, a "
+            f"{type(tree_b).__name__}, holds a tensor; expected at least one"
+        )
     tolerances.note([*a, *b])
     tolerances.check_matched()
     return compare_named(a, b, tolerances=tolerances, ignore=ignore, labels=labels)

@@ -49,7 +49,8 @@ def named_tensors(tree: object) -> dict[str, Leaf]:
             ``nnx.Module`` and ``torch.nn.Module`` (its state_dict), to any depth.
 
     Raises:
-        InputError: for a leaf that is no tensor, for complex numbers, and where two paths read alike.
+        InputError: for a leaf that is no tensor, or a sparse one or one on the meta device of torch, for complex
+            numbers, and where two paths read alike.
 
     >>> {
     ...     name: leaf.array.dtype.name
@@ -74,9 +75,10 @@ def as_array(tensor: object, name: str = "") -> Array:
         name: of the tensor, for the message.
 
     Raises:
-        InputError: if it is no tensor of real numbers.
+        InputError: if it is no tensor of real numbers, or a torch tensor that does not hold each element: a sparse or
+            nested one, or one on the meta device.
     """
-    array = _as_numpy(tensor)
+    array = _as_numpy(tensor, name)
     if array is None:
         raise InputError(f"{name or 'the tree'} holds {tensor!r:.80}, a {type(tensor).__name__}; {_EXPECTED}")
     if array.dtype.kind == "c" or "complex" in array.dtype.name:
@@ -145,12 +147,12 @@ def _children_by_jax(node: object) -> list[tuple[str | None, object]] | None:
     return [(jax.tree_util.keystr(path, simple=True, separator="."), child) for path, child in pairs]
 
 
-def _as_numpy(tensor: object) -> Array | None:
+def _as_numpy(tensor: object, name: str) -> Array | None:
     if isinstance(tensor, (np.ndarray, np.generic, bool, int, float, complex)):
         return np.asarray(tensor)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(tensor, torch.Tensor):
-        return _from_torch(tensor)
+        return _from_torch(tensor, name)
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(tensor, jax.Array):
         return _from_jax(tensor)
@@ -162,15 +164,30 @@ def _is_torch_tensor(node: object) -> bool:
     return torch is not None and isinstance(node, torch.Tensor)
 
 
-def _from_torch(tensor: torch.Tensor) -> Array:
+def _from_torch(tensor: torch.Tensor, name: str) -> Array:
+    what = _without_values(tensor)
+    if what:
+        raise InputError(f"{name or 'the tensor'} is {what}")
     tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor: all shards
     torch = sys.modules["torch"]
     tensor = tensor.detach().cpu()
-    name = str(tensor.dtype).removeprefix("torch.")
-    if not hasattr(ml_dtypes, name):
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if not hasattr(ml_dtypes, dtype):
         return tensor.numpy()
     integers = {1: torch.uint8, 2: torch.int16}[tensor.element_size()]
-    return tensor.view(integers).numpy().view(np.dtype(getattr(ml_dtypes, name)))
+    return tensor.view(integers).numpy().view(np.dtype(getattr(ml_dtypes, dtype)))
+
+
+def _without_values(tensor: torch.Tensor) -> str:
+    """What a torch tensor is that does not hold each of its elements, and what was expected; empty if it does."""
+    torch = sys.modules["torch"]
+    if tensor.is_meta:
+        return "on the meta device, where tensors have no values; expected it on another"
+    if tensor.is_nested:
+        return "a nested tensor; expected a plain one, as to_padded_tensor or values gives"
+    if tensor.layout != torch.strided:
+        return f"a sparse tensor ({tensor.layout}); expected a dense one, as to_dense gives"
+    return ""
 
 
 def _from_jax(array: jax.Array) -> Array:

@@ -152,5 +152,7 @@ class _Side(Generic[State]):
             )
         self._state, named = taken
         tensors = named_tensors(named)
+        if not tensors:
+            raise InputError(f"step {step} of {self._label} returned {named!r:.80}, without a tensor; expected one")
         self._note(tensors)
         return tensors

@@ -24,6 +24,7 @@ def assert_identical(
 
     Raises:
         AssertionError: naming the first tensor that differs, the first element, and the cause.
+        InputError: as of :func:`altgrad.parity.compare`, also if there is nothing to compare.
 
     >>> import numpy as np
     >>> assert_identical({"w": np.float32([1, 0])}, {"w": np.float32([1, -0.0])})
