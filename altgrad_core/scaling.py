@@ -288,13 +288,27 @@ def _check_powers_of_two(what: str, values: Iterable[float], otherwise: str = ""
         )
 
 
-def check_static_scale(scale: npt.ArrayLike, *, power_of_two: bool) -> None:
+def check_static_scale(scale: object, *, power_of_two: bool) -> None:
     """Refuse scales that are not positive and within 2^-100 to 2^100, or not powers of two where that was promised.
 
+    Args:
+        scale: what a user gave: a number, or an array of real numbers that NumPy can read.
+        power_of_two: whether nothing else will do.
+
     Raises:
-        InputError: naming the first bad value and, where there is one, the nearest good one.
+        InputError: naming the first bad value and, where there is one, the nearest good one; or what is no number.
+
+    >>> check_static_scale("x", power_of_two=True)
+    Traceback (most recent call last):
+    altgrad_core.errors.InputError: the static scale is 'x', a str; expected a positive number within 2^-100 to 2^100
     """
-    values = np.atleast_1d(np.asarray(scale, np.float64)).ravel()
+    found = _real_numbers(scale)
+    if found is None:
+        raise InputError(
+            f"the static scale is {scale!r:.80}, a {type(scale).__name__}; expected a positive number within "
+            f"2^-{MOST_EXPONENT} to 2^{MOST_EXPONENT}"
+        )
+    values = found.ravel()
     most = 2.0**MOST_EXPONENT
     outside = values[~((values >= 1 / most) & (values <= most))]
     if outside.size:
@@ -304,3 +318,19 @@ def check_static_scale(scale: npt.ArrayLike, *, power_of_two: bool) -> None:
         )
     if power_of_two:
         _check_powers_of_two("static scale", values.tolist(), ", or power_of_two=False")
+
+
+def _real_numbers(given: object) -> npt.NDArray[np.float64] | None:
+    """A number, or an array of integers or floats, those of ml_dtypes among them, as float64; None of anything else."""
+    if isinstance(given, numbers.Real):  # of any size, which an array of integers has not
+        value = np.asarray(as_real(given))
+        return None if np.isnan(value) else value
+    try:
+        array = np.asarray(given)
+        if array.dtype.kind not in "iuf":
+            import ml_dtypes  # late: reading other numbers needs no more than NumPy
+
+            ml_dtypes.finfo(array.dtype)
+    except (TypeError, ValueError):  # of a ragged list, and of what is no float
+        return None
+    return None if array.dtype.kind == "c" else array.astype(np.float64)

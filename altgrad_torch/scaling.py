@@ -271,7 +271,10 @@ class Static:
 
     def __post_init__(self) -> None:
         """Check the scale."""
-        value = self.value.detach().cpu().numpy() if isinstance(self.value, Tensor) else self.value
+        value: object = self.value
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            value = (value.double() if value.is_floating_point() else value).numpy()  # which knows no bfloat16
         check_static_scale(value, power_of_two=self.power_of_two)
 
     def init(self, shape: tuple[int, ...] = ()) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.export
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -228,6 +229,15 @@ def test_scalings_are_pytrees(scaling: Static | Current | Delayed) -> None:
     for amax_seen, got in zip(amaxes, run(scaling, amaxes), strict=True):
         assert float(got) == float(scaling.scale(amax_seen, 448.0, state))
         state = scaling.update(state, amax_seen)
+
+
+@pytest.mark.parametrize("scale", ["x", None, True, 1j, [1.0, "a"], [[1.0], [1.0, 2.0]], np.ones(2, bool), 10**400])
+def test_static_scales_that_are_no_numbers(scale: object) -> None:
+    kind = type(scale).__name__
+    with pytest.raises(InputError, match=f"the static scale is .*, a {kind}; expected a positive number within 2"):
+        Static(scale)
+    for good in (np.int64(4), np.float32(0.5), ml_dtypes.bfloat16(2), jnp.ones(2, jnp.bfloat16)):
+        assert Static(good).value is good
 
 
 def test_static_scales_may_be_traced_and_batched() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -125,6 +127,15 @@ def test_bad_formats_and_scales_of_blocks() -> None:
 def test_bad_static_scales(scale: float) -> None:
     with pytest.raises(InputError, match="the static scale is"):
         ag.Static(scale)
+
+
+@pytest.mark.parametrize("scale", ["x", None, True, 1j, [1.0, "a"], [[1.0], [1.0, 2.0]], np.ones(2, bool), 10**400])
+def test_static_scales_that_are_no_numbers(scale: object) -> None:
+    kind = type(scale).__name__
+    with pytest.raises(InputError, match=f"the static scale is .*, a {kind}; expected a positive number within 2"):
+        ag.Static(scale)
+    for good in (np.int64(4), np.float32(0.5), ml_dtypes.bfloat16(2), torch.ones(2, dtype=torch.bfloat16)):
+        assert ag.Static(good).value is good
 
 
 def test_bad_scalings_and_granularities() -> None:
