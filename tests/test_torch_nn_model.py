@@ -326,6 +326,30 @@ def test_processes_of_a_group_add_up(model, tmp_path):
         dist.destroy_process_group()
 
 
+def test_what_is_sharded_before_is_refused_and_what_is_sharded_after_computes(model, tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(InputError, match=r"the layer 'head', a FSDPLinear, .* expected quantize_model .* first"):
+            quantize_model(sharded(copy.deepcopy(model)), ALL)
+        quantize_model(model, ALL)
+        assert torch.equal(sharded(copy.deepcopy(model))(TOKENS), model(TOKENS))
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def sharded(model):
+    """By FSDP2, its head apart."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    fully_shard(model.head, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def layers_in_parallel(model):
     """In a frame of its own: a DDP that outlives its group takes that down with Python's lock held, and may hang."""
     parallel = nn.parallel.DistributedDataParallel(model)

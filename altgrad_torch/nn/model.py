@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -98,9 +99,9 @@ def quantize_model(model: Model, rules: Sequence[Rule], *, seed: int | None = No
 
     Raises:
         InputError: for an option that a layer cannot honour, or that none does (activations of an Embedding have
-            nothing to cast), a layer that cannot be cast (a subclass with products of
-            its own, an LSTM), a seed that is no uint32, or any if nothing rounds stochastically, and for what is no
-            module or is quantised already. The model is then as it was.
+            nothing to cast), a layer that cannot be cast (a subclass with products of its own, an LSTM, one that
+            fully_shard was given before), a seed that is no uint32, or any if nothing rounds stochastically, and for
+            what is no module or is quantised already. The model is then as it was.
 
     Warns:
         UnusedRuleWarning: for a rule that decides about no layer.
@@ -272,6 +273,11 @@ def _check_shared(model: nn.Module, rules: Sequence[Rule]) -> None:
 
 def _quantize_layer(layer: nn.Module, path: str, rule: Rule, seed: int) -> None:
     where = f"the layer {path!r}, a {type(layer).__name__}"
+    if _is_sharded(layer):
+        raise InputError(
+            f"{where}, was given to fully_shard, which made another class of it; expected quantize_model of the plain "
+            "model first, and fully_shard of what that returns"
+        )
     if type(layer) not in _QUANTIZED:
         raise InputError(
             f"{where}, cannot be cast: its products are out of reach; expected Rule({path!r}, None) before the rule "
@@ -287,6 +293,12 @@ def _quantize_layer(layer: nn.Module, path: str, rule: Rule, seed: int) -> None:
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     quantized.refill_weight_history()
+
+
+def _is_sharded(layer: nn.Module) -> bool:
+    """Whether FSDP2 changed its class, which it can only have done where it was imported."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(layer, fsdp.FSDPModule)
 
 
 def _castable(layer: QuantizedLayer) -> tuple[str, set[Operand]]:
