@@ -106,7 +106,7 @@ class Site(nn.Module):
         params = FormatParams.from_format(spec.format)
         self._params_type, self.path = type(params), params.path
         self._format_on_meta = spec.format
-        self.register_buffer("grid", torch.tensor(_numbers_of(spec.format), dtype=torch.int32, device=device))
+        self.register_buffer("grid", torch.zeros(_NUMBERS, dtype=torch.int32, device=device))
         history = self.scaling.init(placement.scales)
         self.register_buffer("history", None if history is None else history.to(device))
         self.register_buffer("scale", torch.ones(placement.scales, dtype=torch.float32, device=device))
@@ -114,9 +114,7 @@ class Site(nn.Module):
         self.register_buffer("step", steps)
         self.tally: Tally | None = None
         self._was_recorded = False
-        if isinstance(self.scaling, Static):
-            self.scale.copy_(torch.as_tensor(self.scaling.value, dtype=torch.float32))
-        self._rescale()
+        self._begin(spec.format)
         # A hook anywhere in a TransformerEncoderLayer keeps it from calling one fused kernel in place of its layers.
         self.register_forward_pre_hook(_keeps_layers_from_being_bypassed)
 
@@ -342,7 +340,8 @@ class Site(nn.Module):
             if buffer is not None:
                 buffer.zero_()
         self.grid.copy_(torch.tensor(_numbers_of(format), dtype=torch.int32))
-        self.scale.fill_(1.0)
+        first = self.scaling.value if isinstance(self.scaling, Static) else 1.0
+        self.scale.copy_(torch.as_tensor(first, dtype=torch.float32))
         self._rescale()
 
     def _load_from_state_dict(
@@ -483,6 +482,10 @@ def format_of(grid: Tensor) -> Format:
         InputError: if its numbers are those of none.
     """
     return _format_of(tuple(grid.tolist()))
+
+
+_NUMBERS = 10
+"""How many numbers a format has in a grid."""
 
 
 @lru_cache(maxsize=256)
