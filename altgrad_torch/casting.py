@@ -510,29 +510,15 @@ def widened(x: Tensor) -> Tensor:
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """``x`` as float32 that rounds on as ``x`` itself would: float64 is rounded to odd, the others are exact."""
-    return _float64_to_odd(x) if x.dtype == torch.float64 else widened(x)
+    """``x`` as float32 that rounds on as ``x`` itself would: float64 is rounded to odd, the others are exact.
 
-
-def _float64_to_odd(x: Tensor) -> Tensor:
-    """float64 to float32, rounded to odd: rounding the result again, to fewer bits, equals rounding ``x`` once.
-
-    Finite values beyond float32 become its maximum. In integers, because the smallest results are numbers that
-    a processor may flush.
+    Finite float64 beyond float32 counts as its maximum.
     """
-    bits = x.view(torch.int64)
-    magnitude = bits & (2**63 - 1)
-    field = magnitude >> 52
-    normal = magnitude - ((1023 - 127) << 52)
-    subnormal = (magnitude & (2**52 - 1)) | 1 << 52
-    # 29 bits go; of what float32 has below 2^-126, in steps of 2^-149, one more for each binade further down.
-    dropped = (926 - field).clamp(29, 62)
-    source = torch.where(field > 1023 - 127, normal, subnormal)
-    kept = source >> dropped
-    odd = kept | ((kept << dropped) != source)
-    odd = torch.where(magnitude == 0, 0, odd.clamp_max_(_INF - 1))
-    odd = torch.where(field == 2047, _INF | ((magnitude & (2**52 - 1)) != 0), odd)
-    return (odd | (bits >> 63 << 31)).to(torch.int32).view(torch.float32)
+    if x.dtype != torch.float64:
+        return widened(x)
+    single = float64_to_odd(x)
+    is_beyond = single.isinf() & x.isfinite()
+    return torch.where(is_beyond, torch.copysign(single.new_full((), _FLOAT32_MAX), single), single)
 
 
 def _to_dtype(result: Tensor, dtype: torch.dtype) -> Tensor:
