@@ -420,6 +420,28 @@ class TestRecording:
             expected, _ = step(state, x[k])
             chex.assert_trees_all_close(jax.tree.map(lambda leaf, k=k: leaf[k], after), expected, rtol=1e-5)
 
+    def test_a_stack_that_cannot_be_recorded_says_how_it_can(self):
+        rules, keys = [Rule(".*", "E4M3", gradients=None)], nnx.Rngs(0).split(3)
+        before = nnx.vmap(lambda rngs: quantize_model(nnx.Linear(4, 4, rngs=rngs), rules))(keys)
+        after = quantize_model(dequantize_model(before), rules)
+        x = normal(1, 2, 4)
+
+        def record(model):
+            with recording(model) as seen:
+                model(x)
+            return seen.weights.limbs
+
+        mapped = nnx.vmap(record, in_axes=0)
+        with pytest.raises(InputError, match=r"axes \(3,\), and was quantized with \(\), before .* of the stack"):
+            record(before)
+        assert mapped(before).shape[0] == 3
+        message = r"quantized in a stack of \(3,\) and has leading axes \(\), .* each before they are stacked"
+        with pytest.raises(InputError, match=message):
+            mapped(after)
+        with recording(after) as seen:
+            nnx.scan(lambda x, model: model(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, after)
+        assert seen.weights.as_integers()["elements"] == 3 * 4 * 4
+
     def test_only_one_recording_at_a_time_of_the_model_that_computes(self):
         model = quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [Rule(".*", "E4M3")])
         other = quantize_model(Mlp(nnx.Rngs(0), 4), [Rule(".*", "E4M3")])
@@ -705,6 +727,20 @@ class TestPacked:
                 loaded.kernel[...],
                 jnp.stack([quantize(stacked.kernel[k], "E2M5", scale=packed.scales[k].item()) for k in range(3)]),
             )
+
+    @pytest.mark.parametrize("granularity", ["tensor", "channel", "block4"])
+    def test_models_that_were_stacked_once_quantized_are_packed_as_the_stack_is(self, granularity):
+        rules = [Rule(".*", "E2M5", granularity=granularity)]
+        stacked = nnx.vmap(lambda rngs: quantize_model(nnx.Linear(8, 4, rngs=rngs), rules))(nnx.Rngs(0).split(3))
+        stack = quantize_model(dequantize_model(stacked), rules)
+        tensors = pack(stacked)
+        chex.assert_trees_all_equal(tensors, pack(stack))
+        for loaded in (unpack(stacked, tensors), unpack(stacked, without_casts(tensors))):
+            assert jax.tree.structure(nnx.state(loaded)) == jax.tree.structure(nnx.state(stacked))
+            chex.assert_trees_all_equal(pack(loaded)["kernel"], tensors["kernel"])
+        graph, state = nnx.split(stack)
+        one = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[1], state))
+        np.testing.assert_array_equal(pack(one)["kernel"].codes, tensors["kernel"].codes[1])
 
     def test_a_shared_parameter_is_packed_only_where_all_cast_it_alike(self):
         def tied(rules):

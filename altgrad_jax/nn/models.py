@@ -112,8 +112,9 @@ def recording(model: nnx.Module, *, axis_name: str | tuple[str, ...] = ()) -> Ab
     :func:`~altgrad_jax.nn.not_recording`.
 
     Within a step ``scan``, ``checkpoint`` and ``jit`` may be used freely, and the step itself under ``vmap`` over whole
-    models. JAX can write to no reference in a differentiated ``lax.cond`` (it raises a ``KeyError``), nor under a
-    ``vmap`` over examples alone (an exception that speaks of an unbatched array reference): there, record elsewhere.
+    models, each of which was quantized before they were stacked. JAX can write to no reference in a differentiated
+    ``lax.cond`` (it raises a ``KeyError``), nor under a ``vmap`` over examples alone (an exception that speaks of an
+    unbatched array reference): there, record elsewhere.
 
     Args:
         model: from :func:`quantize_model`, or a part of it, whose casts alone are then recorded.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TypeVar
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from altgrad_jax.nn.cast_arrays import stored_name
+from altgrad_jax.nn.cast_state import CastState
 from altgrad_jax.nn.nnx_layers import Layer
 from altgrad_jax.nn.nnx_models import layers_of, variables_of
 from altgrad_jax.nn.nnx_products import CastVariable
@@ -35,7 +37,7 @@ def unpack_nnx(model: Model, tensors: Tensors) -> Model:
     for name, variable in _kept(model).items():
         variable.set_value(arrays[name])
     for name, variable in _casts(model).items():
-        variable.set_value(casts[name])
+        variable.set_value(replace(casts[name], stack=variable.get_value().stack))
     return model
 
 
@@ -80,7 +82,12 @@ def _cast_weights(model: nnx.Module) -> Iterator[tuple[Layer, CastWeights]]:
         variables = [product.weights for product in layer.products]
         if layer.sites[0].weights is not None and variables and variables[0] is not None:
             held, cast = _weights(layer), variables[0]
-            yield layer, CastWeights(names[id(held)], casts[id(cast)], held.get_value(), cast.get_value())
+            yield layer, CastWeights(names[id(held)], casts[id(cast)], held.get_value(), _as_it_lies(cast.get_value()))
+
+
+def _as_it_lies(state: CastState) -> CastState:
+    """A state with the stack that its array has: models may be stacked, or taken out of a stack, once quantized."""
+    return replace(state, stack=state.words.shape[:-1])
 
 
 def _weights(layer: Layer) -> _Kept:

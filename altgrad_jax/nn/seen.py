@@ -266,12 +266,26 @@ def _by_number(states: Mapping[str, CastState]) -> list[CastState]:
                 "quantized apart; expected them to be one model, quantized together"
             )
     for state in ordered:
-        if state.words.shape[:-1] != state.stack:
-            raise InputError(
-                f"a cast has leading axes {state.words.shape[:-1]}, and was quantized with {state.stack}; expected, if "
-                "models are mapped and each is to have a record, the recording under the vmap over them"
-            )
+        _check_stack(state)
     return ordered
+
+
+def _check_stack(state: CastState) -> None:
+    """Refuse a state that was stacked since it was made, or that is of one layer of a stack."""
+    found = state.words.shape[:-1]
+    if len(found) < len(state.stack):
+        raise InputError(
+            f"a cast was quantized in a stack of {state.stack} and has leading axes {found}, so the stack is mapped or "
+            "scanned over around the recording; expected the recording around a scan over its layers or, if models are "
+            "mapped and each is to have a record, quantize_model of each before they are stacked, as inside of the "
+            "vmap that makes them"
+        )
+    if found != state.stack:
+        raise InputError(
+            f"a cast has leading axes {found}, and was quantized with {state.stack}, before it was stacked; expected, "
+            "if models are mapped and each is to have a record, the recording under the vmap over them or, if layers "
+            "are scanned over, dequantize_model and then quantize_model of the stack"
+        )
 
 
 def _is_state(node: object) -> bool:
