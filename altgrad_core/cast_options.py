@@ -10,11 +10,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from altgrad_core.errors import InputError
 from altgrad_core.scaling import Granularity, PerBlock, PerTensor
 
 CAST_OPTIONS_VERSION = 1
 """Of what is written. A reader takes its own version only."""
+
+_LENGTH = 256
+"""Bytes of what is written; the longest of all has some 180."""
 
 Options = Mapping[str, object]
 """By name; all of it JSON."""
@@ -26,8 +31,9 @@ def scaling_options(scaling: Any) -> dict[str, object]:
     Args:
         scaling: a dataclass, a framework's ``Static``, ``Current`` or ``Delayed``.
     """
-    named = (each.name for each in dataclasses.fields(scaling) if each.name != "value")
-    return {"scaling": type(scaling).__name__.lower(), **{name: getattr(scaling, name) for name in named}}
+    named = {each.name: getattr(scaling, each.name) for each in dataclasses.fields(scaling) if each.name != "value"}
+    plain = {name: each.item() if isinstance(each, np.generic) else each for name, each in named.items()}
+    return {"scaling": type(scaling).__name__.lower(), **plain}
 
 
 def granularity_options(granularity: Granularity) -> dict[str, object]:
@@ -45,12 +51,12 @@ def granularity_options(granularity: Granularity) -> dict[str, object]:
 
 
 def write_options(options: Options) -> bytes:
-    """The options as a checkpoint holds them.
+    """The options as a checkpoint holds them: of one length, so that no reader stops at another before it names them.
 
-    >>> write_options({"scaling": "current", "power_of_two": True})
+    >>> write_options({"scaling": "current", "power_of_two": True}).rstrip()
     b'{"power_of_two": true, "scaling": "current", "version": 1}'
     """
-    return json.dumps({"version": CAST_OPTIONS_VERSION, **options}, sort_keys=True).encode()
+    return json.dumps({"version": CAST_OPTIONS_VERSION, **options}, sort_keys=True).encode().ljust(_LENGTH)
 
 
 def check_options(written: bytes, expected: Options) -> None:

@@ -291,9 +291,10 @@ def check_contents(
 def check_cast_alike(
     layout: PackedLayout, ndim: int, format: Format, granularity: Granularity, *, power_of_two: bool
 ) -> None:
-    """Refuse packed weights that the cast of a layer would round once more.
+    """Refuse packed weights of another format or granularity, and of ratios for a layer that scales by powers of two.
 
     Scales of blocks by another rule (``mx``, ``fit``) are taken: what they scaled is on the grid of the layer's, too.
+    So are powers of two where the layer has ratios, which may be powers of two as well: that cannot be told here.
 
     Args:
         layout: of what was packed.

@@ -792,6 +792,14 @@ class TestPacked:
         with pytest.raises(InputError, match=r"options: the checkpoint says b.*; expected JSON of version 1"):
             unpack(model, {**tensors, "down/casts/weights/options": jnp.array(list(options), jnp.uint8)})
 
+    def test_arrays_of_numpy_are_looked_at_too(self):
+        rule = Rule(".*", "E4M3", None, scaling=Delayed(np.int64(8), power_of_two=np.bool_(True)))
+        tensors = pack(quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [rule]))
+        plain = {name: np.asarray(each) if "casts/" in name else each for name, each in tensors.items()}
+        ratios = replace(rule, scaling=Delayed(8, power_of_two=False))
+        with pytest.raises(InputError, match="is of power_of_two=True; expected power_of_two=False"):
+            unpack(quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [ratios]), plain)
+
     def test_weights_of_scales_that_would_round_them_once_more_are_refused(self):
         def linear(**options):
             return quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [Rule(".*", "E4M3", None, **options)])
@@ -835,3 +843,17 @@ def test_a_layer_in_two_places_is_under_one_rule() -> None:
         quantize_model(_Halves(nnx.Rngs(0)), [Rule("encoder/.*", None), Rule(".*", "E4M3")])
     cast = quantize_model(_Halves(nnx.Rngs(0)), [Rule("encoder/layers/.*", None), Rule(".*", "E4M3")])
     assert [row.path for row in summary(cast).rows if row.formats[1]] == ["decoder/embed", "decoder/layers/0"]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block4"])
+def test_models_are_exported_for_batches_of_any_size(granularity):
+    rules = [Rule(".*", "E4M3", scaling=Current(), granularity=granularity)]
+    graph, state = nnx.split(quantize_model(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), rules))
+
+    def apply(x):
+        return nnx.merge(graph, state)(x)
+
+    batch = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 8"), jnp.float32)
+    exported = jax.export.export(jax.jit(apply))(batch)
+    x = normal(0, 3, 8)
+    np.testing.assert_array_equal(exported.call(x), jax.jit(apply)(x))

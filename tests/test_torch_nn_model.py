@@ -8,6 +8,7 @@ import shutil
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 import altgrad_torch.nn.sites  # noqa: E402
 from altgrad_core.errors import InputError  # noqa: E402
 from altgrad_core.formats import UnknownFormatError  # noqa: E402
+from altgrad_core.scaling import PerBlock  # noqa: E402
 from altgrad_torch import Current, Delayed, FormatController, Static, power_of_two_scale, set_format  # noqa: E402
 from altgrad_torch.nn import (  # noqa: E402
     Each,
@@ -501,6 +503,25 @@ def test_a_checkpoint_of_casts_that_scale_in_another_way_is_refused(change, mess
         other.load_state_dict(stored, strict=False)
     assert all(part in str(raised.value) for part in message.split("; "))
     assert all(torch.equal(each, casts[name]) for name, each in other.state_dict().items() if "casts" in name)
+
+
+def test_checkpoints_name_what_numpy_gave_and_axes_from_either_end():
+    weights, others = np.int64(8), np.bool_(True)
+    rules = [
+        [Rule(".*", "E4M3", None, scaling=Delayed(weights, power_of_two=others))],
+        [Rule(".*", "E4M3", None, scaling=Delayed(8))],
+        [Rule(".*", "E4M3", None, granularity=PerBlock(2, 1))],
+        [Rule(".*", "E4M3", None, granularity="block2")],
+    ]
+    states = [quantize_model(nn.Linear(4, 4), each).state_dict() for each in rules]
+    quantize_model(nn.Linear(4, 4), rules[1]).load_state_dict(states[0])
+    quantize_model(nn.Linear(4, 4), rules[2]).load_state_dict(states[3])
+    model = quantize_model(nn.Linear(4, 4), rules[1])
+    with torch.device("meta"):
+        states.append(model.state_dict())
+    model.load_state_dict(states[-1])
+    lengths = {len(each) for state in states for name, each in state.items() if name.endswith("_extra_state")}
+    assert len(lengths) == 1  # distributed.checkpoint reads into what is there, and stops at another length
 
 
 def test_static_scales_are_data_of_a_checkpoint():

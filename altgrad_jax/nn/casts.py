@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from altgrad_core.scaling import PerTensor
 from altgrad_jax.axes import is_whole
@@ -103,7 +104,9 @@ def _cast_and_record(x: jax.Array, state: CastState, record: Record | None) -> j
 
 
 def _quantized(x: jax.Array, state: CastState, *, recorded: bool) -> tuple[jax.Array, Sight | None]:
-    is_flat = is_whole(x) and x.size <= _FLAT_UP_TO and isinstance(state.granularity, PerTensor)
+    is_of_any_size = any(map(is_symbolic_dim, x.shape))  # in what is exported, whose size compares with nothing
+    is_small = not is_of_any_size and x.size <= _FLAT_UP_TO
+    is_flat = is_small and is_whole(x) and isinstance(state.granularity, PerTensor)
     given = x.reshape(-1) if is_flat else x
     quantized, sight = as_one_value(_quantize_and_see, given, state.anonymous(), recorded=recorded)
     return quantized.reshape(x.shape) if is_flat else quantized, sight

@@ -146,7 +146,7 @@ class Stored:
         """Refuse casts that scale in another way than the model's."""
         for name, state in self.casts.items():
             options = tensors.get(f"{name}/options")
-            if isinstance(options, jax.Array):
+            if options is not None and not isinstance(options, PackedTensor):
                 with naming(f"{name}/options"):
                     check_options(np.asarray(options).tobytes(), options_of(state))
 
@@ -159,7 +159,7 @@ class Stored:
                     weights.check_packed(tensor.layout)
         for name, state in self.casts.items():
             grid = tensors.get(f"{name}/grid")
-            if isinstance(grid, jax.Array) and not np.array_equal(grid, grid_of(state)):
+            if grid is not None and not isinstance(grid, PackedTensor) and not np.array_equal(grid, grid_of(state)):
                 raise InputError(
                     f"{name}/grid is packed in another format, rounding or overflow policy; expected "
                     f"{format_names([state])}, as its layer casts"

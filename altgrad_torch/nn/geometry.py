@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from altgrad_core.errors import InputError
 from altgrad_core.rules import CastSpec, Operand
-from altgrad_core.scaling import PerBlock, PerChannel, PerTensor, checked_axes
+from altgrad_core.scaling import PerBlock, PerChannel, PerTensor, checked_axes, checked_axis
 from altgrad_torch.nn.sites import Placement
 
 
@@ -45,6 +45,8 @@ class Geometry(NamedTuple):
             axis = self.summed if granularity.axis == -1 else granularity.axis
             if axis is None:
                 raise InputError(f"{where} sums over no axis of its {self.operand}, so it has no blocks; {_EXPECTED}")
+            if self.ndim is not None:
+                axis = checked_axis(axis, self.ndim) - self.ndim
             return Placement(self.operand, PerBlock(granularity.size, axis), seed=seed)
         if granularity == "channel" or self._is_channel(granularity):
             if self.channel is None:

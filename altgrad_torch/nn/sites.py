@@ -377,7 +377,7 @@ class Site(nn.Module):
 
         Not a buffer, since nothing of it is read in a step, and processes would send it to each other in each.
         """
-        return torch.tensor(list(write_options(self._options())), dtype=torch.uint8)
+        return torch.tensor(list(write_options(self._options())), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse a checkpoint of a cast that scales, rounds or overflows in another way.
