@@ -75,8 +75,8 @@ def unpack(model: nnx.Module | Variables, tensors: Tensors) -> nnx.Module | dict
     may be rounded once more.
 
     Without the state of casts, as after packing a plain model or in another framework, the casts stay as they are, and
-    the histories of weights begin anew with the weights loaded. Weights are then cast to the same values under static,
-    current or power-of-two scales; delayed scales of activations have to be calibrated.
+    the histories of weights begin anew with the weights loaded. Weights are then cast to the same values by the same
+    rules under static, current or power-of-two scales; delayed scales of activations have to be calibrated.
 
     Args:
         model: quantized by the same rules and seed; or plain, which takes the values of the weights and no state of
