@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from altgrad_core.errors import InputError
 from altgrad_core.scaling import (
     MOST_EXPONENT,
     HistoryReduction,
@@ -273,6 +274,8 @@ class Static:
         """Check the scale."""
         value: object = self.value
         if isinstance(value, Tensor):
+            if value.is_meta:
+                raise InputError("the static scale is on the meta device, where it has no value; expected a number")
             value = value.detach().cpu()
             value = (value.double() if value.is_floating_point() else value).numpy()  # which knows no bfloat16
         check_static_scale(value, power_of_two=self.power_of_two)

@@ -209,6 +209,8 @@ def test_dtypes_and_shapes_have_to_match() -> None:
     assert compare(wide, narrow, ignore=("dtype",)).identical
     assert not compare(wide + np.float32(0.1), narrow + narrow.dtype.type(0.1), ignore=("dtype",)).identical
     assert compare(np.zeros((0, 3)), np.zeros((0, 3))).identical
+    assert compare(np.int64([5]), np.uint64([5]), ignore=("dtype",)).identical
+    assert compare(np.int64([-1]), np.uint64([2**64 - 1]), ignore=("dtype",)).tensors[0].problem == "dtype"
 
 
 def test_tolerances_by_name() -> None:

@@ -335,7 +335,10 @@ def test_what_is_sharded_before_is_refused_and_what_is_sharded_after_computes(mo
         with pytest.raises(InputError, match=r"the layer 'head', a FSDPLinear, .* expected quantize_model .* first"):
             quantize_model(sharded(copy.deepcopy(model)), ALL)
         quantize_model(model, ALL)
-        assert torch.equal(sharded(copy.deepcopy(model))(TOKENS), model(TOKENS))
+        after = sharded(copy.deepcopy(model))
+        assert torch.equal(after(TOKENS), model(TOKENS))
+        with pytest.raises(InputError, match=r"became a FSDP.*, since fully_shard is not undone"):
+            dequantize_model(after)
     finally:
         gc.collect()
         dist.destroy_process_group()

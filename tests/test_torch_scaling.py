@@ -134,6 +134,8 @@ def test_static_scales_that_are_no_numbers(scale: object) -> None:
     kind = type(scale).__name__
     with pytest.raises(InputError, match=f"the static scale is .*, a {kind}; expected a positive number within 2"):
         ag.Static(scale)
+    with pytest.raises(InputError, match="on the meta device, where it has no value"):
+        ag.Static(torch.ones((), device="meta"))
     for good in (np.int64(4), np.float32(0.5), ml_dtypes.bfloat16(2), torch.ones(2, dtype=torch.bfloat16)):
         assert ag.Static(good).value is good
 

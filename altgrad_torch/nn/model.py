@@ -163,9 +163,14 @@ def dequantize_model(model: Model) -> Model:
     _check_module(model)
     for path, layer in model.named_modules():
         if isinstance(layer, QuantizedLayer) and type(layer) not in _KINDS:
+            is_sharded = any(each.__name__ == "FSDPModule" for each in type(layer).__mro__)
+            way = (
+                "the state of the sharded model in one that was never quantised, since fully_shard is not undone"
+                if is_sharded
+                else "that undone first, as by torch.nn.utils.parametrize.remove_parametrizations"
+            )
             raise InputError(
-                f"{path or 'the model'} became a {type(layer).__name__} after it was quantised; expected that undone "
-                "first, as by torch.nn.utils.parametrize.remove_parametrizations"
+                f"{path or 'the model'} became a {type(layer).__name__} after it was quantised; expected {way}"
             )
     if any(isinstance(module, Site) and module.tally is not None for module in model.modules()):
         raise InputError("the model is being recorded; expected dequantize_model after the recording")

@@ -466,7 +466,8 @@ def _scaling_of(spec: CastSpec, placement: Placement) -> Scaling:
 
 _AS_AVERAGES = (
     ", as AveragedModel(use_buffers=True) makes of the state of casts; expected use_buffers=False, which copies "
-    "buffers, or set_formats on the average after its updates"
+    "buffers, or set_formats on the average after its updates. So does to_empty of what is not on the meta device: "
+    "expected load_state_dict after it, or to(device)"
 )
 
 
