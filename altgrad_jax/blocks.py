@@ -42,9 +42,9 @@ from altgrad_core.scaling import (
     check_rule,
     checked_axis,
 )
+from altgrad_jax.addition import Addition
 from altgrad_jax.axes import is_whole, split_as
 from altgrad_jax.casting import (
-    cast_finite,
     checked_random_bits,
     floating,
     quantize,
@@ -52,7 +52,7 @@ from altgrad_jax.casting import (
 )
 from altgrad_jax.codes import CodeParams, decode, encode
 from altgrad_jax.granularity import from_blocks, to_blocks
-from altgrad_jax.params import FormatParams, as_params
+from altgrad_jax.params import FormatParams, as_params, edges
 from altgrad_jax.scaling import fitting_exponent, largest_of, two_to_the
 
 _MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -282,7 +282,7 @@ def _cast_blocks(
     scales = _scales_of(_largest(x, axis), params, rule)
     scale = jnp.expand_dims(_or_one(scales), axis)
     if params.path == "fast" and random_bits is None:
-        values = cast_finite(x * _reciprocal(scale), params) * scale
+        values = Addition.of(params, edges(params)).cast_finite(x * _reciprocal(scale)) * scale
     else:
         values = quantize(x, params, scale=scale, random_bits=random_bits)
     values = jnp.where(jnp.isnan(jnp.expand_dims(scales, axis)), jnp.float32(np.nan), values)

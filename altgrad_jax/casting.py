@@ -19,16 +19,15 @@ from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, Format, 
 from altgrad_core.reference import check_width
 from altgrad_core.scaling import check_given_scale
 from altgrad_core.shapes import broadcasts_within
+from altgrad_jax.addition import Addition
 from altgrad_jax.arithmetic import product, quotient
-from altgrad_jax.params import Edges, FormatParams, as_params, beyond_max, edges, replaced_from
+from altgrad_jax.params import FormatParams, as_params, beyond_max, edges
 
 _SIGN = np.int32(-(2**31))
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INF = np.int32(0x7F800000)
 _NAN = np.int32(0x7FC00000)
 _IMPLICIT_ONE = np.int32(1 << 23)
-_ONE = np.int32(127 << 23)
-_TO_THE_MIDDLE = np.int32(64 << 23)
 _FLOAT32_MAX = np.finfo(np.float32).max
 _FLOAT64_INF = np.int64(0x7FF << 52)
 _FAR = 600
@@ -310,89 +309,20 @@ def within_float32(single: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isinf(single) & jnp.isfinite(x), jnp.copysign(jnp.float32(_FLOAT32_MAX), single), single)
 
 
-def cast(
-    x: jax.Array, params: FormatParams, random_bits: jax.Array | None = None, limits: Edges | None = None
-) -> jax.Array:
+def cast(x: jax.Array, params: FormatParams | Addition, random_bits: jax.Array | None = None) -> jax.Array:
     """The bare cast of float32 to float32: no scale, no checks, no gradient rule. See :func:`quantize`.
 
-    ``limits`` are the :func:`~altgrad_jax.params.edges` of the params, worked out here if they are not at hand.
+    Of formats that are rounded to by addition, what that needs may be at hand: see :class:`Addition`.
     """
+    if isinstance(params, Addition):
+        return params.cast(x)
     if params.path == "identity":
         return x
-    if params.path == "fast":
-        return _cast_fast(x, params, limits)
-    if params.path == "wide":
-        return _cast_wide(x, params, limits or edges(params))
+    if params.path in ("fast", "wide"):
+        return Addition.of(params, edges(params)).cast(x)
     if params.path == "unsigned":
         return _cast_unsigned(x, params, random_bits)
     return _cast_integer(x, params, random_bits)
-
-
-def cast_finite(x: jax.Array, params: FormatParams) -> jax.Array:
-    """The bare cast of finite values on the fast path, which saturates whatever the params say: fewer operations."""
-    bits = _bits(x)
-    rounded = _round_by_addition(jnp.minimum(bits & _MAGNITUDE, _bits(params.max_value)), params)
-    return _float(rounded | _signs(rounded, bits, params))
-
-
-def _magic(exponent: jax.Array, params: FormatParams) -> jax.Array:
-    # Without mantissa bits the parity of a code is that of its exponent. From an even one a tie must go down, which an
-    # odd magic number does; where there are mantissa bits all bits are shifted out.
-    has_mantissa = params.mantissa_bits > 0
-    count = jnp.where(has_mantissa, np.int32(31), np.int32(23))
-    binade = lax.shift_right_logical(exponent, jnp.broadcast_to(count, exponent.shape))
-    raise_by = ((23 - params.mantissa_bits) << 23) + jnp.where(has_mantissa, 0, (params.min_exponent + 127) & 1)
-    return _float(exponent + raise_by + binade)
-
-
-def _cast_fast(x: jax.Array, params: FormatParams, limits: Edges | None) -> jax.Array:
-    """Round by adding a power of two and taking it away again."""
-    bounded = jnp.minimum(_bits(x) & _MAGNITUDE, _bits(params.max_value))
-    return _finish(_round_by_addition(bounded, params), x, params, limits)
-
-
-def _round_by_addition(bounded: jax.Array, params: FormatParams) -> jax.Array:
-    """Bits of magnitudes, rounded: one float32 addition of a power of two rounds to nearest even.
-
-    Its exponent is the quantum's raised by 23. It depends on the element, so that XLA, which would delete
-    ``(x + c) - c`` for a constant c, keeps both operations; and it stays above the smallest quantum, so that the
-    format's subnormals round in the same way.
-    """
-    lowest = (params.min_exponent + 127) << 23
-    magic = _magic(jnp.maximum(bounded & _INF, lowest), params)
-    return _bits((_float(bounded) + magic) - magic)
-
-
-def _cast_wide(x: jax.Array, params: FormatParams, limits: Edges) -> jax.Array:
-    """As :func:`_cast_fast`, on magnitudes that were brought to the middle of float32's range: any signed format.
-
-    What rounds to nothing is told by a comparison of bits, which sees subnormal float32 as it is; of those only what
-    rounds up to 2^-126 is left.
-    """
-    magnitude = jnp.minimum(_bits(x) & _MAGNITUDE, _bits(params.max_value))
-    below_one = magnitude < _ONE
-    shift = jnp.where(below_one, _TO_THE_MIDDLE, -_TO_THE_MIDDLE)
-    lowest = params.min_exponent + 127
-    # Beyond the middle by more than a significand all of a binade lies below half a quantum, however much beyond.
-    raised, lowered = jnp.minimum(lowest + 64, 217) << 23, jnp.maximum(lowest - 64, 0) << 23
-    moved = magnitude + shift
-    magic = _magic(jnp.maximum(moved & _INF, jnp.where(below_one, raised, lowered)), params)
-    rounded = _bits((_float(moved) + magic) - magic) - shift
-    vanishes = magnitude <= limits.vanishes_to
-    return _finish(jnp.where(vanishes, 0, jnp.maximum(rounded, _IMPLICIT_ONE)), x, params, limits)
-
-
-def _finish(rounded: jax.Array, x: jax.Array, params: FormatParams, limits: Edges | None) -> jax.Array:
-    """From the bits of magnitudes, bounded by max and rounded, to results: what overflows, infinities, NaN, signs."""
-    bits = _bits(x)
-    magnitude = bits & _MAGNITUDE
-    special = _bits(_of_nonfinite(magnitude, params))
-    result = jnp.where(magnitude >= replaced_from(params, limits), special, rounded)
-    return _float(result | _signs(rounded, bits, params))
-
-
-def _signs(rounded: jax.Array, bits: jax.Array, params: FormatParams) -> jax.Array:
-    return bits & jnp.where(rounded < _IMPLICIT_ONE, jnp.where(params.negative_zero, _SIGN, 0), _SIGN)
 
 
 def _cast_integer(x: jax.Array, params: FormatParams, random_bits: jax.Array | None) -> jax.Array:
@@ -422,12 +352,14 @@ def _cast_integer(x: jax.Array, params: FormatParams, random_bits: jax.Array | N
 
 
 def _finish_integer(rounded: jax.Array, bits: jax.Array, params: FormatParams) -> jax.Array:
-    """As :func:`_finish`, of magnitudes that were rounded without a bound. ``bits`` are of float32 of the same kind."""
+    """From bits of magnitudes, rounded without a bound, to results: what overflows, infinities, NaN, signs.
+
+    ``bits`` are of float32 of the same kind.
+    """
     magnitude = bits & _MAGNITUDE
     rounded = jnp.where(rounded > _bits(params.max_value), _bits(beyond_max(params)), rounded)
     result = jnp.where(magnitude >= _INF, _bits(_of_nonfinite(magnitude, params)), rounded)
-    # Told by a difference's sign: the masks of _signs are cheap where a loop is split by them, for which this one is
-    # too long.
+    # Told by a difference's sign: a mask is cheap where a loop is split by it, for which this one is too long.
     signs = bits & ~(result - jnp.where(params.negative_zero, 0, 1)) & _SIGN
     return _float(result | signs)
 

@@ -133,7 +133,7 @@ def _of_float64(x: jax.Array, params: FormatParams) -> jax.Array:
 
 
 def _encoded_by_addition(bits: jax.Array, code: CodeParams) -> jax.Array:
-    """The addition that rounds (see ``casting._round_by_addition``) leaves the number of quanta in the sum's low bits.
+    """The addition that rounds (see ``altgrad_jax.addition``) leaves the number of quanta in the sum's low bits.
 
     There it meets how many codes come before the binade, so that their sum is the code, and a tie goes to the even one.
     """

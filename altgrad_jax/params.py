@@ -282,8 +282,8 @@ def beyond_max(params: FormatParams) -> jax.Array:
 def replaced_from(params: FormatParams, limits: Edges | None = None) -> jax.Array:
     """The smallest magnitude, in bits, that casts to nearest even replace: by what stands for overflow, or by NaN.
 
-    Natively that is what rounds beyond max. What saturates only needs to be bounded: infinities, where they are kept,
-    and NaN are left. int32, of the shape of the params.
+    Natively that is what rounds beyond max, if inf or NaN stands for it. What saturates only needs to be bounded:
+    infinities, where they are kept, and NaN are left. int32, of the shape of the params.
 
     Args:
         params: the format.
@@ -293,7 +293,7 @@ def replaced_from(params: FormatParams, limits: Edges | None = None) -> jax.Arra
     # Results below 2^-126 are zero, also under a scale that leaves none above.
     native = jnp.maximum(limits.overflows_from, np.int32(1 << 23))
     saturating = jnp.where(params.overflow == _SATURATE_FINITE, _INF, _INF + 1)
-    return jnp.where(params.overflow == _NATIVE, native, saturating)
+    return jnp.where((params.overflow == _NATIVE) & (params.native_overflow >= _INF), native, saturating)
 
 
 class Edges(NamedTuple):

@@ -15,6 +15,7 @@ from typing import NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 import optax
 from jax import lax
 from jax.export import is_symbolic_dim
@@ -381,18 +382,21 @@ _TALLIED = np.array(
 """Row by row, how often each count taken in passing is in one that is told: as in :meth:`TallyParts.together`."""
 
 
-def tallied(counts: jax.Array) -> jax.Array:
+def tallied(counts: jax.Array, order: npt.NDArray[np.intp] | None = None) -> jax.Array:
     """Elements, NaN, overflow or NaN, zero and what vanishes, as elements, overflow, nonzero, underflow and NaN.
 
     As sums of products: column by column it would take two to three times as long to compile.
 
     Args:
-        counts: int32 of shape ``(..., 5)``.
+        counts: int32 of shape ``(..., 5)``, or of more where ``order`` says where these are.
+        order: five indices; by default the first five.
 
     Returns:
-        int32 of the same shape.
+        int32 of shape ``(..., 5)``.
     """
-    told = _TALLIED.reshape((1,) * (counts.ndim - 1) + _TALLIED.shape)
+    told = np.zeros((5, counts.shape[-1]), np.int32)
+    told[:, np.arange(5) if order is None else order] = _TALLIED
+    told = told.reshape((1,) * (counts.ndim - 1) + told.shape)
     return jnp.sum(counts[..., None, :] * told, axis=-1, dtype=jnp.int32)
 
 
@@ -617,16 +621,28 @@ def _pooled(limbs: jax.Array) -> jax.Array:
     sums = jnp.sum(halves, 0, dtype=jnp.int32)  # where x64 is on it would be int64
     low, middle = sums[..., 1, 0], sums[..., 1, 1]
     high = sums[..., 0, 0] + (sums[..., 0, 1] << 15) + (middle >> 15)
-    return _carry(jnp.stack([high, low + ((middle & 0x7FFF) << 15)], -1))
+    return _carried(high, low + ((middle & 0x7FFF) << 15))
 
 
 def _limbs(counts: jax.Array) -> jax.Array:
-    return jnp.stack([counts >> _LIMB_BITS, counts & _LIMB_MASK], -1)
+    return limbs_beside(counts >> _LIMB_BITS, counts & _LIMB_MASK)
 
 
 def _carry(limbs: jax.Array) -> jax.Array:
-    high, low = limbs[..., 0], limbs[..., 1]
-    return jnp.stack([high + (low >> _LIMB_BITS), low & _LIMB_MASK], -1)
+    return _carried(limbs[..., 0], limbs[..., 1])
+
+
+def _carried(high: jax.Array, low: jax.Array) -> jax.Array:
+    return limbs_beside(high + (low >> _LIMB_BITS), low & _LIMB_MASK)
+
+
+def limbs_beside(high: jax.Array, low: jax.Array) -> jax.Array:
+    """High and low limbs of shape ``(...)`` in one array of shape ``(..., 2)``.
+
+    By a choice, which is one kernel with what makes them; put side by side they would be one more each to compile.
+    """
+    which = lax.broadcasted_iota(jnp.int32, (*high.shape, 2), high.ndim)
+    return jnp.where(which == 0, high[..., None], low[..., None])
 
 
 def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:

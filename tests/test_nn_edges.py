@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from altgrad_core.errors import InputError
 from altgrad_jax import Delayed, Static, delayed_scale, get_format, set_format
+from altgrad_jax.addition import Addition
 from altgrad_jax.nn import (
     CastState,
     CastVariable,
@@ -27,7 +29,7 @@ from altgrad_jax.nn import (
     summary,
 )
 from altgrad_jax.nn.casts import cast_operand
-from altgrad_jax.nn.record import Record, Shape, Sight, settled
+from altgrad_jax.nn.record import WORDS, Record, Shape, Sight, amaxes_of, limbs_of, took_place
 from altgrad_jax.nn.seen import named_states
 from altgrad_jax.params import edges
 from altgrad_jax.statistics import CastCounts, TallyParts
@@ -145,25 +147,67 @@ class TestWhatARecordingKeeps:
             pass
         assert seen.activations.as_integers()["elements"] == 0
 
+    @pytest.mark.parametrize("first", ["direct", "scan", "jit", "checkpoint", "forward", "cond", "none"])
+    @pytest.mark.parametrize("second", ["direct", "scan", "jit", "checkpoint", "forward"])
+    def test_whatever_writes_first_nothing_is_lost(self, first, second):
+        """In one trace the first to write finds nothing written: so it must be, whatever was traced before."""
+        graph, state = nnx.split(quantized())
+        x = jnp.array([[1e6, 1.0, 1e-9, 0.0]])
+
+        def loss(state, x):
+            return loss_of(nnx.merge(graph, state), x)
+
+        gradient = jax.grad(loss, argnums=1)
+        again = jax.jit(gradient)
+        passes = {
+            "direct": lambda state, x: gradient(state, x),
+            "scan": lambda state, x: lax.scan(lambda carried, x: (carried, gradient(state, x)), 0, jnp.stack([x] * 3)),
+            "jit": lambda state, x: (again(state, x), again(state, x)),
+            "checkpoint": lambda state, x: jax.grad(jax.checkpoint(loss), argnums=1)(state, x),
+            "forward": loss,
+            "cond": lambda state, x: lax.cond(x[0, 0] > 0, gradient, lambda _, x: x, state, x),
+            "none": lambda state, x: lax.cond(x[0, 0] < 0, gradient, lambda _, x: x, state, x),
+        }
+        times = {"scan": 3, "jit": 2, "none": 0}
+
+        @jax.jit
+        def step(state, x):
+            with recording(nnx.merge(graph, state)) as seen:
+                passes[first](state, x)
+                passes[second](state, 2 * x)
+            return seen.activations, seen.gradients
+
+        total = times.get(first, 1) + times.get(second, 1)
+        backward = sum(times.get(name, 1) for name in (first, second) if name != "forward")
+        activations, gradients = (each.as_integers() for each in step(state, x))
+        assert activations == {
+            "elements": 4 * total,
+            "overflow": total,
+            "nonzero": 3 * total,
+            "underflow": total,
+            "nan": 0,
+        }
+        assert gradients["elements"] == 4 * backward
+
     def test_counts_beyond_int32_are_right(self):
-        record = Record.new(Shape(stack=2, amaxes=None), (), jnp.int32(0))
-        parts = TallyParts(*map(jnp.int32, (0, 2**30 - 1, 0, 1, 7)))
+        record = Record.new(0, Shape(stack=2, amaxes=None), (), jnp.int32(0))
+        tally = jnp.array(TallyParts(0, 2**30 - 1, 0, 1, 7), jnp.int32)
         for _ in range(5):
-            record.write(jnp.int32(1), 2**30, Sight(parts, None))
-        found = settled(record.read())
-        assert CastCounts(found.limbs[0]).as_integers()["elements"] == 0
-        counts = CastCounts(found.limbs[1]).as_integers()
+            record.write(jnp.int32(1), 2**30, Sight(tally, None))
+        words = record.read().reshape(2, WORDS)
+        nothing, counts = (CastCounts(each).as_integers() for each in limbs_of(words))
+        assert nothing["elements"] == 0
         assert list(counts.values()) == [5 * each for each in (2**30, 2**30 - 1, 2**30, 1, 0)]
-        assert found.took_place.tolist() == [False, True]
-        assert lax.bitcast_convert_type(found.amaxes[1], jnp.int32) == 7
+        assert took_place(words).tolist() == [False, True]
+        assert lax.bitcast_convert_type(amaxes_of(words), jnp.int32).tolist() == [0, 7]
 
     @pytest.mark.parametrize("count", [2**30, 2**30 - 1, 2**15 - 1])
     def test_as_many_passes_as_are_promised_have_room(self, count):
-        sight = Sight(TallyParts(*map(jnp.int32, (1, count, 0, 0, 0))), None)
+        sight = Sight(jnp.array(TallyParts(1, count, 0, 0, 0), jnp.int32), None)
 
         @jax.jit
         def passes():
-            record = Record.new(Shape(stack=None, amaxes=None), (), jnp.int32(0))
+            record = Record.new(0, Shape(stack=None, amaxes=None), (), jnp.int32(0))
 
             def one(_, carried):
                 record.write(None, count, sight)
@@ -173,10 +217,10 @@ class TestWhatARecordingKeeps:
             return record.read()
 
         words = passes()
-        found = CastCounts(settled(words).limbs[0]).as_integers()
+        found = CastCounts(limbs_of(words[None])[0]).as_integers()
         each = {"elements": count, "overflow": count - 1, "nonzero": count - 1, "underflow": 0, "nan": 1}
         assert found == {name: 65_535 * number for name, number in each.items()}
-        assert words[:-1].min() >= 0, "no room was left"
+        assert words.min() >= 0, "no room was left"
 
     def test_of_a_trace_nothing_is_kept(self):
         traced = []
@@ -245,7 +289,8 @@ def observed(model, x):
 @partial(jax.jit, static_argnums=2)
 def grid_of(params, history, reduce):
     scaled = params.scaled(delayed_scale(history, params.max_value, reduce=reduce))
-    return scaled, edges(scaled)
+    limits = edges(scaled)
+    return Addition.of(scaled, limits) if params.path in ("fast", "wide") else scaled, limits
 
 
 def check_grid(state, reduce):
@@ -280,6 +325,17 @@ class TestWhatAStateHolds:
             for variable in layer.dot_general.variables:
                 check_grid(variable.get_value(), reduce)
         assert model.layers[1].dot_general.gradients.get_value().path == "wide"
+
+    @pytest.mark.parametrize("other", [Rule(".*", "bf16"), Rule(".*", "E4M3", rounding="stochastic")])
+    def test_that_of_a_cast_by_another_path_is_refused(self, other):
+        """As a checkpoint brings it, by Orbax or flax: an array that says nothing of its path but by its shape."""
+        model = quantized()
+        others = quantize_model(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), [other]).dot_general.variables
+        for variable, another in zip(model.dot_general.variables, others, strict=True):
+            variable.set_value(replace(variable.get_value(), words=another.get_value().words))
+        found = {"wide": 37, "integer": 35}[others[0].get_value().path]
+        with pytest.raises(InputError, match=f"by the fast path has 36 words, and this has {found}; expected the"):
+            model(jnp.ones((2, 4)))
 
     def test_set_format_writes_into_it_wherever_it_is(self):
         states = nnx.state(quantized(), CastVariable)

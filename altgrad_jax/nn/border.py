@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 import jax
-from jax import lax
-from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jax.interpreters.mlir import ir
 
 Result = TypeVar("Result")
 
@@ -25,32 +26,55 @@ def as_one_value(function: Callable[..., Result], *args: Tree, **static: Hashabl
     is a border that it respects. Other backends get the function as it is.
 
     Args:
-        function: of pytrees of arrays, static ones by keyword; the same object each time, since what JAX traces of it
-            is kept by it.
+        function: of pytrees of arrays, static ones by keyword, to a pytree with an array in it; the same object each
+            time, since what JAX traces of it is kept by it.
         *args: pytrees of arrays.
         **static: what is no array.
     """
     # On the way back JAX sets the mesh that is there anyway, and would trace all of it again for that.
     with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
-        return _traced_once(function, tuple(sorted(static)))(*args, **static)
+        return _with_border(function, tuple(sorted(static)))(*args, **static)
 
 
 @functools.cache
-def _traced_once(function: Callable[..., Result], names: tuple[str, ...]) -> Callable[..., Result]:
-    traced = jax.jit(function, static_argnames=names)  # once for both branches, which have metadata of their own
+def _with_border(function: Callable[..., Result], names: tuple[str, ...]) -> Callable[..., Result]:
+    called = jax.jit(function, static_argnames=names)
 
-    def inside(*args: Tree, **static: Hashable) -> Result:
-        # Without this every jitted helper of jax.numpy in here would become a border as well.
-        with set_xla_metadata(inlineable=None):
-            return traced(*args, **static)
+    def with_border(*args: Tree, **static: Hashable) -> Result:
+        leaves, structure = jax.tree.flatten(called(*args, **static))
+        return structure.unflatten([_border_p.bind(leaves[0]), *leaves[1:]])
 
-    called = jax.jit(inside, static_argnames=names)
+    return jax.jit(with_border, static_argnames=names, inline=True)
 
-    def by_platform(*args: Tree, **static: Hashable) -> Result:
-        def apart(*args: Tree) -> Result:
-            with set_xla_metadata(inlineable="false"):
-                return called(*args, **static)
 
-        return lax.platform_dependent(*args, cpu=apart, default=functools.partial(called, **static))
+_border_p = Primitive("border")
+"""The identity, which marks the call that its argument is a result of. By ``lax.platform_dependent`` and
+``set_xla_metadata`` a decoder's step with fifty casts took a sixth longer to trace and compile: for each call they make
+two conditionals, in which XLA copies all that is called."""
+_border_p.def_impl(lambda x: x)
+_border_p.def_abstract_eval(lambda x: x)
+ad.deflinear2(_border_p, lambda tangent, _: [tangent])
 
-    return jax.jit(by_platform, static_argnames=names, inline=True)
+
+def _batched(args: Sequence[jax.Array], axes: Sequence[int]) -> tuple[jax.Array, int]:
+    return _border_p.bind(args[0]), axes[0]
+
+
+batching.primitive_batchers[_border_p] = _batched
+
+
+def _unmarked(_: mlir.LoweringRuleContext, x: ir.Value) -> list[ir.Value]:
+    return [x]
+
+
+def _marked(_: mlir.LoweringRuleContext, x: ir.Value) -> list[ir.Value]:
+    if not isinstance(x.owner, ir.Block):  # but for the argument of a function, whose maker is out of sight
+        attributes, name = x.owner.attributes, "mhlo.frontend_attributes"
+        others = {each.name: each.attr for each in ir.DictAttr(attributes[name])} if name in attributes else {}
+        attributes[name] = ir.DictAttr.get({**others, "inlineable": ir.StringAttr.get("false")})
+    return [x]
+
+
+# A cached rule would not see the call.
+mlir.register_lowering(_border_p, _unmarked, cacheable=False)
+mlir.register_lowering(_border_p, _marked, platform="cpu", cacheable=False)

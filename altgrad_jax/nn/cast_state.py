@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
@@ -16,15 +16,19 @@ from altgrad_core.errors import InputError
 from altgrad_core.formats import ROUNDINGS, CastPath
 from altgrad_core.rules import DEFAULT_WINDOW, CastSpec, Operand, check_serves
 from altgrad_core.scaling import Granularity, PerBlock, PerTensor
+from altgrad_jax.addition import FIXED, Addition
 from altgrad_jax.granularity import amaxes
 from altgrad_jax.nn.record import Shape
 from altgrad_jax.params import WORDS, Edges, FormatHolder, FormatParams, edges, from_words, to_words
 from altgrad_jax.scaling import Current, Delayed, Scaling, Static, push_amax
 
 _STOCHASTIC = ROUNDINGS.index("stochastic")
-_PLACE, _STEP, _GRID = WORDS, WORDS + 2, WORDS + 3
-"""Where the place in a stack, the seed, the step and the grid are, behind the params; the history is what follows."""
-_GRID_WORDS = 5
+_PLACE = WORDS + len(FIXED)
+_STEP, _GRID = _PLACE + 2, _PLACE + 3
+"""Behind the params and what no scale changes of a grid: the place in a stack and the seed, the step, what else the
+next cast needs of its grid, and the history."""
+_GRID_WORDS: Mapping[CastPath, int] = {"fast": 6, "wide": 7, "integer": 5}
+"""A number for each path, so that the state of a cast by another has another shape."""
 
 _GOLDEN = 0x9E3779B9
 """2^32 over the golden ratio, odd: multiples of it are far apart, so neighbouring casts start from unlike seeds."""
@@ -40,8 +44,9 @@ class CastState(FormatHolder):
     stacked, to be scanned over, the arrays have the leading axes of the stack.
 
     Attributes:
-        words: int32 ``(16 + window * amaxes,)``: the params, as :func:`~altgrad_jax.params.to_words` writes them, the
-            place in the stack, seed, step, the grid of the next cast, and the bits of the history.
+        words: int32 ``(20 + window * amaxes,)``, on the wide path one more, on the integer path one less: the params,
+            as :func:`~altgrad_jax.params.to_words` writes them, what of their grid is the same under all scales, the
+            place in the stack, seed, step, the rest of the grid of the next cast, and the bits of the history.
         scaling: where scales come from.
         path: which implementation casts (static).
         amax_shape: the shape of what has a scale of its own, such as ``()`` (static).
@@ -115,9 +120,8 @@ class CastState(FormatHolder):
         granularity: Granularity,
         amax_shape: tuple[int, ...],
     ) -> CastState:
-        window = scaling.window if isinstance(scaling, Delayed) else 0
-        others = jnp.zeros(_GRID + _GRID_WORDS - _PLACE + window * math.prod(amax_shape), jnp.int32)
-        words = jnp.concatenate([to_words(params), others])
+        others = jnp.zeros(_words_in_all(params.path, scaling, amax_shape) - _PLACE, jnp.int32)
+        words = jnp.concatenate([_words_of(params), others])
         return cls(words, scaling, params.path, amax_shape, granularity, operand)._with_grid()
 
     def numbered(self, number: int, total: int, seeds: np.ndarray) -> CastState:
@@ -137,11 +141,11 @@ class CastState(FormatHolder):
     @property
     def params(self) -> FormatParams:
         """Format, rounding and overflow policy."""
-        return from_words(self.words[..., :_PLACE], self.path)
+        return from_words(self.words[..., :WORDS], self.path)
 
     def with_params(self, params: FormatParams) -> CastState:
         """The state with another format of the same path; its array lies where it lay."""
-        words = jnp.concatenate([to_words(params), self.words[..., _PLACE:]], axis=-1)
+        words = jnp.concatenate([_words_of(params), self.words[..., _PLACE:]], axis=-1)
         after, old = replace(self, words=words)._with_grid(), self.words
         if not isinstance(old, jax.Array) or isinstance(old, jax.core.Tracer) or not old.committed:
             return after  # of a NumPy array, as checkpoints are read into, there is no place to keep
@@ -168,7 +172,7 @@ class CastState(FormatHolder):
         if not isinstance(self.scaling, Delayed):
             return None
         shape = *self.words.shape[:-1], self.scaling.window, *self.amax_shape
-        return lax.bitcast_convert_type(self.words[..., _GRID + _GRID_WORDS :], jnp.float32).reshape(shape)
+        return lax.bitcast_convert_type(self.words[..., _history_at(self.path) :], jnp.float32).reshape(shape)
 
     @property
     def writes_amaxes(self) -> bool:
@@ -187,7 +191,8 @@ class CastState(FormatHolder):
             history: of the shape of this one.
             step: uint32.
         """
-        parts = [self.words[..., :_STEP], _as_words(step)[..., None], self.words[..., _GRID : _GRID + _GRID_WORDS]]
+        grid = self.words[..., _GRID : _history_at(self.path)]
+        parts = [self.words[..., :_STEP], _as_words(step)[..., None], grid]
         if history is not None:
             parts.append(_as_words(history).reshape(*self.words.shape[:-1], -1))
         return replace(self, words=jnp.concatenate(parts, axis=-1))._with_grid()
@@ -198,17 +203,34 @@ class CastState(FormatHolder):
         return isinstance(self.scaling, Delayed) and self.scaling.power_of_two and not self.writes_amaxes
 
     @property
-    def grid(self) -> tuple[FormatParams, Edges]:
-        """The params, scaled, and where they end, if they are known before: worked out when the history changed."""
-        minimum, maximum, native, *limits = (self.words[..., _GRID + k] for k in range(_GRID_WORDS))
-        scaled = replace(self.params, min_exponent=minimum, max_value=_as_floats(maximum), native_overflow=native)
-        return scaled, Edges(*limits)
+    def grid(self) -> tuple[FormatParams | Addition, Edges]:
+        """What the next cast rounds to and where that ends, if known before: worked out when the history changed."""
+        overflows, vanishes, *numbers = (_word(self.words, k) for k in range(_GRID, _history_at(self.path)))
+        limits = Edges(overflows, vanishes)
+        if self.path in ("fast", "wide"):
+            fixed = (_word(self.words, WORDS + k) for k in range(len(FIXED)))
+            return Addition.put_together(fixed, numbers, limits), limits
+        minimum, maximum, native = numbers
+        return replace(self.params, min_exponent=minimum, max_value=_as_floats(maximum), native_overflow=native), limits
 
     def _with_grid(self) -> CastState:
         """The state whose grid is that of its params and history."""
         if not self.has_grid:
             return self
         return replace(self, words=_words_with_grid(self.anonymous()))
+
+    def check(self) -> None:
+        """Refuse words that belong to a cast by another path, or by another window: read, they would be nonsense.
+
+        Raises:
+            InputError: saying where they may come from.
+        """
+        found, expected = self.words.shape[-1], _words_in_all(self.path, self.scaling, self.amax_shape)
+        if found != expected:
+            raise InputError(
+                f"the state of a cast by the {self.path} path has {expected} words, and this has {found}; expected the "
+                "state of a model by the same rules, whose formats and roundings take the same path"
+            )
 
     def anonymous(self) -> CastState:
         """The state of whichever cast: those that differ in data alone share what JAX traces of them."""
@@ -221,6 +243,8 @@ class CastState(FormatHolder):
             seen: bool scalar, whether the cast took place.
             largest: float32, the amaxes, of the shape of a row of the history.
         """
+        if self.has_grid:
+            return replace(self, words=_words_after(self.anonymous(), seen, largest))
         history = self.history
         if history is not None:
             history = jnp.where(seen, push_amax(history, largest.reshape(self.amax_shape)), history)
@@ -235,14 +259,66 @@ def _placement(sharding: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Arr
 
 @partial(jax.jit, inline=True)  # one program also outside of jit
 def _words_with_grid(state: CastState) -> jax.Array:
-    scaling, history, params = state.scaling, state.history, state.params
+    scaling, history = state.scaling, state.history
     assert isinstance(scaling, Delayed)
     assert history is not None
-    scaled = params.scaled(scaling.scale(0, params.max_value, jnp.moveaxis(history, -1, 0)))
-    found = scaled.min_exponent, _as_words(scaled.max_value), scaled.native_overflow, *edges(scaled)
-    return jnp.concatenate(
-        [state.words[..., :_GRID], jnp.stack(found, axis=-1), state.words[..., _GRID + _GRID_WORDS :]], axis=-1
-    )
+    counting = history[..., -1] if scaling.reduce == "most_recent" else jnp.max(history, axis=-1)
+    return _with_columns(state.words, _GRID, _moving(state, counting))
+
+
+def _words_after(state: CastState, seen: jax.Array, largest: jax.Array) -> jax.Array:
+    """The words of a state with a grid after a step, whose amax is entered if it was seen.
+
+    As :func:`~altgrad_jax.scaling.push_amax` and :func:`_words_with_grid` one after the other, in the two kernels that
+    there must be: by these it would be six to compile.
+    """
+    words, scaling = state.words, state.scaling
+    assert isinstance(scaling, Delayed)
+    which, history = lax.broadcasted_iota(jnp.int32, words.shape, words.ndim - 1), _history_at(state.path)
+    last = words[..., -1]
+    newest = jnp.where(jnp.isfinite(largest), _as_words(largest), last)
+    left = jnp.where(which == words.shape[-1] - 1, newest[..., None], _moved_left(words))
+    after = jnp.where((which >= history) & seen[..., None], left, words) + (which == _STEP)
+    # Bits of magnitudes are in the order of these.
+    others = jnp.max(words[..., history + 1 :], axis=-1, initial=0)
+    pushed, not_pushed = jnp.maximum(others, newest), jnp.maximum(others, words[..., history])
+    if scaling.reduce == "most_recent":
+        pushed, not_pushed = newest, last
+    return _with_columns(after, _GRID, _moving(state, _as_floats(jnp.where(seen, pushed, not_pushed))))
+
+
+def _moved_left(words: jax.Array) -> jax.Array:
+    return lax.pad(words, np.int32(0), [(0, 0, 0)] * (words.ndim - 1) + [(-1, 1, 0)])
+
+
+def _moving(state: CastState, counting: jax.Array) -> Sequence[jax.Array]:
+    """What of a grid hangs on its scale, which comes from the amax that counts."""
+    scaling, params = state.scaling, state.params
+    assert isinstance(scaling, Delayed)
+    scaled = params.scaled(scaling.scale(0, params.max_value, counting[None]))
+    limits = edges(scaled)
+    if state.path in ("fast", "wide"):
+        return *limits, *Addition.of(scaled, limits).moving
+    return *limits, scaled.min_exponent, _as_words(scaled.max_value), scaled.native_overflow
+
+
+def _with_columns(words: jax.Array, first: int, columns: Sequence[jax.Array]) -> jax.Array:
+    """Words of which some, one after the other, are others.
+
+    Chosen element by element, in one kernel: put side by side they would be a kernel each to compile.
+    """
+    which = lax.broadcasted_iota(jnp.int32, words.shape, words.ndim - 1)
+    for k, column in enumerate(columns, first):
+        words = jnp.where(which == k, column[..., None], words)
+    return words
+
+
+def _words_of(params: FormatParams) -> jax.Array:
+    """What of the words hangs on the format alone."""
+    if params.path not in ("fast", "wide"):
+        return jnp.pad(to_words(params), [(0, 0)] * params.max_value.ndim + [(0, len(FIXED))])
+    fixed = jnp.stack(Addition.of(params, edges(params)).fixed, axis=-1)
+    return jnp.concatenate([to_words(params), fixed], axis=-1)
 
 
 def scale_of(state: CastState, own: jax.Array | None) -> jax.Array:
@@ -277,6 +353,19 @@ def seeds_of(seed: int, first: int, stack: tuple[int, ...]) -> np.ndarray:
     """
     places = first + np.arange(math.prod(stack), dtype=np.uint64).reshape(stack)
     return np.asarray((seed + places * _GOLDEN) % 2**32).astype(np.uint32)
+
+
+def _history_at(path: CastPath) -> int:
+    return _GRID + _GRID_WORDS[path]
+
+
+def _words_in_all(path: CastPath, scaling: Scaling, amax_shape: tuple[int, ...]) -> int:
+    window = scaling.window if isinstance(scaling, Delayed) else 0
+    return _history_at(path) + window * math.prod(amax_shape)
+
+
+def _word(words: jax.Array, k: int) -> jax.Array:
+    return lax.index_in_dim(words, k, axis=-1, keepdims=False)
 
 
 def _as_words(x: jax.Array) -> jax.Array:

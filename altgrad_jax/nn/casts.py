@@ -21,7 +21,7 @@ from altgrad_jax.nn.cast_state import CastState, scale_of
 from altgrad_jax.nn.record import Record, Sight, check_recording, current_record
 from altgrad_jax.params import edges
 from altgrad_jax.scaling import Current, amax
-from altgrad_jax.statistics import tally_parts
+from altgrad_jax.statistics import TallyParts, tally_parts
 
 _FLAT_UP_TO = 2**16
 """Elements of tensors that are cast flat, so that all of a size share what is traced and compiled, where there is one
@@ -45,6 +45,7 @@ def cast_gradient(x: jax.Array, state: CastState | None) -> jax.Array:
 
 
 def _record_for(state: CastState) -> Record | None:
+    state.check()
     return current_record(state.number, state.total, state.shape) if state.total else None
 
 
@@ -117,8 +118,8 @@ def _quantize_and_see(x: jax.Array, state: CastState, *, recorded: bool) -> tupl
     bits = hash_bits(x.shape, state.seed, state.step) if state.path == "integer" else None
     if state.has_grid:
         grid, limits = state.grid
-        sight = Sight(tally_parts(wide, limits), None) if recorded else None
-        return cast(wide, grid, bits, limits).astype(x.dtype), sight
+        sight = Sight(_together(tally_parts(wide, limits)), None) if recorded else None
+        return cast(wide, grid, bits).astype(x.dtype), sight
     params = state.params
     own = (
         amaxes(x, state.granularity)
@@ -129,12 +130,18 @@ def _quantize_and_see(x: jax.Array, state: CastState, *, recorded: bool) -> tupl
     if scale.ndim == 0 and state.scaling.power_of_two:
         grid = params.scaled(scale)
         limits = edges(grid)
-        sight = Sight(tally_parts(wide, limits), None) if recorded else None
-        return cast(wide, grid, bits, limits).astype(x.dtype), sight
+        sight = Sight(_together(tally_parts(wide, limits)), None) if recorded else None
+        return cast(wide, grid, bits).astype(x.dtype), sight
     scale = spread(scale, x.shape, state.granularity)
     quantized = quantize(x, params, scale=scale, random_bits=bits)
     if not recorded:
         return quantized, None
     largest = lax.bitcast_convert_type(amax(x), jnp.int32)
     seen = tally_parts(divide_by_scale(wide, scale), edges(params))._replace(amax=largest)
-    return quantized, Sight(seen, own.reshape(state.amax_shape) if own is not None and state.writes_amaxes else None)
+    apart = own.reshape(state.amax_shape) if own is not None and state.writes_amaxes else None
+    return quantized, Sight(_together(seen), apart)
+
+
+def _together(seen: TallyParts) -> jax.Array:
+    """In one array, in a kernel that casts of all sizes share: all that is seen in a step is joined once more."""
+    return lax.concatenate([lax.reshape(each, (1,)) for each in seen], 0)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from altgrad_jax.addition import Addition
 from altgrad_jax.casting import cast
 from altgrad_jax.nn.border import as_one_value
 from altgrad_jax.params import Edges, FormatParams, edges
@@ -53,13 +54,13 @@ class Grid:
     """A format under a scale, and where its grid ends: one, or one out of many that were worked out together.
 
     Attributes:
-        params: the format, scaled; batched if there are many.
+        rounding: the format, scaled, or what a cast by addition needs of it; batched if there are many.
         limits: from which magnitude it overflows, and up to which it has only zero; batched likewise.
         index: which of many this is (static). It is looked up where the grid is used, within the loop over elements,
             since some two hundred scalar slices would cost as much as all casts of a small model.
     """
 
-    params: FormatParams
+    rounding: FormatParams | Addition
     limits: Edges
     index: tuple[int, ...] = field(default=(), metadata={"static": True})
 
@@ -76,14 +77,15 @@ class Grid:
             return leaf.reshape(leaf.shape + (1,) * (scales.ndim - leaf.ndim)) if leaf.ndim else leaf
 
         scaled = jax.tree.map(in_rows, params).scaled(scales)
-        return cls(scaled, edges(scaled))
+        limits = edges(scaled)
+        return cls(Addition.of(scaled, limits) if scaled.path in ("fast", "wide") else scaled, limits)
 
     def at(self, *index: int) -> Grid:
         """One of many."""
         return replace(self, index=index)
 
-    def looked_up(self, index: jax.Array) -> tuple[FormatParams, Edges]:
-        """Params and limits of one grid alone, as scalars.
+    def looked_up(self, index: jax.Array) -> tuple[FormatParams | Addition, Edges]:
+        """Rounding and limits of one grid alone, as scalars.
 
         Args:
             index: int32 of shape ``(k,)``, which of many: data, so that casts of one shape share what JAX traces.
@@ -93,7 +95,7 @@ class Grid:
             at = [index[k] if size > 1 else 0 for k, size in enumerate(leaf.shape)]  # a row may share its format
             return lax.dynamic_slice(leaf, at, (1,) * leaf.ndim).reshape(()) if leaf.ndim else leaf
 
-        return jax.tree.map(scalar, self.params), jax.tree.map(scalar, self.limits)
+        return jax.tree.map(scalar, self.rounding), jax.tree.map(scalar, self.limits)
 
 
 def dot_general_on(
@@ -186,13 +188,12 @@ def _cast_and_record(x: jax.Array, grid: Grid, ref: jax.Ref | None) -> jax.Array
 
 
 def _cast_on(x: jax.Array, grids: Grid, index: jax.Array) -> jax.Array:
-    params, limits = grids.looked_up(index)
-    return cast(x, params, limits=limits)
+    return cast(x, grids.looked_up(index)[0])
 
 
 def _cast_and_see(x: jax.Array, grids: Grid, index: jax.Array) -> tuple[jax.Array, TallyParts]:
-    params, limits = grids.looked_up(index)
-    return cast(x, params, limits=limits), tally_parts(x, limits)
+    rounding, limits = grids.looked_up(index)
+    return cast(x, rounding), tally_parts(x, limits)
 
 
 def _nothing_seen() -> jax.Array:

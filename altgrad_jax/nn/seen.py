@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from altgrad_core.errors import InputError
 from altgrad_core.rules import Operand
 from altgrad_jax.nn.border import as_one_value
 from altgrad_jax.nn.cast_state import CastState
-from altgrad_jax.nn.record import OPEN, Settled, begin_recording, end_recording, settled
+from altgrad_jax.nn.record import OPEN, WORDS, amaxes_of, begin_recording, end_recording, limbs_of, took_place
 from altgrad_jax.statistics import CastCounts
 
 Tree = TypeVar("Tree")
@@ -49,9 +49,9 @@ class Seen:
         """Take what was seen out of the records."""
         records = self.recording.records
         if records:
-            words = jnp.concatenate([record.read() for record in records.values()])
+            words = jnp.concatenate([record.read() for record in records.values()]).reshape(-1, WORDS)
             amaxes = {k: record.amaxes[...] for k, record in records.items() if record.amaxes is not None}
-            self._read = _Read(as_one_value(settled, words), amaxes)
+            self._read = _Read(as_one_value(limbs_of, words), words, amaxes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,23 +66,23 @@ class Seen:
     @property
     def all(self) -> CastCounts:
         """The counts of all casts in one array, of shape ``(casts,)``: less to compile and to hand out than many."""
-        return CastCounts(self._finished().all.limbs)
+        return CastCounts(self._finished().limbs)
 
     @property
     def counts(self) -> dict[str, CastCounts]:
         """The counts of each cast by name."""
-        limbs = self._finished().all.limbs
+        limbs = self._finished().limbs
         return {name: CastCounts(each) for name, each in self._by_name(limbs).items()}
 
     @property
     def overflow_rates(self) -> dict[str, jax.Array]:
         """float32: the overflow rate of each cast by name, worked out together."""
-        return self._by_name(as_one_value(_overflow_rate, self._finished().all.limbs))
+        return self._by_name(as_one_value(_overflow_rate, self._finished().limbs))
 
     @property
     def underflow_rates(self) -> dict[str, jax.Array]:
         """float32: the underflow rate of each cast by name, as :attr:`overflow_rates`."""
-        return self._by_name(as_one_value(_underflow_rate, self._finished().all.limbs))
+        return self._by_name(as_one_value(_underflow_rate, self._finished().limbs))
 
     @property
     def activations(self) -> CastCounts:
@@ -105,11 +105,8 @@ class Seen:
         Args:
             states: a pytree with the states that the recording began with.
         """
-        alike: dict[jax.tree_util.PyTreeDef, list[CastState]] = {}
-        for state in named_states(states).values():
-            alike.setdefault(jax.tree.structure(state.anonymous()), []).append(state)
         words: dict[int, jax.Array] = {}
-        for group in alike.values():
+        for group in _alike(named_states(states).values()):
             words |= self._words_after(group)
         return jax.tree.map(
             lambda node: replace(node, words=words[node.number]) if _is_state(node) else node, states, is_leaf=_is_state
@@ -118,13 +115,13 @@ class Seen:
     def _words_after(self, states: Sequence[CastState]) -> dict[int, jax.Array]:
         """The words after this step of casts that differ in data alone, by number: worked out together."""
         read, places = self._finished(), [self._places[state.number] for state in states]
-        took_place, largest = (_at(of_all, np.concatenate(places)) for of_all in (read.all.took_place, read.all.amaxes))
+        seen, amaxes = _at(read.words, np.concatenate(places)), None
         if states[0].writes_amaxes:
             bits = [read.amaxes[state.number].reshape(-1, *state.amax_shape) for state in states]
-            largest = lax.bitcast_convert_type(jnp.concatenate(bits), jnp.float32)
+            amaxes = lax.bitcast_convert_type(jnp.concatenate(bits), jnp.float32)
         before = jnp.concatenate([state.words.reshape(-1, state.words.shape[-1]) for state in states])
         one = replace(states[0].anonymous(), words=before[0])
-        after = as_one_value(_updated, one, before, took_place, largest)
+        after = as_one_value(_updated, one, before, seen, amaxes)
         apart = _rows(after) if len(after) == len(states) else _pieces(after, [len(each) for each in places])
         return {state.number: each.reshape(state.words.shape) for state, each in zip(states, apart, strict=True)}
 
@@ -136,7 +133,7 @@ class Seen:
         places = [self._places[state.number] for state in self._states.values() if state.operand == operand]
         if not places:
             raise InputError(f"no {operand} are cast in this model, so there are no counts of them")
-        return CastCounts(_at(self._finished().all.limbs, np.concatenate(places))).pooled()
+        return CastCounts(_at(self._finished().limbs, np.concatenate(places))).pooled()
 
     def _finished(self) -> _Read:
         if self._read is None:
@@ -148,11 +145,13 @@ class _Read(NamedTuple):
     """What was in the records.
 
     Attributes:
-        all: counts and amaxes of all casts.
+        limbs: the counts of all casts, see :class:`~altgrad_jax.statistics.CastCounts`.
+        words: the words of all, a row each, see :class:`~altgrad_jax.nn.record.Record`.
         amaxes: bits of float32, by the numbers of the casts that have many.
     """
 
-    all: Settled
+    limbs: jax.Array
+    words: jax.Array
     amaxes: Mapping[int, jax.Array]
 
 
@@ -167,18 +166,14 @@ def _pieces(x: jax.Array, lengths: Sequence[int]) -> list[jax.Array]:
 
 
 @partial(jax.jit, inline=True)  # one program also outside of jit
-def _rows(x: jax.Array) -> tuple[jax.Array, ...]:
-    """Each row of int32 ``(n, m)`` as an array of its own, out of one kernel.
+def _rows(x: jax.Array) -> list[jax.Array]:
+    """Each row of an array as one of its own.
 
-    As slices they would be n kernels, which take longer to compile than all that made them. A reduction may have many
-    results: this one is of pairs of a row and zeros, since XLA sees through one of single rows.
+    By numbers that XLA does not know: one kernel is compiled for all, which by numbers that it knows would be one for
+    each. They and the rows come from across a border, since what makes numbers alone of numbers XLA works out.
     """
-    pairs = [pair[:, 0] for pair in jnp.split(jnp.stack([x, x & 0]), len(x), axis=1)]
-    return tuple(lax.reduce(tuple(pairs), (np.int32(0),) * len(pairs), _or_each, (0,)))
-
-
-def _or_each(left: tuple[jax.Array, ...], right: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    return tuple(a | b for a, b in zip(left, right, strict=True))
+    x, numbers = as_one_value(lax.optimization_barrier, (x, tuple(np.arange(len(x), dtype=np.int32))))
+    return [lax.dynamic_index_in_dim(x, number, keepdims=False) for number in numbers]
 
 
 def _overflow_rate(limbs: jax.Array) -> jax.Array:
@@ -189,11 +184,11 @@ def _underflow_rate(limbs: jax.Array) -> jax.Array:
     return CastCounts(limbs).underflow_rate
 
 
-def _updated(one: CastState, words: jax.Array, took_place: jax.Array, largest: jax.Array) -> jax.Array:
+def _updated(one: CastState, words: jax.Array, seen: jax.Array, amaxes: jax.Array | None) -> jax.Array:
     def update(words: jax.Array, took_place: jax.Array, largest: jax.Array) -> jax.Array:
         return replace(one, words=words).updated(took_place, largest).words
 
-    return jax.vmap(update)(words, took_place, largest)
+    return jax.vmap(update)(words, took_place(seen), amaxes_of(seen) if amaxes is None else amaxes)
 
 
 @contextmanager
@@ -286,6 +281,14 @@ def _check_stack(state: CastState) -> None:
             "if models are mapped and each is to have a record, the recording under the vmap over them or, if layers "
             "are scanned over, dequantize_model and then quantize_model of the stack"
         )
+
+
+def _alike(states: Iterable[CastState]) -> list[list[CastState]]:
+    """The states that differ in data alone, group by group."""
+    groups: dict[jax.tree_util.PyTreeDef, list[CastState]] = {}
+    for state in states:
+        groups.setdefault(jax.tree.structure(state.anonymous()), []).append(state)
+    return list(groups.values())
 
 
 def _is_state(node: object) -> bool:
