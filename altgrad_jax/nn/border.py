@@ -63,18 +63,14 @@ def _batched(args: Sequence[jax.Array], axes: Sequence[int]) -> tuple[jax.Array,
 batching.primitive_batchers[_border_p] = _batched
 
 
-def _unmarked(_: mlir.LoweringRuleContext, x: ir.Value) -> list[ir.Value]:
-    return [x]
-
-
-def _marked(_: mlir.LoweringRuleContext, x: ir.Value) -> list[ir.Value]:
-    if not isinstance(x.owner, ir.Block):  # but for the argument of a function, whose maker is out of sight
+def _lowered(context: mlir.LoweringRuleContext, x: ir.Value) -> list[ir.Value]:
+    # Not in what is exported for several platforms, which share the call; and where x is the argument of a function,
+    # its maker is out of sight.
+    if tuple(context.module_context.platforms) == ("cpu",) and not isinstance(x.owner, ir.Block):
         attributes, name = x.owner.attributes, "mhlo.frontend_attributes"
         others = {each.name: each.attr for each in ir.DictAttr(attributes[name])} if name in attributes else {}
         attributes[name] = ir.DictAttr.get({**others, "inlineable": ir.StringAttr.get("false")})
     return [x]
 
 
-# A cached rule would not see the call.
-mlir.register_lowering(_border_p, _unmarked, cacheable=False)
-mlir.register_lowering(_border_p, _marked, platform="cpu", cacheable=False)
+mlir.register_lowering(_border_p, _lowered, cacheable=False)  # a cached rule would not see the call

@@ -36,16 +36,21 @@ def cast_operand(x: jax.Array, state: CastState | None) -> jax.Array:
         x: float32, bfloat16 or float16; its dtype is kept.
         state: how to cast; None for not at all.
     """
-    return x if state is None else _cast_operand(x, state, _record_for(state))
+    if state is None:
+        return x
+    state.check()
+    return _cast_operand(x, state, _record_for(state))
 
 
 def cast_gradient(x: jax.Array, state: CastState | None) -> jax.Array:
     """``x`` itself, whose gradient is cast, and recorded, on its way back."""
-    return x if state is None else _cast_gradient(x, state, _record_for(state))
+    if state is None:
+        return x
+    state.check()
+    return _cast_gradient(x, state, _record_for(state))
 
 
 def _record_for(state: CastState) -> Record | None:
-    state.check()
     return current_record(state.number, state.total, state.shape) if state.total else None
 
 
