@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from altgrad_core.formats import OVERFLOWS
+from altgrad_core.formats import OVERFLOWS, CastPath
 from altgrad_jax.params import Edges, FormatParams, replaced_from
 
 _SIGN = np.int32(-(2**31))
@@ -27,6 +27,8 @@ _ONE = np.int32(127 << 23)
 _TO_THE_MIDDLE = np.int32(64 << 23)
 _NATIVE = OVERFLOWS.index("native")
 
+BY_ADDITION: tuple[CastPath, ...] = ("fast", "wide")
+"""The paths that cast so."""
 FIXED = ("parity_shift", "replacement", "zero_sign")
 """What of an :class:`Addition` is the same under every scale."""
 
@@ -63,7 +65,7 @@ class Addition(NamedTuple):
         """What a cast to a grid needs.
 
         Args:
-            params: of the path ``"fast"`` or ``"wide"``.
+            params: of one of the paths :data:`BY_ADDITION`.
             limits: where the grid ends.
         """
         has_mantissa = params.mantissa_bits > 0

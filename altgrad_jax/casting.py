@@ -19,7 +19,7 @@ from altgrad_core.formats import OVERFLOWS, ROUNDINGS, STOCHASTIC_BITS, Format, 
 from altgrad_core.reference import check_width
 from altgrad_core.scaling import check_given_scale
 from altgrad_core.shapes import broadcasts_within
-from altgrad_jax.addition import Addition
+from altgrad_jax.addition import BY_ADDITION, Addition
 from altgrad_jax.arithmetic import product, quotient
 from altgrad_jax.params import FormatParams, as_params, beyond_max, edges
 
@@ -318,7 +318,7 @@ def cast(x: jax.Array, params: FormatParams | Addition, random_bits: jax.Array |
         return params.cast(x)
     if params.path == "identity":
         return x
-    if params.path in ("fast", "wide"):
+    if params.path in BY_ADDITION:
         return Addition.of(params, edges(params)).cast(x)
     if params.path == "unsigned":
         return _cast_unsigned(x, params, random_bits)

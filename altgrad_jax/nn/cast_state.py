@@ -16,7 +16,7 @@ from altgrad_core.errors import InputError
 from altgrad_core.formats import ROUNDINGS, CastPath
 from altgrad_core.rules import DEFAULT_WINDOW, CastSpec, Operand, check_serves
 from altgrad_core.scaling import Granularity, PerBlock, PerTensor
-from altgrad_jax.addition import FIXED, Addition
+from altgrad_jax.addition import BY_ADDITION, FIXED, Addition
 from altgrad_jax.granularity import amaxes
 from altgrad_jax.nn.record import Shape
 from altgrad_jax.params import WORDS, Edges, FormatHolder, FormatParams, edges, from_words, to_words
@@ -207,7 +207,7 @@ class CastState(FormatHolder):
         """What the next cast rounds to and where that ends, if known before: worked out when the history changed."""
         overflows, vanishes, *numbers = (_word(self.words, k) for k in range(_GRID, _history_at(self.path)))
         limits = Edges(overflows, vanishes)
-        if self.path in ("fast", "wide"):
+        if self.path in BY_ADDITION:
             fixed = (_word(self.words, WORDS + k) for k in range(len(FIXED)))
             return Addition.put_together(fixed, numbers, limits), limits
         minimum, maximum, native = numbers
@@ -297,7 +297,7 @@ def _moving(state: CastState, counting: jax.Array) -> Sequence[jax.Array]:
     assert isinstance(scaling, Delayed)
     scaled = params.scaled(scaling.scale(0, params.max_value, counting[None]))
     limits = edges(scaled)
-    if state.path in ("fast", "wide"):
+    if state.path in BY_ADDITION:
         return *limits, *Addition.of(scaled, limits).moving
     return *limits, scaled.min_exponent, _as_words(scaled.max_value), scaled.native_overflow
 
@@ -315,7 +315,7 @@ def _with_columns(words: jax.Array, first: int, columns: Sequence[jax.Array]) ->
 
 def _words_of(params: FormatParams) -> jax.Array:
     """What of the words hangs on the format alone."""
-    if params.path not in ("fast", "wide"):
+    if params.path not in BY_ADDITION:
         return jnp.pad(to_words(params), [(0, 0)] * params.max_value.ndim + [(0, len(FIXED))])
     fixed = jnp.stack(Addition.of(params, edges(params)).fixed, axis=-1)
     return jnp.concatenate([to_words(params), fixed], axis=-1)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from altgrad_jax.addition import Addition
+from altgrad_jax.addition import BY_ADDITION, Addition
 from altgrad_jax.casting import cast
 from altgrad_jax.nn.border import as_one_value
 from altgrad_jax.params import Edges, FormatParams, edges
@@ -78,7 +78,7 @@ class Grid:
 
         scaled = jax.tree.map(in_rows, params).scaled(scales)
         limits = edges(scaled)
-        return cls(Addition.of(scaled, limits) if scaled.path in ("fast", "wide") else scaled, limits)
+        return cls(Addition.of(scaled, limits) if scaled.path in BY_ADDITION else scaled, limits)
 
     def at(self, *index: int) -> Grid:
         """One of many."""
